@@ -1,0 +1,1 @@
+"""Ground floor: configuration objects, errors, machine facts. Imports nothing of the house."""
