@@ -1,0 +1,271 @@
+"""The configuration of a run: frozen, validated, written whole into ``run.toml``.
+
+Each section is a frozen pydantic model; an unknown key is refused with the nearest known one. Values
+that depend on the machine (``train.device``, ``.dtype``, ``.attention``, ``.compile``, ``.threads``)
+may be ``"auto"``: ``cllm.train.choose`` resolves them, and the resolved values are what ``run.toml``
+holds and what a resumed run uses again.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cllm.core.errors import UsageError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A frozen section of the configuration; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    """Where the text comes from and how it is split."""
+
+    paths: tuple[str, ...] = ()
+    """Files, directories, globs or ``hf:NAME``; empty means the built-in corpus."""
+    field: str = "text"
+    """The field of a JSONL record that holds the text."""
+    validation: Fraction = 0.05
+    """Share of the corpus (bytes) held out for early stopping and choices."""
+    test: Fraction = 0.05
+    """Share of the corpus (bytes) looked at once, for the report."""
+    split: Literal["auto", "document", "block"] = "auto"
+    """Split by whole documents or by contiguous blocks; ``auto`` takes blocks where documents are few."""
+    near_duplicates: Literal["report", "drop", "off"] = "report"
+    """What to do with documents of validation and test that nearly repeat one of training."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if self.validation + self.test >= 0.9:
+            raise ValueError("data.validation + data.test must leave at least a tenth for training")
+        return self
+
+
+class TokenizerConfig(Section):
+    """The byte-level BPE tokenizer."""
+
+    vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 4096
+    """Entries of the vocabulary, the 256 bytes and the special tokens included."""
+    file: str | None = None
+    """A ``tokenizer.json`` to use instead of training one."""
+    sample_bytes: PositiveInt = 100_000_000
+    """At most this many bytes of the training split are sampled to train the tokenizer."""
+    special_tokens: tuple[str, ...] = ()
+    """Further special tokens beside the end token ``<|endoftext|>``."""
+
+
+class EmbeddingConfig(Section):
+    """The token table."""
+
+    kind: Literal["dense"] = "dense"
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the random start."""
+
+
+class ModelConfig(Section):
+    """Shape and parts of the network; the defaults are Llama's."""
+
+    preset: str | None = None
+    """A size by name (see ``cllm.core.presets``); fields given beside it win."""
+    d_model: PositiveInt = 128
+    """Width of the residual stream."""
+    n_layers: PositiveInt = 4
+    n_heads: PositiveInt = 4
+    n_kv_heads: PositiveInt | None = None
+    """Key/value heads for grouped-query attention; none means ``n_heads``."""
+    d_ff: PositiveInt = 384
+    """Inner width of the feed-forward part."""
+    context: PositiveInt = 128
+    """Tokens of one window."""
+    vocab_size: PositiveInt | None = None
+    """Rows of the token table; none means the tokenizer's size."""
+    norm: Literal["rmsnorm", "layernorm", "batchnorm"] = "rmsnorm"
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    positions: Literal["rope", "learned"] = "rope"
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    tie_embeddings: bool = True
+    """One table for input and output."""
+    embedding_dropout: Fraction = 0.0
+    attention_dropout: Fraction = 0.0
+    residual_dropout: Fraction = 0.0
+    embedding: EmbeddingConfig = EmbeddingConfig()
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, resolved."""
+        return self.n_kv_heads or self.n_heads
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"model.d_model = {self.d_model} is not a multiple of model.n_heads = {self.n_heads}; "
+                "change one of them"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"model.n_heads = {self.n_heads} is not a multiple of model.n_kv_heads = "
+                f"{self.kv_heads}; choose a divisor of n_heads"
+            )
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ValueError(
+                f"rotary positions need an even head width, not {self.head_dim}; change model.d_model "
+                "or model.n_heads, or set model.positions = 'learned'"
+            )
+        return self
+
+
+class ParallelConfig(Section):
+    """Worker processes on one machine."""
+
+    workers: Literal[1] = 1
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    steps: PositiveInt = 600
+    """Optimizer steps."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    batch_size: PositiveInt = 16
+    """Windows of one micro-batch."""
+    accumulate: PositiveInt = 1
+    """Micro-batches of one optimizer step; the gradient is the mean over all target tokens."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    momentum: Fraction = 0.9
+    """Momentum of SGD."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled decay of matrices and tables; vectors are never decayed."""
+    clip: NonNegative = 1.0
+    """Global gradient norm above which the gradient is scaled down before the step; 0 turns it off."""
+    schedule: Literal["constant", "linear", "cosine", "wsd", "step"] = "cosine"
+    warmup: Annotated[int, Field(ge=0)] | None = None
+    """Steps of linear warm-up; none means 5% of the steps, at most 200."""
+    min_lr: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Learning rate at the end, as a share of ``lr``."""
+    decay_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """``wsd``: the share of the steps at the end in which the rate falls to ``min_lr``."""
+    step_every: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
+    """``step``: the share of the steps after which the rate is multiplied by ``step_factor``."""
+    step_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
+    device: str = "auto"
+    """``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``auto``."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of forward and backward; the weights that the optimizer holds are always fp32."""
+    attention: Literal["auto", "sdpa", "matmul"] = "auto"
+    """torch's fused attention, or explicit matrix products."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """``torch.compile``; ``auto`` weighs the length of the run."""
+    threads: Literal["auto"] | PositiveInt = "auto"
+    """Threads of one operation."""
+    loss_chunk: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Rows of the output head computed at a time; 0 means all at once."""
+    eval_every: PositiveInt = 200
+    """Steps between validations."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Validations without improvement after which training stops; 0 never stops."""
+    min_improvement: NonNegative = 1e-3
+    """Bits per byte that count as an improvement."""
+    checkpoint_every: PositiveInt = 200
+    keep_last: PositiveInt = 2
+    """Newest checkpoints kept beside the best one."""
+    max_nonfinite: PositiveInt = 10
+    """Skipped steps in a row (non-finite loss or gradient) that end the run."""
+    parallel: ParallelConfig = ParallelConfig()
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up, resolved."""
+        return self.warmup if self.warmup is not None else min(200, self.steps // 20)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.warmup is not None and self.warmup >= self.steps:
+            raise ValueError(
+                f"train.warmup = {self.warmup} leaves nothing of train.steps = {self.steps}; lower it"
+            )
+        if not (
+            self.device in ("auto", "cpu", "mps", "cuda")
+            or (self.device.startswith("cuda:") and self.device[5:].isdigit())
+        ):
+            raise ValueError(
+                f"train.device = {self.device!r} is none of auto, cpu, cuda, cuda:N, mps"
+            )
+        return self
+
+
+class LogConfig(Section):
+    """What is written while training runs."""
+
+    every: PositiveInt = 10
+    """Steps between lines of ``metrics.jsonl`` and of the progress display."""
+    tensorboard: bool = True
+    histograms: bool = True
+    """Histograms of weights at each validation (TensorBoard)."""
+    sample_tokens: Annotated[int, Field(ge=0)] = 60
+    """Tokens of the text sampled at each validation; 0 samples nothing."""
+
+
+class Config(Section):
+    """Everything that decides a run."""
+
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.model.norm == "batchnorm" and self.train.batch_size < 2:
+            raise ValueError(
+                "model.norm = 'batchnorm' normalises over the micro-batch: train.batch_size must be "
+                "at least 2"
+            )
+        return self
+
+    def replace(self, **values: Any) -> Config:
+        """A validated copy with dotted keys (``train__lr=…`` or a dict of ``{"train.lr": …}``) set."""
+        from cllm.core.settings import merge
+
+        return merge(self, {key.replace("__", "."): value for key, value in values.items()})
+
+
+def known_keys(section: type[Section] = Config, prefix: str = "") -> list[str]:
+    """All dotted keys of the configuration, in order."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            keys += known_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def require_known(key: str) -> None:
+    """Raise ``UsageError`` naming the nearest known key if ``key`` (dotted) is none."""
+    from cllm.core.errors import nearest
+
+    known = known_keys()
+    if key not in known:
+        tails = {k.rsplit(".", 1)[-1]: k for k in known}
+        hint = nearest(key, known) or (f" (did you mean {tails[key]!r}?)" if key in tails else "")
+        raise UsageError(f"unknown setting {key!r}{hint}; `cllm config show` lists all")
