@@ -1,0 +1,231 @@
+"""Checkpoints: weights, optimizer and training state of one step, whole or not there at all.
+
+``checkpoints/step-00001000/{model.safetensors, optimizer.pt, state.json}``. Weights are safetensors,
+the optimizer is torch's format read with ``weights_only=True``, so that loading a stranger's checkpoint
+runs no code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cllm.core.errors import UserError
+from cllm.store import steps as folder
+from cllm.store.atomic import clear_errors, new_directory
+from cllm.store.manifest import (
+    DamagedCheckpointError,
+    Manifest,
+    check_files,
+    file_facts,
+    read_manifest,
+    write_manifest,
+)
+
+WEIGHTS = "model.safetensors"
+OPTIMIZER = "optimizer.pt"
+
+Which = Literal["last", "best"] | int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One step of a run as it was saved, on the CPU."""
+
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    """Empty when loaded with ``with_optimizer=False``."""
+    state: dict[str, Any]
+    path: Path
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    *,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Any],
+    state: dict[str, Any],
+    keep_last: int,
+    best: bool,
+) -> Path:
+    """Save the checkpoint of ``step``, point ``last`` (and ``best``) at it, delete what is superfluous.
+
+    ``weights``: parameter name to tensor, a tied one once. ``optimizer``: a tree of dicts, lists,
+    tensors and plain values. ``state``: any JSON. Kept are the ``keep_last`` newest checkpoints and the
+    best one. Returns the checkpoint's directory. A kill at any moment leaves the run with its last
+    whole checkpoint. Raises ``UserError`` if the disk refuses.
+    """
+    directory = folder.step_directory(run_dir, step)
+    with clear_errors(directory.parent):
+        directory.parent.mkdir(exist_ok=True)
+    with new_directory(directory) as new:
+        _save_weights(new / WEIGHTS, weights)
+        _save_optimizer(new / OPTIMIZER, optimizer)
+        files = {name: file_facts(new / name) for name in (WEIGHTS, OPTIMIZER)}
+        write_manifest(new, Manifest(step=step, best=best, files=files, state=state))
+    folder.refresh_links(run_dir)
+    folder.prune(run_dir, keep_last)
+    return directory
+
+
+def load(path: Path, which: Which = "last", *, with_optimizer: bool = True) -> Checkpoint:
+    """The checkpoint at ``path``, or that of the run at ``path`` which ``which`` names.
+
+    Every file is checked against its SHA-256 first. Raises ``UserError`` if there is no such
+    checkpoint; if it is damaged, the message names the file and the whole checkpoint before it.
+    """
+    path = Path(path)
+    directory = find(path, which)
+    try:
+        return _read(directory, with_optimizer)
+    except DamagedCheckpointError as error:
+        if not directory.exists() and find(path, which) != directory:
+            # A training process pruned it while we looked: there is a newer one.
+            return load(path, which, with_optimizer=with_optimizer)
+        raise DamagedCheckpointError(error.file, error.what + _advice(directory)) from error
+
+
+def load_weights(path: Path, which: Which = "best") -> dict[str, Tensor]:
+    """Weights alone, by parameter name: of a checkpoint, or of a run (its best one, else its last)."""
+    path = Path(path)
+    run, step = folder.locate(path)
+    if which == "best" and step is None and folder.best_step(run) is None:
+        which = "last"
+    return load(path, which, with_optimizer=False).weights
+
+
+def find(path: Path, which: Which = "last") -> Path:
+    """The checkpoint directory that ``load`` would read; ``UserError`` if there is none."""
+    run, step = folder.locate(path)
+    known = folder.steps(run)
+    if step is None:
+        if not known:
+            raise UserError(f"{run} has no checkpoint yet")
+        if which == "best":
+            step = folder.best_step(run)
+            if step is None:
+                raise UserError(f"{run} has no best checkpoint yet; take the last one")
+        else:
+            step = known[-1] if which == "last" else which
+    if step not in known:
+        held = ", ".join(map(str, known)) or "none"
+        raise UserError(f"{run} has no checkpoint of step {step}; it has: {held}")
+    return folder.step_directory(run, step)
+
+
+def _read(directory: Path, with_optimizer: bool) -> Checkpoint:
+    manifest = read_manifest(directory)
+    check_files(directory, manifest, None if with_optimizer else [WEIGHTS])
+    optimizer: dict[str, Any] = {}
+    with clear_errors(directory, "read"):
+        weights = load_file(directory / WEIGHTS)
+        if with_optimizer:
+            optimizer = torch.load(directory / OPTIMIZER, map_location="cpu", weights_only=True)
+    return Checkpoint(
+        step=manifest.step,
+        weights=weights,
+        optimizer=optimizer,
+        state=manifest.state,
+        path=directory,
+    )
+
+
+def _advice(directory: Path) -> str:
+    """What to do about a damaged checkpoint: the newest whole one before it, looked for and checked."""
+    run, step = folder.locate(directory)
+    for earlier in reversed([known for known in folder.steps(run) if step and known < step]):
+        candidate = folder.step_directory(run, earlier)
+        try:
+            check_files(candidate, read_manifest(candidate))
+        except UserError:
+            continue
+        return f"; the checkpoint before it is whole: --resume {shlex.quote(str(candidate))}"
+    return "; no whole checkpoint stands before it: the run must be trained anew"
+
+
+def _save_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    tensors = {name: _plain(tensor) for name, tensor in weights.items()}
+    _assert_no_aliases(tensors)
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])  # on Windows a code of its own, which OSError translates
+        raise OSError(code, os.strerror(code), str(path), code) from error
+    path.chmod(mode)  # safetensors writes for the owner alone, whatever the umask says
+
+
+def _save_optimizer(path: Path, optimizer: dict[str, Any]) -> None:
+    with path.open("wb") as file:
+        sink = _Sink(file)
+        try:
+            torch.save(_plain_tree(optimizer), cast(IO[bytes], sink))
+        except RuntimeError:
+            if sink.error is None:
+                raise
+        if sink.error is not None:
+            raise sink.error
+
+
+class _Sink:
+    """A file for ``torch.save`` that remembers the system's error, which torch replaces by its own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu").contiguous()
+
+
+def _plain_tree(value: Any) -> Any:
+    """``value`` with CPU tensors that own their storage (a view would drag a whole arena along)."""
+    if isinstance(value, Tensor):
+        plain = _plain(value)
+        whole = plain.untyped_storage().nbytes() == plain.numel() * plain.element_size()
+        return plain if whole else plain.clone()
+    if isinstance(value, dict):
+        return {key: _plain_tree(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain_tree(item) for item in value)
+    assert value is None or type(value) in (bool, int, float, str, bytes), (
+        f"{type(value)} would not load again with weights_only=True"
+    )
+    return value
+
+
+def _assert_no_aliases(tensors: dict[str, Tensor]) -> None:
+    spans = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name)
+        for name, tensor in tensors.items()
+        if tensor.numel()
+    )
+    for (_, end, first), (start, _, second) in pairwise(spans):
+        assert start >= end, f"{first} and {second} share memory: give a tied weight once"
