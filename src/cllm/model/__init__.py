@@ -1,1 +1,1 @@
-""""""
+"""From a ``ModelConfig`` to a network: embeddings, attention, norms, heads."""
