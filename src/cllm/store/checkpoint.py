@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cllm.core.atomic import clear_errors, new_directory
 from cllm.core.errors import UserError
 from cllm.store import steps as folder
-from cllm.store.atomic import clear_errors, new_directory
 from cllm.store.manifest import (
     DamagedCheckpointError,
     Manifest,

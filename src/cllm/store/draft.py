@@ -11,14 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from cllm.core.errors import UserError
-from cllm.store.atomic import (
+from cllm.core.atomic import (
     clean_leftovers,
     clear_errors,
     flush_directory,
     flush_tree,
     temporary_beside,
 )
+from cllm.core.errors import UserError
 from cllm.store.run import RunDirectory, is_run
 from cllm.store.status import Status, now, write_status
 

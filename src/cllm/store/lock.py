@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from cllm.core.atomic import clear_errors
 from cllm.core.errors import UserError
 from cllm.core.process import Process, is_running, this_process
-from cllm.store.atomic import clear_errors
 
 NAME = "lock"
 

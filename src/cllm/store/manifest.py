@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cllm.core.atomic import clear_errors
 from cllm.core.errors import UserError
-from cllm.store.atomic import clear_errors
 
 FORMAT = 1
 """The version of the checkpoint format that is written."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from cllm.core.atomic import clear_errors, flush_to_disk, new_file
 from cllm.core.errors import UserError
-from cllm.store.atomic import clear_errors, flush_to_disk, new_file
 
 Columns = dict[str, list[Any]]
 

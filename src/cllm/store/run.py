@@ -10,10 +10,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from cllm.core.atomic import clean_leftovers, clear_errors, write_text
 from cllm.core.errors import UserError
 from cllm.core.process import this_process
 from cllm.store import steps
-from cllm.store.atomic import clean_leftovers, clear_errors, write_text
 from cllm.store.lock import locked
 from cllm.store.status import State, Status, read_status, write_status
 

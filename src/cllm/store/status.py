@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from cllm.core.atomic import clear_errors, write_json
 from cllm.core.errors import UserError
 from cllm.core.process import Process, is_running
-from cllm.store.atomic import clear_errors, write_json
 
 FORMAT = 1
 """The version of the run directory's format that is written."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from cllm.core.atomic import clear_errors, point, pointed_at, remove
 from cllm.core.errors import UserError
-from cllm.store.atomic import clear_errors, point, pointed_at, remove
 from cllm.store.manifest import DamagedCheckpointError, read_manifest
 
 _NAME = re.compile(r"step-(\d{8,})")

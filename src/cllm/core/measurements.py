@@ -1,0 +1,62 @@
+"""What was measured on this machine, kept between runs in the user's cache directory.
+
+One small JSON file for each kind of machine: processor, instruction sets, torch version and threads.
+A measurement is only a short-cut: a damaged file counts as none, and is replaced by the next one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from cllm.core.atomic import write_json
+from cllm.core.errors import UserError
+from cllm.core.machine import cache_dir, machine, torch_version
+
+
+def machine_facts(threads: int | None = None) -> dict[str, Any]:
+    """What a measurement depends on; ``threads`` is the number used, if not the usable one."""
+    here = machine()
+    return {
+        "cpu": here.cpu,
+        "instruction_sets": list(here.instruction_sets),
+        "torch": torch_version(),
+        "vectors": os.environ.get("ATEN_CPU_CAPABILITY", ""),
+        "threads": here.threads if threads is None else threads,
+    }
+
+
+def recall(name: str, *, threads: int | None = None) -> Any | None:
+    """The measurement ``name`` made on a machine like this one, or ``None``."""
+    return _read(_path(threads)).get(name)
+
+
+def remember(name: str, value: Any, *, threads: int | None = None) -> bool:
+    """Keep the measurement ``name`` (any JSON). False if the cache directory cannot be written.
+
+    Two processes that remember at once may lose one of the two values, which is then measured anew.
+    """
+    path = _path(threads)
+    body = {"machine": machine_facts(threads), "values": _read(path) | {name: value}}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, body)
+    except (OSError, UserError):
+        return False
+    return True
+
+
+def _path(threads: int | None) -> Path:
+    facts = json.dumps(machine_facts(threads), sort_keys=True)
+    return cache_dir() / "measurements" / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["values"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+    return values if isinstance(values, dict) else {}
