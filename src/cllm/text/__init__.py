@@ -1,1 +1,1 @@
-""""""
+"""Files to documents to tokens to packed token files to batches."""

@@ -1,0 +1,137 @@
+"""Bytes to text: UTF-8, strictly. What is no UTF-8 is reported with its offset, never replaced."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from cllm.core.errors import UserError, require
+from cllm.text.notes import Notes
+
+BLOCK = 1 << 20
+"""Bytes read at a time."""
+_UTF8_BOM = b"\xef\xbb\xbf"
+_WIDE = {
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+_OFFSETS_SHOWN = 3
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """A file's bytes, ``.gz`` and ``.zst`` decompressed as they are read.
+
+    Raises ``UserError`` naming the file where it cannot be opened or its compression is broken.
+    """
+    suffix = path.suffix.lower()
+    try:
+        with open(path, "rb") as raw:
+            if suffix == ".gz":
+                yield cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+            elif suffix == ".zst":
+                zstandard = require("zstandard", "zstd", f"reading {path.name}")
+                reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+                yield cast(BinaryIO, _Zstd(reader, zstandard.ZstdError))
+            else:
+                yield raw
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UserError(
+            f"{path} is broken or cut short: {error or 'the data end early'}"
+        ) from error
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
+    except PermissionError as error:
+        raise UserError(f"may not read {path}: {error.strerror}") from error
+
+
+class _Zstd(io.RawIOBase):
+    """A zstandard reader that tells a broken frame in gzip's way, and refuses one that is cut short."""
+
+    def __init__(self, reader: BinaryIO, failure: type[Exception]) -> None:
+        self._reader, self._failure = reader, failure
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._reader.read(size)
+        except self._failure as error:
+            raise EOFError(str(error)) from error
+
+
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """The file's (decompressed) bytes in blocks of at most ``BLOCK``."""
+    with open_bytes(path) as file:
+        while block := file.read(BLOCK):
+            yield block
+
+
+def decode_blocks(blocks: Iterator[bytes], name: str, notes: Notes) -> Iterator[str]:
+    """Text of UTF-8 blocks, in pieces that end between characters.
+
+    At the first byte that is no UTF-8, or a NUL byte (no text file holds one), yielding stops, the
+    rest is looked through, and ``notes`` gets one problem that names the file, the first byte offsets
+    (in the decompressed data) and the number of bad bytes. A UTF-8 byte order mark is dropped, and
+    remarked on.
+    """
+    offset, pending, bad = 0, b"", _Bad()
+    for number, block in enumerate(blocks):
+        data = pending + block
+        if number == 0:
+            if wide := next((label for bom, label in _WIDE.items() if data.startswith(bom)), None):
+                notes.problem(
+                    f"{name} is {wide}, not UTF-8; convert it first (iconv -f {wide} -t UTF-8)"
+                )
+                return
+            if data.startswith(_UTF8_BOM):
+                data, offset = data[len(_UTF8_BOM) :], len(_UTF8_BOM)
+                notes.remark("byte order mark dropped", name)
+        if (nul := data.find(b"\0")) >= 0:
+            notes.problem(f"{name} is binary (NUL byte at offset {offset + nul:,}), not text")
+            return
+        text, used = _decode(data, offset, bad, final=False)
+        pending, offset = data[used:], offset + used
+        if text and not bad.count:
+            yield text
+    _decode(pending, offset, bad, final=True)
+    if bad.count:
+        where = ", ".join(f"{o:,}" for o in bad.offsets)
+        notes.problem(
+            f"{name} is not UTF-8: {bad.count:,} undecodable byte{'s'[: bad.count > 1]}, "
+            f"{'first at offsets' if bad.count > 1 else 'at offset'} {where}; convert the file to UTF-8"
+        )
+
+
+class _Bad:
+    """Undecodable bytes: how many, and where the first few are."""
+
+    def __init__(self) -> None:
+        self.count, self.offsets = 0, list[int]()
+
+    def add(self, offset: int, length: int) -> None:
+        self.count += length
+        if len(self.offsets) < _OFFSETS_SHOWN:
+            self.offsets.append(offset)
+
+
+def _decode(data: bytes, offset: int, bad: _Bad, *, final: bool) -> tuple[str, int]:
+    """Decode as far as whole characters go: (text, bytes used). Bad bytes are noted and passed over."""
+    parts, used = list[str](), 0
+    while used < len(data):
+        try:
+            parts.append(data[used:].decode("utf-8"))
+            return "".join(parts), len(data)
+        except UnicodeDecodeError as error:
+            start, end = used + error.start, used + error.end
+            parts.append(data[used:start].decode("utf-8"))
+            if not final and error.reason == "unexpected end of data":
+                return "".join(parts), start
+            bad.add(offset + start, end - start)
+            used = end
+    return "".join(parts), used
