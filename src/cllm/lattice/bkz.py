@@ -1,0 +1,58 @@
+"""Tours of block Korkine–Zolotarev reduction, with pruning and preprocessing computed here."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+# Full enumeration of a block is cheaper than preprocessing and pruning it up to about this size.
+FULL_BLOCK = 30
+PREPROCESS_BLOCK = 20
+
+
+def bkz(M: Any, lll: Any, delta: float, block: int, max_seconds: float | None) -> bool:
+    """BKZ (Schnorr & Euchner 1994) in place on an fpylll GSO object whose basis is LLL-reduced.
+
+    Ends when a tour changes nothing, when the profile's slope has not fallen for five tours (the
+    early abort of Chen & Nguyen, Asiacrypt 2011), or after the tour in which ``max_seconds`` pass.
+    A block that spans the whole basis gives HKZ, and is then neither pruned nor aborted.
+
+    Returns:
+        False if the time limit ended it.
+    """
+    from fpylll import BKZ
+
+    whole = block >= M.d
+    param = BKZ.Param(block, strategies=_strategies(block, prune=not whole), delta=delta)
+    tours = BKZ.Reduction(M, lll, param)
+    started = time.perf_counter()
+    best, stalled = float("inf"), 0
+    while True:
+        settled = tours.tour(0, param, 0, M.d)
+        if isinstance(settled, tuple):
+            settled = settled[0]
+        if settled:
+            return True
+        slope = -M.get_current_slope(0, M.d)
+        stalled = 0 if slope < best else stalled + 1
+        best = min(best, slope)
+        if stalled >= 5 and not whole:
+            return True
+        if max_seconds is not None and time.perf_counter() - started > max_seconds:
+            return False
+
+
+def _strategies(block: int, prune: bool) -> list[Any]:
+    """One strategy a block size: fplll's default file lies where its wheel was built, not here."""
+    from fpylll import Pruning
+    from fpylll.fplll.bkz_param import Strategy
+
+    made = []
+    for size in range(block + 1):
+        if size <= FULL_BLOCK:
+            made.append(Strategy(size, [], [Pruning.PruningParams(1.0, [1.0] * size, 1.0)]))
+            continue
+        coefficients = Pruning.LinearPruningParams(size, size // 2) if prune else None
+        full = Pruning.PruningParams(1.0, [1.0] * size, 1.0)
+        made.append(Strategy(size, [PREPROCESS_BLOCK], [coefficients or full]))
+    return made

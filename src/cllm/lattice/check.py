@@ -1,0 +1,113 @@
+"""What a basis and a target must be, checked once at the door: every refusal names the shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def as_basis(B: Any, name: str = "basis") -> np.ndarray:
+    """``B`` as a finite, non-empty (n, d) NumPy matrix: float, int64, or object holding Python ints.
+
+    Integers beyond int64 come as lists of Python ints or object arrays. Rank is not checked here.
+
+    Raises:
+        ValueError: not a matrix, empty, not numbers, or not finite; the message has the shape.
+    """
+    if isinstance(B, torch.Tensor):
+        B = B.detach().cpu().numpy()
+    try:
+        array = np.asarray(B)
+    except ValueError as error:
+        raise ValueError(f"{name}: rows of different lengths do not make a matrix") from error
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"{name} must be a non-empty (n, d) matrix, got shape {array.shape}")
+    if array.dtype == object:
+        return _exact_objects(array, name)
+    if array.dtype.kind == "u":
+        array = array.astype(object) if array.dtype == np.uint64 else array.astype(np.int64)
+        return array
+    if array.dtype.kind == "i":
+        return array.astype(np.int64)
+    if array.dtype.kind != "f":
+        raise ValueError(f"{name} of shape {array.shape} must hold real numbers, not {array.dtype}")
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        row = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
+        raise ValueError(f"{name} of shape {array.shape} has NaN or infinity, first in row {row}")
+    return array
+
+
+def _exact_objects(array: np.ndarray, name: str) -> np.ndarray:
+    if not all(isinstance(x, (int, np.integer)) and not isinstance(x, bool) for x in array.flat):
+        raise ValueError(f"{name} of shape {array.shape} and dtype object must hold integers only")
+    return np.vectorize(int, otypes=[object])(array)
+
+
+def as_real_basis(B: Any, name: str = "basis") -> np.ndarray:
+    """``as_basis`` in float64.
+
+    Raises:
+        ValueError: also where an integer is too large for float64.
+    """
+    array = as_basis(B, name)
+    try:
+        return array.astype(np.float64)
+    except OverflowError as error:
+        raise ValueError(
+            f"{name} of shape {array.shape} has integers beyond float64: reduce it first"
+        ) from error
+
+
+def as_targets(targets: Any, dimension: int, name: str = "targets") -> torch.Tensor:
+    """``targets`` as a finite (m, dimension) float32 or float64 tensor; one vector becomes m = 1.
+
+    Memory is shared with the input where its dtype is already float32 or float64. Integers and half
+    precision become float64 and float32.
+
+    Raises:
+        ValueError: wrong last dimension, more than two dimensions, not real numbers, NaN or infinity.
+    """
+    if not isinstance(targets, torch.Tensor):
+        array = np.asarray(targets)
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"{name} of shape {array.shape} must hold real numbers")
+        if array.dtype.kind != "f":
+            array = array.astype(np.float64)
+        if not array.flags.writeable or not array.flags.c_contiguous:
+            array = array.copy()
+        targets = torch.from_numpy(array)
+    targets = targets.detach()
+    if targets.ndim not in (1, 2) or targets.shape[-1] != dimension:
+        raise ValueError(
+            f"{name} must have shape (m, {dimension}) or ({dimension},), got {tuple(targets.shape)}"
+        )
+    if targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"{name} of shape {tuple(targets.shape)} must hold real numbers")
+    if targets.dtype not in (torch.float32, torch.float64):
+        targets = targets.to(torch.float32 if targets.is_floating_point() else torch.float64)
+    if not is_finite(targets):
+        raise ValueError(f"{name} of shape {tuple(targets.shape)} has NaN or infinity")
+    return targets.reshape(-1, dimension)
+
+
+def is_finite(x: torch.Tensor) -> bool:
+    """Whether every entry is finite, in one pass without a mask of the size of ``x``.
+
+    A sum is NaN or infinite if an entry is; a finite overflow of the sum itself is then told apart.
+    """
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
+def back(result: torch.Tensor, like: Any) -> Any:
+    """``result`` in the kind of ``like``: a tensor for a tensor, otherwise a NumPy array."""
+    return result if isinstance(like, torch.Tensor) else result.numpy()
+
+
+def positive_int(value: Any, name: str) -> int:
+    """``value`` as an int of at least 1, or ``ValueError``."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return int(value)

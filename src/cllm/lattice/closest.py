@@ -1,0 +1,153 @@
+"""The closest vector problem for many targets at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cllm.lattice.babai import Frame, frame, nearest_plane, rounding
+from cllm.lattice.check import as_real_basis, as_targets, back, positive_int
+from cllm.lattice.kbest import k_best
+
+METHODS = ("rounding", "nearest-plane", "k-best", "exact")
+
+# Beams that give exact enumeration its first radius.
+START_BEAMS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closest:
+    """Lattice points for targets (m, d); arrays are of the targets' kind (NumPy or torch).
+
+    Attributes:
+        coefficients: (m, n) integers, int64 for float64 targets and int32 for float32.
+        points: (m, d) = coefficients @ B, in the targets' dtype.
+        distances: (m,) Euclidean, in the basis's unit.
+        is_certified: (m,) True where the point is proved to be closest: by enumeration, or because
+            the distance is below ½·min‖b*_i‖ ≤ λ1/2. Then no other lattice point, in a box or out of
+            it, is as near.
+    """
+
+    coefficients: Any
+    points: Any
+    distances: Any
+    is_certified: Any
+
+
+def closest(
+    B: Any,
+    targets: Any,
+    method: str = "nearest-plane",
+    *,
+    K: int = 16,
+    children: int = 2,
+    bounds: tuple[Any, Any] | None = None,
+) -> Closest:
+    """Lattice points close to the targets.
+
+    Args:
+        B: (n, d) basis, rows are vectors. Only ``exact`` reduces it by itself: reduce first.
+        targets: (m, d) or (d,), float32 or float64 (others are converted); the arithmetic on targets
+            is in their dtype.
+        method: ``rounding`` and ``nearest-plane`` (Babai 1986); ``k-best`` with ``K`` beams of
+            ``children`` integers each, never worse than nearest-plane and equal to it at K = 1;
+            ``exact`` by enumeration (Schnorr & Euchner 1994), for small dimension.
+        bounds: ``(low, high)`` integers, scalars or (n,), that the coefficients on B must keep to.
+            Every method then decides inside the box.
+
+    Raises:
+        ValueError: malformed or rank-deficient basis, malformed targets, empty box, coefficients
+            beyond what the dtype holds exactly, or a dimension out of reach of ``exact``.
+    """
+    basis = as_real_basis(B)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    K, children = positive_int(K, "K"), positive_int(children, "children")
+    T = as_targets(targets, basis.shape[1])
+    box = _box(bounds, len(basis))
+    fr = frame(basis, T.dtype, box)
+    if method == "rounding":
+        X = rounding(fr, T)
+    elif method == "nearest-plane" or (method == "k-best" and K == 1):
+        X = nearest_plane(fr, T)
+    elif method == "k-best":
+        X = _better(fr, T, nearest_plane(fr, T), k_best(fr, T, K, children))
+    else:
+        X = _exact(basis, T, box)
+    points = X @ fr.basis
+    distances = torch.linalg.vector_norm(T - points, dim=1)
+    _refuse_overflow(X, distances, T)
+    integers = X.to(torch.int32 if T.dtype == torch.float32 else torch.int64)
+    if method == "exact":
+        certified = torch.ones(len(T), dtype=torch.bool)
+    else:
+        certified = distances < 0.5 * float(torch.diagonal(fr.L).min())
+    return Closest(
+        coefficients=back(integers, targets),
+        points=back(points, targets),
+        distances=back(distances, targets),
+        is_certified=back(certified, targets),
+    )
+
+
+def _box(bounds: tuple[Any, Any] | None, n: int) -> tuple[np.ndarray, np.ndarray] | None:
+    if bounds is None:
+        return None
+    try:
+        low, high = (np.broadcast_to(np.asarray(b), (n,)).astype(np.float64) for b in bounds)
+    except ValueError as error:
+        raise ValueError(f"bounds must be two scalars or arrays of shape ({n},)") from error
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise ValueError(f"bounds of shape ({n},) must be finite")
+    if (low != np.rint(low)).any() or (high != np.rint(high)).any():
+        raise ValueError(f"bounds of shape ({n},) must be integers")
+    if (low > high).any():
+        row = int(np.flatnonzero(low > high)[0])
+        raise ValueError(f"bounds of shape ({n},) leave an empty box in row {row}")
+    return low, high
+
+
+def _better(fr: Frame, T: torch.Tensor, X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
+    """Of two coefficient vectors for every target the one whose point is nearer."""
+    first = torch.linalg.vector_norm(T - X @ fr.basis, dim=1)
+    second = torch.linalg.vector_norm(T - Y @ fr.basis, dim=1)
+    return torch.where((second < first)[:, None], Y, X)
+
+
+def _refuse_overflow(X: torch.Tensor, distances: torch.Tensor, T: torch.Tensor) -> None:
+    limit = 2.0 ** (24 if T.dtype == torch.float32 else 53)
+    if X.numel() and not (float(X.abs().max()) < limit and bool(torch.isfinite(distances).all())):
+        raise ValueError(
+            f"coefficients of targets of shape {tuple(T.shape)} are beyond the integers that"
+            f" {T.dtype} holds exactly: reduce the basis, bring targets nearer, or use float64"
+        )
+
+
+def _exact(
+    basis: np.ndarray, T: torch.Tensor, box: tuple[np.ndarray, np.ndarray] | None
+) -> torch.Tensor:
+    wide = T.to(torch.float64)
+    if box is not None:
+        from cllm.lattice.boxed import boxed_closest
+
+        fr = frame(basis, torch.float64, box)
+        start = _better(fr, wide, nearest_plane(fr, wide), k_best(fr, wide, START_BEAMS, 2))
+        L, y = fr.L.numpy(), (wide @ fr.Q.T).numpy()
+        return torch.from_numpy(boxed_closest(L, y, *box, start.numpy())).to(T.dtype)
+    return _enumerate(basis, wide).to(T.dtype)
+
+
+def _enumerate(basis: np.ndarray, T: torch.Tensor) -> torch.Tensor:
+    from cllm.lattice.enumeration import Enumerator
+
+    search = Enumerator(basis)
+    fr = frame(search.basis, torch.float64, None)
+    start = _better(fr, T, nearest_plane(fr, T), k_best(fr, T, START_BEAMS, 2))
+    distances = torch.linalg.vector_norm(T - start @ fr.basis, dim=1)
+    X = start.numpy()
+    for i in torch.nonzero(distances >= 0.5 * float(torch.diagonal(fr.L).min())).ravel().tolist():
+        X[i] = search.closest(T[i].numpy(), X[i])
+    return torch.from_numpy(X @ search.transform.astype(np.float64))

@@ -1,0 +1,36 @@
+"""LLL with deep insertions (Schnorr & Euchner, Mathematical Programming 66, 1994, section 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def deep_insertion(M: Any, lll: Any, delta: float) -> None:
+    """Deep-insertion LLL in place on an fpylll GSO object whose basis is LLL-reduced.
+
+    Where LLL only ever swaps neighbours, row k is moved to the first place i at which its
+    projection π_i(b_k) is shorter than √δ·‖b*_i‖.
+    """
+    n = M.d
+    k = 1
+    while k < n:
+        lll.size_reduction(k, k + 1)
+        M.update_gso_row(k, k)
+        place = _place(M, k, delta)
+        if place == k:
+            k += 1
+        else:
+            M.move_row(k, place)
+            k = max(place, 1)
+    lll.size_reduction(0, n)
+
+
+def _place(M: Any, k: int, delta: float) -> int:
+    """The first i ≤ k with ‖π_i(b_k)‖² < δ‖b*_i‖², where k means that the row stays."""
+    tail = [M.get_mu(k, j) ** 2 * M.get_r(j, j) for j in range(k)]
+    projected = sum(tail) + M.get_r(k, k)
+    for i in range(k):
+        if projected < delta * M.get_r(i, i):
+            return i
+        projected -= tail[i]
+    return k
