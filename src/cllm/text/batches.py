@@ -32,7 +32,7 @@ class BatchSource:
 
     def __init__(self, tokens: PackedTokens, context: int, batch_size: int, seed: int) -> None:
         """Raises ``UserError`` if the split is shorter than one window of ``context`` tokens."""
-        assert context >= 1 and batch_size >= 1
+        assert min(context, batch_size) >= 1
         self.tokens, self.context, self.batch_size, self.seed = tokens, context, batch_size, seed
         self._circle = len(tokens) - 1
         self.windows_per_epoch = self._circle // context

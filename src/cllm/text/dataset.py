@@ -11,8 +11,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from cllm.core.atomic import write_json
 from cllm.core.errors import UserError
-from cllm.text.atomic import atomic_file
 from cllm.text.packed import PackedTokens
 from cllm.text.report import CorpusReport
 from cllm.text.tokenizer import Tokenizer
@@ -47,8 +47,7 @@ def tokens_key(request: str, tokenizer: Tokenizer) -> str:
 def write_manifest(directory: Path, key: str, report: CorpusReport) -> None:
     """Declare ``directory`` prepared for the request ``key`` (hex)."""
     content = {"format": FORMAT, "key": key, "report": report.to_json()}
-    with atomic_file(directory / MANIFEST) as file:
-        file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
+    write_json(directory / MANIFEST, content)
 
 
 def prepared_key(directory: Path) -> str | None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from cllm.core.errors import UserError, require
 from cllm.text.notes import Notes
@@ -48,19 +47,19 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
         ) from error
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}") from error
-    except PermissionError as error:
-        raise UserError(f"may not read {path}: {error.strerror}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-class _Zstd(io.RawIOBase):
-    """A zstandard reader that tells a broken frame in gzip's way, and refuses one that is cut short."""
+class _Zstd:
+    """A zstandard reader that tells of a broken frame as gzip's does."""
 
-    def __init__(self, reader: BinaryIO, failure: type[Exception]) -> None:
+    def __init__(self, reader: Any, failure: type[Exception]) -> None:
         self._reader, self._failure = reader, failure
 
     def read(self, size: int = -1) -> bytes:
         try:
-            return self._reader.read(size)
+            return bytes(self._reader.read(size))
         except self._failure as error:
             raise EOFError(str(error)) from error
 

@@ -9,19 +9,18 @@ context and is predicted exactly once.
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
+from cllm.core.atomic import new_file
 from cllm.core.errors import UserError
-from cllm.text.atomic import atomic_file
 from cllm.text.hashing import file_sha256
 
 MAGIC = b"cllm-tok"
@@ -72,14 +71,14 @@ class Header:
         if len(data) < HEADER_BYTES or data[:8] != MAGIC:
             raise UserError(f"{path} is no packed token file of cllm, or is cut short")
         body, digest = data[: HEADER_BYTES - 32], data[HEADER_BYTES - 32 : HEADER_BYTES]
-        _, version, itemsize, flags, *counts, key, payload = _FIELDS.unpack_from(body)
+        _, version, itemsize, flags, a, b, c, d, e, key, payload = _FIELDS.unpack_from(body)
         if version != VERSION:
             raise UserError(
                 f"{path} has format version {version}, this cllm reads {VERSION}; prepare the data anew"
             )
         if hashlib.sha256(body).digest() != digest:
             raise UserError(f"the header of {path} was altered; prepare the data anew")
-        return cls(itemsize, bool(flags & _MASKED), *counts, key.hex(), payload.hex())
+        return cls(itemsize, bool(flags & _MASKED), a, b, c, d, e, key.hex(), payload.hex())
 
     @property
     def file_bytes(self) -> int:
@@ -133,7 +132,8 @@ class PackedTokens:
     ) -> PackedTokens:
         """A stream in memory (for benches and tests): ``ids`` (tokens,), the first and the last of them
         the end token; ``mask`` (tokens,) bool."""
-        assert len(ids) >= 2 and ids[0] == ids[-1], "a stream begins and ends with the end token"
+        assert len(ids) >= 2, "a stream begins and ends with the end token"
+        assert ids[0] == ids[-1]
         dtype = packed_dtype(int(ids.max()) + 1)
         counts = len(ids) - 1 if mask is None else int(mask[1:].sum())
         header = Header(
@@ -190,14 +190,14 @@ class PackedWriter:
     """Writes one packed file as the tokens come; ``packed_writer`` opens it."""
 
     def __init__(
-        self, file: BinaryIO, mask_file: BinaryIO, *, vocab_size: int, end_id: int
+        self, file: IO[bytes], mask_file: IO[bytes], *, vocab_size: int, end_id: int
     ) -> None:
         assert 0 <= end_id < vocab_size
         self._file, self._mask_file = file, mask_file
         self._dtype = packed_dtype(vocab_size)
         self._digest = hashlib.sha256()
         self._end = np.array([end_id])
-        self._masked = False
+        self._masked = self.finished = False
         self.tokens = self.documents = self.text_bytes = 0
         self.scored_bytes = self.scored_tokens = 0
         self._file.write(b"\0" * HEADER_BYTES)
@@ -245,17 +245,18 @@ class PackedWriter:
         )
         self._file.seek(0)
         self._file.write(header.pack())
-        self._file.seek(0, os.SEEK_END)
+        self.finished = True
         return header
 
 
 @contextmanager
-def packed_writer(path: Path, *, vocab_size: int, end_id: int, key: str) -> Iterator[PackedWriter]:
-    """Open a packed file for writing; it appears at ``path``, whole, when the block ends well.
+def packed_writer(path: Path, *, vocab_size: int, end_id: int) -> Iterator[PackedWriter]:
+    """Open a packed file for writing; it appears at ``path``, whole, when the block ends well, with
+    ``finish`` as its last call.
 
     Raises ``UserError`` for a full disk or a place that may not be written.
     """
-    with atomic_file(path) as file, tempfile.TemporaryFile(dir=path.parent) as mask_file:
+    with new_file(path) as file, tempfile.TemporaryFile(dir=path.parent) as mask_file:
         writer = PackedWriter(file, mask_file, vocab_size=vocab_size, end_id=end_id)
         yield writer
-        writer.finish(key)
+        assert writer.finished

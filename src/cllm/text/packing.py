@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cllm.text.packed import packed_writer
+from cllm.text.packed import Header, packed_writer
 from cllm.text.pieces import pieces
 from cllm.text.spool import Spool
 from cllm.text.tokenizer import Tokenizer, segments
@@ -31,14 +31,12 @@ def pack_segments(
     path: Path,
     key: str,
     progress: Callable[[float], None] = lambda share: None,
-) -> None:
+) -> Header:
     """Encode the segments ``table`` (n, 3) into the packed file ``path``; ``progress`` gets the share
-    of bytes done. Raises ``UserError`` if the file cannot be written."""
+    of bytes done. Returns the file's header; raises ``UserError`` if the file cannot be written."""
     total = max(1, int((table[:, 2] - table[:, 1]).sum()))
     done = 0
-    with packed_writer(
-        path, vocab_size=tokenizer.vocab_size, end_id=tokenizer.end_id, key=key
-    ) as writer:
+    with packed_writer(path, vocab_size=tokenizer.vocab_size, end_id=tokenizer.end_id) as writer:
         for batch in _batches(spool, table):
             encoded = tokenizer.encode_batch([piece.data.decode("utf-8") for piece in batch])
             for piece, ids in zip(batch, encoded, strict=True):
@@ -47,6 +45,7 @@ def pack_segments(
                     writer.end_document(counts=piece.counts)
                 done += len(piece.data)
             progress(done / total)
+        return writer.finish(key)
 
 
 def _batches(spool: Spool, table: np.ndarray) -> Iterator[list[_Piece]]:

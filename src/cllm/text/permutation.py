@@ -24,7 +24,8 @@ def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
 
 def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Where the permutation chosen by (seed, epoch) sends ``positions``, an int64 array within [0, n)."""
-    assert n >= 1 and positions.size and 0 <= positions.min() and positions.max() < n
+    assert positions.size
+    assert 0 <= positions.min() <= positions.max() < n
     half = max(_SMALLEST_HALF, -(-(n - 1).bit_length() // 2))
     keys = _round_keys(seed, epoch)
     result = _feistel(positions.astype(np.uint64), half, keys)

@@ -54,8 +54,9 @@ def pieces(spool: Spool, start: int, end: int, size: int = PIECE) -> Iterator[by
         start += len(data)
 
 
-def sample(spool: Spool, segments: np.ndarray, limit: int, seed: int) -> Iterator[str]:
-    """At most ``limit`` bytes of the segments, in order: all of them, or pieces drawn by the seed."""
+def sample(spool: Spool, segments: np.ndarray, limit: int, seed: int) -> Iterator[bytes]:
+    """At most ``limit`` bytes of the segments, in order: all of them, or pieces drawn by the
+    seed; whole UTF-8 each."""
     starts, ends = _grid(segments, SAMPLE_PIECE)
     sizes = ends - starts
     order = np.argsort(mix64(np.arange(len(starts)), derive("sample", seed)), kind="stable")
@@ -63,8 +64,8 @@ def sample(spool: Spool, segments: np.ndarray, limit: int, seed: int) -> Iterato
     for index in range(len(starts)) if taken is None else taken.tolist():
         data = spool.read(int(starts[index]), int(ends[index]))
         head = next((i for i, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0)
-        if text := data[head : trimmed_end(data)].decode("utf-8"):
-            yield text
+        if whole := data[head : trimmed_end(data)]:
+            yield whole
 
 
 def _grid(segments: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

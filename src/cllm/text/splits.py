@@ -61,7 +61,7 @@ def split_corpus(
             "set data.split = 'document'"
         )
     if method == "auto":
-        fits = _drawable(spool, validation, test).sum() >= spool.bytes / 2
+        fits = _drawable(spool, validation, test).sum() >= spool.size / 2
         method = "document" if fits or spool.masked else "block"
     by = _by_document if method == "document" else _by_block
     splits = by(spool, validation, test, seed)
@@ -69,7 +69,7 @@ def split_corpus(
     for name, segments in splits.items():
         if shares[name] and not len(segments):
             raise UserError(
-                f"the corpus is too short to split: {spool.bytes:,} bytes in {spool.documents:,} "
+                f"the corpus is too short to split: {spool.size:,} bytes in {spool.documents:,} "
                 f"documents leave nothing for {name}; give more text, or set data.split = 'block'"
             )
     return splits
@@ -79,7 +79,7 @@ def _drawable(spool: Spool, validation: float, test: float) -> np.ndarray:
     """Sizes of the documents that may be held out: no one of them is half of a held-out split."""
     sizes = np.diff(spool.ends)
     share = min((s for s in (validation, test) if s > 0), default=1.0)
-    return sizes[sizes <= spool.bytes * share / 2]
+    return sizes[sizes <= spool.size * share / 2]
 
 
 def _by_document(spool: Spool, validation: float, test: float, seed: int) -> Splits:
@@ -95,9 +95,9 @@ def _by_document(spool: Spool, validation: float, test: float, seed: int) -> Spl
     ends = sizes[order].cumsum()
     begins = (ends - sizes[order])[first_copy]
     part = np.zeros(len(sizes), dtype=np.int8)
-    part[order[begins < test * spool.bytes]] = 2
+    part[order[begins < test * spool.size]] = 2
     tested = int(sizes[part == 2].sum())
-    chosen = (begins >= test * spool.bytes) & (begins < tested + validation * spool.bytes)
+    chosen = (begins >= test * spool.size) & (begins < tested + validation * spool.size)
     part[order[chosen]] = 1
     table = np.stack([np.arange(len(sizes)), spool.ends[:-1], spool.ends[1:]], axis=1)
     return Splits("document", *(table[part == i] for i in range(3)))
@@ -105,11 +105,11 @@ def _by_document(spool: Spool, validation: float, test: float, seed: int) -> Spl
 
 def _by_block(spool: Spool, validation: float, test: float, seed: int) -> Splits:
     share = min((s for s in (validation, test) if s > 0), default=1.0)
-    smallest = spool.bytes * share
+    smallest = spool.size * share
     size = max(smallest / BLOCKS_HELD_OUT, min(smallest, SMALL_BLOCK), 1.0)
-    count = max(1, round(spool.bytes / size))
-    edges = [_cut(spool, i * spool.bytes // count, int(size / 4)) for i in range(1, count)]
-    edges = sorted({0, *edges, spool.bytes})
+    count = max(1, round(spool.size / size))
+    edges = [_cut(spool, i * spool.size // count, int(size / 4)) for i in range(1, count)]
+    edges = sorted({0, *edges, spool.size})
     blocks = np.arange(len(edges) - 1)
     order = np.argsort(mix64(blocks, derive("split", seed)), kind="stable")
     tests = max(1, round(test * count)) if test else 0
@@ -127,7 +127,7 @@ def _by_block(spool: Spool, validation: float, test: float, seed: int) -> Splits
 def _cut(spool: Spool, position: int, window: int) -> int:
     """The best place to cut at or a little after ``position``: the end of a document, else of a line,
     else a space, else the next character."""
-    end = min(position + min(max(window, 4), _WINDOW), spool.bytes)
+    end = min(position + min(max(window, 4), _WINDOW), spool.size)
     document_end = int(spool.ends[np.searchsorted(spool.ends, position)])
     if document_end <= end:
         return document_end

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from cllm.text.document import Document
 class Spool:
     """Documents as UTF-8 on disk. ``add`` them all, ``freeze``, then read ranges."""
 
-    def __init__(self, text_file: BinaryIO, name_file: BinaryIO) -> None:
+    def __init__(self, text_file: IO[bytes], name_file: IO[bytes]) -> None:
         self._text, self._names = text_file, name_file
         self._ends = array("q", [0])
         self._name_ends = array("q", [0])
@@ -90,7 +90,7 @@ class Spool:
         return len(self._ends) - 1
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """UTF-8 bytes of all documents."""
         return self._ends[-1]
 

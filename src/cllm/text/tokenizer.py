@@ -17,8 +17,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from cllm.core.atomic import write_text
 from cllm.core.errors import UsageError, UserError
-from cllm.text.atomic import atomic_file
 from cllm.text.lossless import end_token, refuse_lossy, token_table
 
 END_TOKEN = "<|endoftext|>"
@@ -109,8 +109,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json`` (atomically)."""
-        with atomic_file(Path(path)) as file:
-            file.write(self._json.encode("utf-8"))
+        write_text(Path(path), self._json)
 
     @property
     def sha256(self) -> str:
@@ -164,7 +163,7 @@ class Tokenizer:
     def encode_with_spans(
         self, text: str, spans: Sequence[tuple[int, int]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Text -> (int32 ids, bool mask of the tokens inside ``spans``, character ranges).
+        """Text -> (int32 ids, bool mask of the tokens inside the character ranges ``spans``).
 
         The text is cut at the edges of the spans before it is encoded, as it is in generation, where
         the prompt is encoded without its answer: no token straddles an edge.
