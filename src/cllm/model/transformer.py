@@ -105,15 +105,24 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
         statistics: Statistics | None = None,
     ) -> Tensor:
+        """Hidden vectors (B, T, D) of token ids (B, T): ``trunk`` over their embeddings."""
+        return self.trunk(self.embedding.embed(ids_bt), cache, statistics)
+
+    def trunk(
+        self,
+        vectors_btd: Tensor,
+        cache: KeyValueCache | None = None,
+        statistics: Statistics | None = None,
+    ) -> Tensor:
         """Hidden vectors (B, T, D) after the last norm, in the weights' precision.
 
-        With a ``cache``, the ids continue what it holds, and it is extended. ``statistics`` collects
-        what batch norm observed. At most ``context`` positions fit.
+        With a ``cache``, the vectors continue what it holds, and it is extended. ``statistics``
+        collects what batch norm observed. At most ``context`` positions fit.
         """
         begin = cache.length if cache is not None else 0
-        end = begin + ids_bt.shape[1]
+        end = begin + vectors_btd.shape[1]
         assert end <= self.config.context, f"{end} positions in a context of {self.config.context}"
-        x_btd = wide(self.embedding.embed(ids_bt))
+        x_btd = wide(vectors_btd)
         rotary = None
         if self.positions is not None:
             x_btd = x_btd + self.positions[begin:end]
