@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from cllm.core.config import DataConfig, TokenizerConfig
 from cllm.text.dataset import TOKENIZER, packed_path, tokens_key, write_manifest
 from cllm.text.duplicates import remove_duplicates
@@ -98,18 +100,28 @@ def _split(request: Request, spool: Spool) -> tuple[Splits, DuplicateReport]:
 
 
 def _tokenizer(request: Request, spool: Spool, splits: Splits) -> tuple[Tokenizer, int]:
-    """The given tokenizer, or one trained on a sample of the training split, and the sample's bytes."""
     if request.given:
         return request.given, 0
-    settings, show = request.tokenizer, request.stage("tokenizer")
-    total = min(settings.sample_bytes, segment_bytes(splits.train))
+    show = request.stage("tokenizer")
+    return train_tokenizer(spool, splits.train, request.tokenizer, request.seed, show)
+
+
+def train_tokenizer(
+    spool: Spool,
+    segments: np.ndarray,
+    settings: TokenizerConfig,
+    seed: int,
+    progress: Callable[[float], None],
+) -> tuple[Tokenizer, int]:
+    """A tokenizer trained on a sample of the segments, and the sample's bytes."""
+    total = min(settings.sample_bytes, segment_bytes(segments))
     read = 0
 
     def texts() -> Iterator[str]:
         nonlocal read
-        for data in sample(spool, splits.train, settings.sample_bytes, request.seed):
+        for data in sample(spool, segments, settings.sample_bytes, seed):
             read += len(data)
-            show(read / max(1, total))
+            progress(read / max(1, total))
             yield data.decode("utf-8")
 
     return Tokenizer.train(texts(), settings.vocab_size, settings.special_tokens), read

@@ -13,13 +13,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import tokenizers
 
 from cllm.core.atomic import clear_errors, new_directory
 from cllm.core.config import DataConfig, TokenizerConfig
 from cllm.core.errors import UserError
-from cllm.text.build import Request, build
+from cllm.text.build import Request, build, train_tokenizer
 from cllm.text.dataset import (
     FORMAT,
     SPLITS,
@@ -35,6 +34,7 @@ from cllm.text.packed import PackedTokens
 from cllm.text.packing import pack_segments
 from cllm.text.reading import spooled
 from cllm.text.sources import expand
+from cllm.text.splits import whole_corpus
 from cllm.text.tokenizer import Tokenizer
 
 
@@ -110,12 +110,35 @@ def tokens_for_eval(
     directory, show = Path(directory), progress or _no_progress
     sources, notes = expand(paths), Notes()
     with spooled(sources, field, directory, notes, lambda s: show("reading", s)) as spool:
-        whole = np.stack([np.arange(spool.documents), spool.ends[:-1], spool.ends[1:]], axis=1)
         key = tokens_key(spool.sha256, tokenizer)
         path = directory / f"eval-{key[:16]}.tokens"
-        header = pack_segments(spool, whole, tokenizer, path, key, lambda s: show("encoding", s))
+        header = pack_segments(
+            spool, whole_corpus(spool), tokenizer, path, key, lambda s: show("encoding", s)
+        )
         refuse_short("evaluation", header, spool.size, 1)
     return PackedTokens.open(path, key=key)
+
+
+def tokenizer_from(
+    paths: Sequence[str],
+    settings: TokenizerConfig,
+    directory: str | Path,
+    *,
+    field: str = "text",
+    seed: int = 0,
+    progress: Callable[[str, float], None] | None = None,
+) -> tuple[Tokenizer, int]:
+    """A tokenizer trained on a sample of all the text that ``paths`` name, and the sample's bytes.
+
+    ``directory``, an existing one, holds temporary files of the text's size meanwhile. Raises
+    ``UserError`` as ``prepare`` does.
+    """
+    show = progress or _no_progress
+    notes, place = Notes(), Path(directory)
+    with spooled(expand(paths), field, place, notes, lambda s: show("reading", s)) as spool:
+        return train_tokenizer(
+            spool, whole_corpus(spool), settings, seed, lambda s: show("tokenizer", s)
+        )
 
 
 def _request_key(

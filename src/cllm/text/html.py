@@ -7,40 +7,10 @@ import re
 from cllm.core.errors import require
 
 _UNSEEN = ["script", "style", "noscript", "template", "head", "svg"]
-_BLOCKS = [
-    "address",
-    "article",
-    "aside",
-    "blockquote",
-    "br",
-    "dd",
-    "details",
-    "div",
-    "dl",
-    "dt",
-    "figcaption",
-    "figure",
-    "footer",
-    "form",
-    "h1",
-    "h2",
-    "h3",
-    "h4",
-    "h5",
-    "h6",
-    "header",
-    "hr",
-    "li",
-    "main",
-    "nav",
-    "ol",
-    "p",
-    "pre",
-    "section",
-    "table",
-    "tr",
-    "ul",
-]
+_BLOCKS = re.compile(
+    "address|article|aside|blockquote|br|d[dlt]|details|div|figcaption|figure|footer|form|h[1-6]|"
+    "header|hr|li|main|nav|[ou]l|p|pre|section|table|tr"
+)
 
 
 def html_text(html: str, name: str) -> str:
@@ -61,7 +31,7 @@ def html_text(html: str, name: str) -> str:
                 string.replace_with(re.sub(r"\s+", " ", string))
             else:  # comments, doctypes
                 string.extract()
-    for tag in soup(_BLOCKS):
+    for tag in soup(lambda tag: _BLOCKS.fullmatch(tag.name) is not None):
         gap = "\n" if tag.name in ("br", "li", "tr", "dt", "dd") else "\n\n"
         tag.insert_before(gap)
         tag.insert_after(gap)

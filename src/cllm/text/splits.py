@@ -41,6 +41,11 @@ def segment_bytes(segments: np.ndarray) -> int:
     return int((segments[:, 2] - segments[:, 1]).sum())
 
 
+def whole_corpus(spool: Spool) -> np.ndarray:
+    """All documents as one table of segments."""
+    return np.stack([np.arange(spool.documents), spool.ends[:-1], spool.ends[1:]], axis=1)
+
+
 def split_corpus(
     spool: Spool,
     *,
@@ -99,7 +104,7 @@ def _by_document(spool: Spool, validation: float, test: float, seed: int) -> Spl
     tested = int(sizes[part == 2].sum())
     chosen = (begins >= test * spool.size) & (begins < tested + validation * spool.size)
     part[order[chosen]] = 1
-    table = np.stack([np.arange(len(sizes)), spool.ends[:-1], spool.ends[1:]], axis=1)
+    table = whole_corpus(spool)
     return Splits("document", *(table[part == i] for i in range(3)))
 
 
