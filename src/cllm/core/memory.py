@@ -40,6 +40,10 @@ def peak_rss() -> int:
     """The largest resident set this process has had, in bytes."""
     if sys.platform == "win32":
         return _windows_peak()
+    # Linux's getrusage counts what the parent process had before it became this one; VmHWM does not.
+    own = _kibibytes(Path("/proc/self/status"), "VmHWM:")
+    if own is not None:
+        return own
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -51,9 +55,14 @@ def _available_on_machine() -> int | None:
         return _windows_memory()[1]
     if sys.platform == "darwin":
         return _available_on_macos()
+    return _kibibytes(Path("/proc/meminfo"), "MemAvailable:")
+
+
+def _kibibytes(path: Path, field: str) -> int | None:
+    """The size that a file of /proc gives for ``field`` in kB (KiB are meant), in bytes."""
     try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(field):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass

@@ -65,8 +65,16 @@ def _quality(train: Columns, validation: Columns, name: str, label: str) -> Any 
     figure, axes = _axes(label)
     if _measured(train, name):
         steps, values = train["step"], train[name]
-        axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8, marker=_marker(values))
-        averages = smooth(values, max(1.0, len(values) / 50))
+        axes.plot(
+            steps,
+            values,
+            color=BLUE,
+            alpha=0.4,
+            linewidth=0.8,
+            marker=_marker(values),
+            label="training",
+        )
+        averages = smooth(values, max(1.0, len(values) / 100))
         axes.plot(steps, averages, color=BLUE, linewidth=1.8, label="training, smoothed")
     if _measured(validation, name):
         steps, values = validation["step"], validation[name]
@@ -104,6 +112,10 @@ def _gradient_norm(train: Columns, clip: float) -> Any | None:
     axes.plot(train["step"], values, color=BLUE, linewidth=1.0, marker=_marker(values))
     if any(value > 0 for value in values):
         axes.set_yscale("log")
+        from matplotlib.ticker import LogFormatter  # 0.3 where the default writes 3·10⁻¹
+
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.5)))
     if clip:
         axes.axhline(
             clip, color=ORANGE, linestyle="--", linewidth=1.2, label=f"clipped above {clip:g}"
@@ -121,7 +133,7 @@ def _speed(train: Columns) -> Any | None:
     middle = median(value for value in values if math.isfinite(value))
     axes.plot(train["step"], values, color=BLUE, linewidth=1.0, marker=_marker(values))
     axes.axhline(middle, color=ORANGE, linestyle="--", linewidth=1.2, label=f"median {middle:,.0f}")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(value for value in values if math.isfinite(value)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.legend(frameon=False)
     return figure
@@ -138,7 +150,7 @@ def _axes(label: str) -> tuple[Any, Any]:
     axes = figure.add_subplot()
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
