@@ -1,1 +1,1 @@
-""""""
+"""Generation: sampling and the engine behind ``generate``."""

@@ -9,8 +9,9 @@ A step whose loss or gradient is not finite changes nothing but its counters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,13 @@ class StepResult:
     applied: bool
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _perhaps_compiled(function: F, compiled: bool) -> F:
+    return cast(F, torch.compile(function, dynamic=False)) if compiled else function
+
+
 class TrainStep:
     """The compiled (or eager) step over one model and its arena.
 
@@ -76,10 +84,10 @@ class TrainStep:
         self._trunk = _Trunk(model)
         self._output = f"model.{model.output_name}"
         self._norms = {m.name: m for m in model.modules() if isinstance(m, BatchNorm)}
-        self._whole, self._part, self._end, self._loss = (
-            torch.compile(function, dynamic=False) if compiled else function
-            for function in (self._whole_step, self._accumulate, self._finish, self._summed_loss)
-        )
+        self._whole = _perhaps_compiled(self._whole_step, compiled)
+        self._part = _perhaps_compiled(self._accumulate, compiled)
+        self._end = _perhaps_compiled(self._finish, compiled)
+        self._loss = _perhaps_compiled(self._summed_loss, compiled)
 
     def __call__(self, batches: Sequence[tuple[Tensor, Tensor]], lr: float) -> StepResult:
         """Train on micro-batches of (ids, targets), each (B, T) int64 on the model's device."""
@@ -95,8 +103,8 @@ class TrainStep:
             for ids, y in batches:
                 total += self._part(ids, y, share)
             loss, norm, applied = self._end(self.arena.grad, total, rate)
-        loss, norm, applied = torch.stack([loss * share, norm, applied]).tolist()
-        return StepResult(loss=loss, grad_norm=norm, applied=bool(applied))
+        figures = torch.stack([loss * share, norm, applied]).tolist()
+        return StepResult(loss=figures[0], grad_norm=figures[1], applied=bool(figures[2]))
 
     def gradient(self, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Mean loss and its flat gradient over micro-batches, without a step."""

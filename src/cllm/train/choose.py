@@ -1,0 +1,210 @@
+"""What ``"auto"`` means on this machine: device, threads, precision, attention path, compilation.
+
+Every choice comes with its reason, in one line. The rules, and the measurements behind them, are in
+``docs/speed.md``; a value given in the configuration is taken as it is, or refused if it cannot be.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cllm.core.config import Config
+from cllm.core.errors import UsageError, UserError
+from cllm.core.machine import cannot_compile, machine
+from cllm.core.measurements import recall, remember
+from cllm.model.transformer import flops_per_token
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BF16_PAYS = 1.5
+"""bf16 products must be this many times faster than fp32 ones to be worth their rounding and casts."""
+LOGITS_AT_ONCE = 256 * 2**20
+"""Bytes of logits above which head and loss are computed in chunks of a quarter of that."""
+MATMUL_CONTEXT = 512
+"""Longest context for which compiled explicit attention beats the fused kernel on a CPU."""
+
+
+@dataclass
+class Choices:
+    """The configuration with every ``auto`` resolved, and why."""
+
+    config: Config
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def settle(self, key: str, value: Any, reason: str) -> None:
+        """Set ``train.key`` and remember why."""
+        self.config = self.config.replace(**{f"train.{key}": value})
+        self.reasons[key] = f"{value}: {reason}"
+
+    def lines(self) -> list[str]:
+        """One line a choice."""
+        return [f"{key} {reason}" for key, reason in self.reasons.items()]
+
+
+def choose(config: Config, *, steps_known: bool = True) -> Choices:
+    """Resolve what is ``auto`` in ``config.train``. ``model.vocab_size`` must be known.
+
+    With ``steps_known`` false (a time budget chooses them later), compiling is taken to pay. Raises
+    ``UserError`` or ``UsageError`` where what was asked for is not to be had.
+    """
+    choices = Choices(config)
+    _choose_device(choices)
+    if config.train.threads == "auto":
+        here = machine()
+        why = f"{here.cores} cores" + (f", quota {here.quota:g}" if here.quota else "")
+        choices.settle("threads", here.threads, why)
+    assert isinstance(choices.config.train.threads, int)
+    with _threads(choices.config.train.threads):
+        _choose_dtype(choices)
+        _choose_compile(choices, steps_known)
+    _choose_attention(choices)
+    _choose_chunk(choices)
+    return choices
+
+
+def matmul_rates(threads: int) -> dict[str, float]:
+    """Floating-point operations a second of (2048, 128) @ (128, 4096) by precision, on the CPU.
+
+    Measured in a fraction of a second, once for a machine, torch version and number of threads.
+    """
+    known = recall("matmul", threads=threads)
+    if known is None:
+        known = {name: _matmul_rate(DTYPES[name]) for name in ("fp32", "bf16")}
+        remember("matmul", known, threads=threads)
+    return known
+
+
+def _matmul_rate(dtype: torch.dtype, repeats: int = 9) -> float:
+    rows, inner, columns = 2048, 128, 4096
+    a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(columns, inner, dtype=dtype)
+    out = torch.empty(rows, columns, dtype=dtype)
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        torch.mm(a, b.T, out=out)
+        seconds.append(time.perf_counter() - begin)
+    return 2.0 * rows * inner * columns / min(seconds[1:])
+
+
+class _threads:  # noqa: N801 - reads as a statement: `with _threads(2):`
+    def __init__(self, count: int) -> None:
+        self.count, self.before = count, torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        torch.set_num_threads(self.count)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+def _choose_device(choices: Choices) -> None:
+    asked = choices.config.train.device
+    there: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+    }
+    if asked == "auto":
+        found = next((name for name, is_there in there.items() if is_there()), "cpu")
+        why = "no GPU that torch can use" if found == "cpu" else "torch can use it"
+        choices.settle("device", found, why)
+    elif asked != "cpu" and not there[asked.split(":")[0]]():
+        raise UserError(
+            f"train.device = {asked!r}, but this torch ({torch.__version__}) finds no such device; "
+            "use train.device=cpu"
+        )
+    elif asked.startswith("cuda:") and int(asked[5:]) >= torch.cuda.device_count():
+        raise UserError(f"train.device = {asked!r}: there are {torch.cuda.device_count()} devices")
+
+
+def _choose_dtype(choices: Choices) -> None:
+    train = choices.config.train
+    if train.dtype != "auto":
+        return
+    if train.device.startswith("cuda"):
+        if torch.cuda.is_bf16_supported():
+            choices.settle("dtype", "bf16", "the GPU has it")
+        else:
+            choices.settle("dtype", "fp16", "the GPU has no bf16; with loss scaling")
+    elif train.device == "mps":
+        choices.settle("dtype", "fp32", "the precision tested on MPS")
+    else:
+        assert isinstance(train.threads, int)
+        rates = matmul_rates(train.threads)
+        gain = rates["bf16"] / rates["fp32"]
+        why = f"bf16 products were measured {gain:.1f} times as fast as fp32 ones here"
+        choices.settle("dtype", "bf16" if gain >= BF16_PAYS else "fp32", why)
+
+
+def _choose_compile(choices: Choices, steps_known: bool) -> None:
+    train = choices.config.train
+    if train.compile == "off":
+        return
+    obstacle = None
+    if train.device == "mps":
+        obstacle = "not tested on MPS"
+    elif not train.device.startswith("cuda"):
+        obstacle = cannot_compile()
+    if train.compile == "on":
+        if obstacle:
+            raise UsageError(f"train.compile = 'on', but {obstacle}; use train.compile=auto or off")
+        return
+    if obstacle:
+        choices.settle("compile", "off", obstacle)
+        return
+    saved, cost = _compile_gain(choices.config), compile_seconds(choices.config)
+    if saved > cost or not steps_known:
+        choices.settle("compile", "on", f"saves about {saved:,.0f} s for {cost:.0f} s of compiling")
+    else:
+        why = f"the run is short: it would save about {saved:.0f} s and cost {cost:.0f} s"
+        choices.settle("compile", "off", why)
+
+
+def compile_seconds(config: Config) -> float:
+    """Rough seconds to compile training and validation with a cold cache (measured: docs/speed.md)."""
+    return 12.0 + 5.0 * config.model.n_layers
+
+
+def _compile_gain(config: Config) -> float:
+    """Rough seconds that compiling saves: eager steps reach a third of the matmul rate, compiled two."""
+    train, model = config.train, config.model
+    if train.device.startswith("cuda"):
+        return float("inf") if train.steps >= 300 else 0.0
+    assert isinstance(train.threads, int)
+    tokens = train.steps * train.batch_size * train.accumulate * model.context
+    rate = matmul_rates(train.threads)["bf16" if train.dtype == "bf16" else "fp32"]
+    return tokens * flops_per_token(model) / rate * (3.0 - 1.5)
+
+
+def _choose_attention(choices: Choices) -> None:
+    train, context = choices.config.train, choices.config.model.context
+    if train.attention != "auto":
+        return
+    if train.device != "cpu":
+        choices.settle("attention", "sdpa", f"the fused kernel of {train.device}")
+    elif train.compile == "off":
+        choices.settle("attention", "sdpa", "fewer passes where nothing is compiled")
+    elif context <= MATMUL_CONTEXT:
+        why = f"compiled matrix products are faster up to context {MATMUL_CONTEXT}"
+        choices.settle("attention", "matmul", why)
+    else:
+        why = f"context {context} > {MATMUL_CONTEXT}: its score matrices cost more than they save"
+        choices.settle("attention", "sdpa", why)
+
+
+def _choose_chunk(choices: Choices) -> None:
+    config = choices.config
+    if config.train.loss_chunk != "auto":
+        return
+    assert config.model.vocab_size is not None
+    width = 4 if config.train.dtype == "fp32" else 2
+    rows = config.train.batch_size * config.model.context
+    row = config.model.vocab_size * width
+    if rows * row <= LOGITS_AT_ONCE:
+        choices.settle("loss_chunk", 0, f"{rows * row / 2**20:.0f} MiB of logits fit at once")
+    else:
+        chunk = max(LOGITS_AT_ONCE // 4 // row, 1)
+        choices.settle("loss_chunk", chunk, f"{rows * row / 2**20:,.0f} MiB of logits are too many")
