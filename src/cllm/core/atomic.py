@@ -89,7 +89,10 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace the file at ``path`` by ``value`` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with new_file(path) as file:
+        # The name of a file can hold bytes that are no UTF-8; "\udc80" is how JSON writes them.
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 @contextmanager

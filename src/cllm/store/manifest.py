@@ -70,7 +70,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         "state": manifest.state,
     }
     body = json.loads(json.dumps(body))  # as it will be read back: keys are strings, tuples lists
-    text = json.dumps({"checksum": _checksum(body)} | body, indent=1, ensure_ascii=False)
+    text = json.dumps({"checksum": _checksum(body)} | body, indent=1)
     (directory / NAME).write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
@@ -121,8 +121,8 @@ def check_files(directory: Path, manifest: Manifest, names: Iterable[str] | None
 
 
 def _checksum(body: dict[str, Any]) -> str:
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
 def _migrated(body: dict[str, Any], path: Path) -> dict[str, Any]:

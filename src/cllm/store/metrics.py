@@ -49,6 +49,7 @@ class MetricsLog:
         """
         line = json.dumps(_finite({"step": step, "kind": kind} | values), ensure_ascii=False)
         with clear_errors(self.path):
+            # A lone surrogate becomes "\udc80", which is how JSON writes it.
             self._file.write(line.encode("utf-8", "backslashreplace") + b"\n")
             self._file.flush()
 

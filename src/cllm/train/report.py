@@ -54,7 +54,9 @@ def write_report(run_dir: Path) -> Path:
         _section("To do it again", _again(run, status)),
         _section("Configuration", _fenced(run.config.read_text(encoding="utf-8"), "toml")),
     ]
-    write_text(run.report, "\n\n".join(part for part in parts if part) + "\n")
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    # Names of files can hold bytes that are no UTF-8.
+    write_text(run.report, text.encode("utf-8", "backslashreplace").decode("utf-8"))
     return run.report
 
 
@@ -142,7 +144,10 @@ def _skipped(skips: list[dict[str, Any]]) -> str:
     if not skips:
         return "None: every loss and gradient was finite."
     count = Counter(line.get("reason", "not finite") for line in skips)
-    return "\n".join(f"- {reason}: {number} steps" for reason, number in count.most_common())
+    return "\n".join(
+        f"- {reason}: {number} step{'s' if number > 1 else ''}"
+        for reason, number in count.most_common()
+    )
 
 
 def _again(run: RunDirectory, status: Status) -> str:
