@@ -58,13 +58,14 @@ class BatchSource:
 
     def starts(self, index: int) -> np.ndarray:
         """(batch,) int64: positions on the circle where the windows of micro-batch ``index`` begin."""
-        first = index * self.batch_size
-        places = np.arange(first, first + self.batch_size)
-        starts = np.empty(self.batch_size, dtype=np.int64)
-        for number in range(first // _BLOCK, (first + self.batch_size - 1) // _BLOCK + 1):
-            here = (places // _BLOCK) == number
-            starts[here] = self._block(number)[places[here] - number * _BLOCK]
-        return starts
+        place, left = index * self.batch_size, self.batch_size
+        parts = list[np.ndarray]()
+        while left:
+            epoch, within = divmod(place, self.windows_per_epoch)
+            part = self._block(epoch, within // _BLOCK)[within % _BLOCK :][:left]
+            parts.append(part)
+            place, left = place + len(part), left - len(part)
+        return np.concatenate(parts)
 
     def batch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Micro-batch ``index`` (0, 1, 2, …): inputs and targets, (batch, context) int64.
@@ -81,16 +82,12 @@ class BatchSource:
             targets[~self.tokens.counts(following)] = IGNORED
         return inputs, targets
 
-    def _permuted_block(self, number: int) -> np.ndarray:
-        """Starts of the windows at places [number, number + 1) × _BLOCK of the endless order."""
-        places = np.arange(number * _BLOCK, (number + 1) * _BLOCK)
-        epochs, within = places // self.windows_per_epoch, places % self.windows_per_epoch
-        starts = np.empty(_BLOCK, dtype=np.int64)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            here = epochs == epoch
-            window = permute(within[here], self.windows_per_epoch, self.seed, epoch)
-            starts[here] = (window * self.context + self.offset(epoch)) % self._circle
-        return starts
+    def _permuted_block(self, epoch: int, number: int) -> np.ndarray:
+        """Starts of the windows at places [number, number + 1) × _BLOCK of an epoch's order."""
+        first = number * _BLOCK
+        places = np.arange(first, min(first + _BLOCK, self.windows_per_epoch))
+        windows = permute(places, self.windows_per_epoch, self.seed, epoch)
+        return (windows * self.context + self.offset(epoch)) % self._circle
 
 
 def evaluation_batches(tokens: PackedTokens, context: int, batch_size: int) -> int:

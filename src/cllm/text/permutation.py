@@ -2,7 +2,7 @@
 
 A Feistel network (Luby & Rackoff 1988) permutes the 2^(2h) numbers of 2h bits; applied again until the
 value falls below n (cycle walking, Black & Rogaway 2002, "Ciphers with arbitrary finite domains") it
-permutes ``range(n)``. The domain is at most 4n (or 256), so few walks are needed.
+permutes ``range(n)``. The domain has at most 4n numbers (4 for n = 1), so few walks are needed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 from cllm.text.hashing import derive, mix64
 
 ROUNDS = 6
-_SMALLEST_HALF = 4  # bits: with halves of fewer, the round functions are too few to look random
 
 
 @lru_cache(maxsize=8)
@@ -26,7 +25,7 @@ def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Where the permutation chosen by (seed, epoch) sends ``positions``, an int64 array within [0, n)."""
     assert positions.size
     assert 0 <= positions.min() <= positions.max() < n
-    half = max(_SMALLEST_HALF, -(-(n - 1).bit_length() // 2))
+    half = max(1, -(-(n - 1).bit_length() // 2))
     keys = _round_keys(seed, epoch)
     result = _feistel(positions.astype(np.uint64), half, keys)
     while (outside := np.flatnonzero(result >= n)).size:

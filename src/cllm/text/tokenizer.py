@@ -138,11 +138,12 @@ class Tokenizer:
         """Many texts at once, on all threads that the machine grants."""
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"the text holds a lone surrogate ({error.object[error.start]!a}), which is no "
-                "character; remove it"
-            ) from error
+        except TypeError as error:
+            if any("\ud800" <= c <= "\udfff" for text in texts for c in text):
+                raise UserError(
+                    "the text holds a lone surrogate (half a character); remove it"
+                ) from error
+            raise
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
