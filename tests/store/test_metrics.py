@@ -94,6 +94,15 @@ def test_damage_inside_is_named(tmp_path: Path) -> None:
             list(read_lines(path))
 
 
+def test_zeros_after_a_power_cut_are_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for zeros in (b"\0" * 100, b"\0" * 100 + b"\n"):
+        path.write_bytes(b'{"step": 1, "kind": "train"}\n' + zeros)
+        assert len(list(read_lines(path))) == 1
+    cut_after(path, 1)
+    assert path.read_bytes() == b'{"step": 1, "kind": "train"}\n'
+
+
 def test_resuming_without_its_metrics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is missing"):
         MetricsLog(tmp_path / "metrics.jsonl", resume_from=3)

@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from cllm.core.atomic import clear_errors, flush_to_disk, new_file
@@ -66,12 +65,7 @@ class MetricsLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -108,7 +102,7 @@ def last_line(path: Path, kind: str) -> dict[str, Any] | None:
 def cut_after(path: Path, step: int) -> None:
     """Remove, atomically, the lines of later steps than ``step`` and a torn last line."""
     if not path.exists():
-        raise UserError(f"{path} is missing: the run cannot be resumed with its whole history")
+        raise UserError(f"{path} is missing; make an empty file of that name to resume without it")
     with clear_errors(path):
         before = path.stat().st_size
         kept = [raw for raw, line in _numbered(path) if line["step"] <= step]
@@ -130,6 +124,8 @@ def _numbered(path: Path, tail: int | None = None) -> Iterator[tuple[bytes, dict
                 line = json.loads(raw)
                 line["step"], line["kind"]
             except (ValueError, TypeError, KeyError):
+                if not file.read(1):
+                    return  # the last line: a power cut can leave a block of zeros
                 where = f"line {number}" if tail is None else "a line near the end"
                 raise UserError(
                     f"{path}: {where} is damaged; remove it to read the others"
