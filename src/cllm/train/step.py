@@ -143,7 +143,9 @@ class TrainStep:
 
         parameters = self._parameters()
         vectors = functional.embedding(ids_bt, parameters[INPUT])
-        hidden, pull, statistics = torch.func.vjp(trunk, parameters, vectors, has_aux=True)
+        hidden, pull, statistics = torch.func.vjp(  # type: ignore[misc]
+            trunk, parameters, vectors, has_aux=True
+        )
         loss, hidden_grad, table_grad = linear_cross_entropy(
             hidden, parameters[self._output], targets_bt.flatten(), scale, self.chunk
         )

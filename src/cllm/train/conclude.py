@@ -1,0 +1,99 @@
+"""The end of a training run: the test split, looked at once, samples, and the facts of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+import torch
+
+from cllm import __version__
+from cllm.core.config import Config
+from cllm.core.machine import machine
+from cllm.model.transformer import parameter_count
+from cllm.store import checkpoint as checkpoints
+from cllm.store.run import RunDirectory
+from cllm.text.dataset import Dataset
+from cllm.train.evaluate import Evaluation
+from cllm.train.samples import sample_texts
+from cllm.train.trainer import Trainer
+
+SAMPLES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How training ended: ``state`` is ``finished`` or ``stopped early``; scores of the best weights."""
+
+    run: RunDirectory
+    state: str
+    validation: Evaluation | None
+    test: Evaluation | None
+    samples: Sequence[str]
+
+
+def conclude(trainer: Trainer, state: str) -> Outcome:
+    """Load the best weights, score validation and test with them, and let them write."""
+    standing, run, dataset = trainer.standing, trainer.run, trainer.dataset
+    if standing.best_step >= 0 and standing.best_step != standing.step:
+        best = checkpoints.load(run.path, "best", with_optimizer=False)
+        trainer.model.load_state_dict(best.weights)
+        trainer.step.arena.refresh()
+    scores: dict[str, Evaluation | None] = {}
+    for split in ("validation", "test"):
+        scores[split] = trainer.evaluate(split) if getattr(dataset, split) is not None else None
+    if (test := scores["test"]) is not None:
+        trainer.metrics.write(standing.step, "test", **test.to_json())
+        trainer.board.scalars(standing.step, {"test/bpb": test.bpb, "test/loss": test.loss})
+    tokens = max(trainer.config.log.sample_tokens, 1)
+    texts = sample_texts(trainer.model, dataset.tokenizer, count=SAMPLES, tokens=tokens)
+    for text in texts:
+        trainer.metrics.write(standing.step, "sample", prompt="", text=text)
+    return Outcome(
+        run=run,
+        state=state,
+        validation=scores["validation"],
+        test=scores["test"],
+        samples=tuple(texts),
+    )
+
+
+def first_facts(
+    config: Config, dataset: Dataset, command: str, parent: RunDirectory | None
+) -> dict[str, Any]:
+    """What the run's status keeps of how it began, for lists and the report."""
+    report, here = dataset.report, machine()
+    names = [str(source["name"]) for source in report.sources[:5]]
+    if report.source_count > len(names):
+        names.append(f"and {report.source_count - len(names)} more")
+    corpus: dict[str, Any] = {
+        "sources": ", ".join(names),
+        "sha256": report.sha256,
+        "bytes": report.bytes,
+        "documents": report.documents,
+        "split_by": report.split,
+        "bytes_per_token": round(report.bytes_per_token, 3),
+    }
+    corpus |= {f"{name}_tokens": split.tokens for name, split in report.splits.items()}
+    facts: dict[str, Any] = {
+        "parameters": parameter_count(config.model),
+        "corpus": corpus,
+        "machine": {
+            "processor": here.cpu,
+            "threads": config.train.threads,
+            "instruction_sets": list(here.instruction_sets),
+            "system": here.system,
+        },
+        "versions": {
+            "cllm": __version__,
+            "torch": torch.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+    }
+    if command:
+        facts["command"] = command
+    if parent is not None:
+        facts["parent"] = str(parent.path)
+    return facts

@@ -1,0 +1,279 @@
+"""Beginning and continuing a training run: what ``cllm train`` does.
+
+``start`` prepares everything in a draft that becomes a run only once training can begin; ``resume``
+goes on from a run's last checkpoint. Both end in a fit, the test score and the report.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cllm.core.allocator import keep_freed_memory
+from cllm.core.config import Config
+from cllm.core.cpu import is_busy
+from cllm.core.errors import UsageError, UserError
+from cllm.core.machine import cache_dir
+from cllm.core.settings import load_config, merge, parse_setting, to_toml
+from cllm.model.transformer import Transformer
+from cllm.store import checkpoint as checkpoints
+from cllm.store.draft import Draft
+from cllm.store.metrics import MetricsLog
+from cllm.store.run import RunDirectory
+from cllm.text.corpus import prepare
+from cllm.text.dataset import Dataset, load_prepared
+from cllm.text.tokenizer import Tokenizer
+from cllm.train.arena import Arena
+from cllm.train.board import open_board
+from cllm.train.choose import DTYPES, choose
+from cllm.train.conclude import Outcome, conclude, first_facts
+from cllm.train.interrupt import Interrupt
+from cllm.train.optimizer import OPTIMIZERS
+from cllm.train.pace import measure_pace
+from cllm.train.progress import Progress
+from cllm.train.report import write_report
+from cllm.train.snapshot import Standing, differences, restore
+from cllm.train.step import TrainStep
+from cllm.train.trainer import DivergedError, Trainer
+
+RESUMABLE = ("train.", "log.")
+"""Settings that may change on resume begin so."""
+
+
+def start(
+    config: Config,
+    progress: Progress,
+    *,
+    out: Path | str | None = None,
+    from_run: Path | str | None = None,
+    seconds: float | None = None,
+    command: str = "",
+) -> Outcome:
+    """Train a new run.
+
+    ``out``: its directory (default: a numbered one below ``runs/``). ``from_run``: a run whose weights
+    and tokenizer are the start; ``config.model`` must be its shape. ``seconds``: a time budget that
+    chooses ``train.steps``. Raises ``UserError`` for the user's mistakes; what failed before training
+    began leaves nothing on the disk.
+    """
+    began = time.monotonic()
+    parent = RunDirectory.open(from_run) if from_run is not None else None
+    with Draft(out, corpus=_corpus_name(config.data.paths)) as draft:
+        reuse = Tokenizer.load(parent.tokenizer) if parent is not None else None
+        dataset = _prepare(config, draft.run.data, reuse, progress)
+        dataset.tokenizer.save(draft.run.tokenizer)
+        config = _resolve(config, dataset, progress, steps_known=seconds is None)
+        model, step = build(config)
+        if parent is not None:
+            _adopt(parent, model, step)
+        if seconds is not None:
+            left = seconds - (time.monotonic() - began)
+            config = _fit_to_time(config, dataset, model, step, left, progress)
+        draft.run.write_config(to_toml(config))
+        run = draft.commit()
+    run.note(**first_facts(config, dataset, command, parent))
+    return _train(config, run, load_prepared(run.data), model, step, Standing(), progress)
+
+
+def resume(path: Path | str, settings: Sequence[str], progress: Progress) -> Outcome:
+    """Go on with the run at ``path`` from its last checkpoint (or the checkpoint that ``path`` is).
+
+    ``settings``: ``key=value`` changes of ``train.*`` and ``log.*``. Raises ``UserError`` if there is
+    nothing to go on with.
+    """
+    run = RunDirectory.open(path)
+    config = load_config(run.config)
+    changes = dict(map(parse_setting, settings))
+    for key in changes:
+        if not key.startswith(RESUMABLE):
+            raise UsageError(f"{key} cannot change on resume; only train.* and log.* can")
+    config = merge(config, changes)
+    saved = checkpoints.load(Path(path))
+    if saved.step >= config.train.steps:
+        raise UsageError(
+            f"{run.path} has all its {config.train.steps} steps; to train on, add "
+            "--set train.steps=N with a larger N"
+        )
+    dataset = load_prepared(run.data)
+    config = _resolve(config, dataset, progress)
+    if changes:
+        progress.warn(
+            f"{', '.join(changes)} changed on resume: an uninterrupted run would have differed"
+        )
+        run.write_config(to_toml(config))
+    model, step = build(config)
+    standing = restore(saved, model, step)
+    for text in differences(saved, config.train):
+        progress.warn(f"{text}: training goes on, but not to the same bits")
+    progress.say(f"resuming {run.path} at step {standing.step}")
+    return _train(config, run, dataset, model, step, standing, progress)
+
+
+def build(config: Config) -> tuple[Transformer, TrainStep]:
+    """The model with its random start and its training step, on the configured device.
+
+    ``config`` must be resolved (see ``cllm.train.choose``). Sets torch's number of threads.
+    """
+    train = config.train
+    assert isinstance(train.threads, int)
+    assert isinstance(train.loss_chunk, int)
+    torch.set_num_threads(train.threads)
+    keep_freed_memory()
+    # A place of ours, so that the compiled code outlives the system's temporary files.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+    model = Transformer(config.model, attention=train.attention)
+    model.start(train.seed)
+    model.to(train.device)
+    arena = Arena.adopt(model, DTYPES[train.dtype], OPTIMIZERS[train.optimizer].moments)
+    compiled = train.compile == "on"
+    return model, TrainStep(model, arena, train, chunk=train.loss_chunk, compiled=compiled)
+
+
+def _train(
+    config: Config,
+    run: RunDirectory,
+    dataset: Dataset,
+    model: Transformer,
+    step: TrainStep,
+    standing: Standing,
+    progress: Progress,
+) -> Outcome:
+    """Fit, score, sample and report, holding the run's lock."""
+    resume_from = standing.step or None
+    board = open_board(run.tensorboard, enabled=config.log.tensorboard, resume_from=resume_from)
+    with (
+        run.training(from_step=standing.step, say=progress.say) as session,
+        MetricsLog(run.metrics, resume_from=resume_from) as metrics,
+        board,
+    ):
+        trainer = Trainer(
+            config=config,
+            run=run,
+            dataset=dataset,
+            model=model,
+            step=step,
+            standing=standing,
+            metrics=metrics,
+            board=board,
+            progress=progress,
+        )
+        try:
+            with Interrupt() as interrupt:
+                state = trainer.fit(interrupt)
+        except DivergedError as error:
+            session.end("diverged", str(error), warnings=progress.warnings)
+            raise
+        outcome = conclude(trainer, state)
+        facts = _last_facts(standing, outcome)
+        if state == "finished":
+            session.end("finished", warnings=progress.warnings, **facts)
+        else:
+            session.end("stopped early", warnings=progress.warnings, **facts)
+    write_report(run.path)
+    return outcome
+
+
+def _last_facts(standing: Standing, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "step": standing.step,
+        "tokens": standing.tokens,
+        "train_seconds": round(standing.train_seconds, 3),
+        "tokens_per_second": round(standing.tokens / max(standing.train_seconds, 1e-9), 1),
+        "validation_bpb": outcome.validation.bpb if outcome.validation else None,
+        "test_bpb": outcome.test.bpb if outcome.test else None,
+    }
+
+
+def _prepare(
+    config: Config, directory: Path, reuse: Tokenizer | None, progress: Progress
+) -> Dataset:
+    with progress.stage("preparing the corpus", 100) as advance:
+        return prepare(
+            config.data,
+            config.tokenizer,
+            directory,
+            seed=config.train.seed,
+            context=config.model.context,
+            reuse=reuse,
+            cache=cache_dir() / "data",
+            say=progress.say,
+            progress=_as_one(advance),
+        )
+
+
+def _as_one(advance: Callable[[float], None]) -> Callable[[str, float], None]:
+    """Turn the shares of preparation's stages into one count of a hundred."""
+    weights = {"reading": 25.0, "duplicates": 10.0, "tokenizer": 25.0, "encoding": 40.0}
+    shown: dict[str, float] = {}
+
+    def show(stage: str, share: float) -> None:
+        part = weights.get(stage, 0.0) * min(max(share, 0.0), 1.0)
+        if part > shown.get(stage, 0.0):
+            advance(part - shown.get(stage, 0.0))
+            shown[stage] = part
+
+    return show
+
+
+def _resolve(
+    config: Config, dataset: Dataset, progress: Progress, *, steps_known: bool = True
+) -> Config:
+    """The configuration with vocabulary and machine settled; each choice is told."""
+    size = dataset.tokenizer.vocab_size
+    if config.model.vocab_size is None:
+        config = merge(config, {"model.vocab_size": size})
+    elif config.model.vocab_size < size:
+        raise UsageError(
+            f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer's {size}; "
+            "leave it out"
+        )
+    choices = choose(config, steps_known=steps_known)
+    busy = is_busy()
+    if busy:
+        progress.warn(f"{busy}: training will be slower than this machine can do")
+    for line in choices.lines():
+        progress.say(line)
+    return choices.config
+
+
+def _adopt(parent: RunDirectory, model: Transformer, step: TrainStep) -> None:
+    """Start from another run's best weights."""
+    weights = checkpoints.load_weights(parent.path)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if {name: tensor.shape for name, tensor in weights.items()} != wanted:
+        raise UserError(f"{parent.path} has another shape of model; leave out the model.* settings")
+    model.load_state_dict(weights)
+    step.arena.refresh()
+
+
+def _fit_to_time(
+    config: Config,
+    dataset: Dataset,
+    model: Transformer,
+    step: TrainStep,
+    seconds: float,
+    progress: Progress,
+) -> Config:
+    """``config`` with the steps that the ``seconds`` left allow; the schedule follows from them."""
+    with progress.stage("measuring the pace (compiling first)"):
+        pace = measure_pace(config, dataset, model, step)
+    steps = pace.steps_in(seconds - pace.measuring, config.train.eval_every)
+    progress.say(
+        f"{steps:,} steps of {1000 * pace.step:.1f} ms fit into the time left "
+        f"({max(seconds - pace.measuring, 0):,.0f} s)"
+    )
+    if steps * pace.step > seconds - pace.measuring:
+        progress.warn("the time is too short for more than a token training; it will be exceeded")
+    return merge(config, {"train.steps": steps})
+
+
+def _corpus_name(paths: Sequence[str]) -> str:
+    """A word for the run's directory."""
+    if not paths:
+        return "python-docs"
+    return Path(paths[0].rstrip("/\\").split(":", 1)[-1]).name.split(".")[0] or "text"

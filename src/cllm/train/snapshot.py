@@ -1,0 +1,108 @@
+"""The trainer's state to and from a checkpoint, keyed by parameter name.
+
+Any arrangement of the weights in memory loads any checkpoint; what cannot be resumed to the same bits
+(another thread count, precision or torch version) is named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from cllm.core.config import TrainConfig
+from cllm.core.errors import UserError
+from cllm.model.transformer import Transformer
+from cllm.store.checkpoint import Checkpoint
+from cllm.train.step import TrainStep
+
+
+@dataclass
+class Standing:
+    """How far training has come, beside weights and optimizer."""
+
+    step: int = 0
+    tokens: int = 0
+    """Target tokens trained on."""
+    best_bpb: float = float("inf")
+    best_step: int = -1
+    patience_bpb: float = float("inf")
+    """The figure that the next validation must undercut by ``min_improvement``."""
+    stale: int = 0
+    """Validations in a row that did not."""
+    rising: int = 0
+    """Validations in a row that rose while the training loss stayed below them."""
+    last_bpb: float = float("inf")
+    train_loss: float = float("inf")
+    """The last logged mean training loss."""
+    losses: list[float] = field(default_factory=list)
+    """Losses of the steps since then, so that a resumed run logs the same means."""
+    train_seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; infinities as ``None``."""
+        return {k: None if v == float("inf") else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Standing:
+        """The inverse of ``to_json``."""
+        standing = cls()
+        for name, value in values.items():
+            setattr(standing, name, float("inf") if value is None else value)
+        return standing
+
+
+def environment(config: TrainConfig) -> dict[str, Any]:
+    """What the bits of a training step depend on beside configuration and data."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "dtype": config.dtype,
+        "device": config.device,
+        "compile": config.compile,
+        "attention": config.attention,
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def weights_of(model: Transformer) -> dict[str, torch.Tensor]:
+    """Named weights and buffers to save, each once."""
+    return dict(model.state_dict())
+
+
+def optimizer_of(step: TrainStep) -> dict[str, Any]:
+    """Optimizer state by moment and parameter name, and the step's counters."""
+    return {"moments": step.arena.named_moments(), "counters": dict(step.counters)}
+
+
+def restore(checkpoint: Checkpoint, model: Transformer, step: TrainStep) -> Standing:
+    """Put a checkpoint's weights, optimizer and counters in place; returns where it stood.
+
+    Raises ``UserError`` if it belongs to another model or optimizer.
+    """
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in checkpoint.weights.items()}
+    moments = checkpoint.optimizer.get("moments", {})
+    if wanted != found or set(moments) != set(step.arena.moments):
+        raise UserError(
+            f"{checkpoint.path} belongs to another model or optimizer than run.toml says"
+        )
+    step.arena.load(checkpoint.weights, moments)
+    buffers = dict(model.named_buffers())
+    for name, tensor in checkpoint.weights.items():
+        if name in buffers:
+            buffers[name].copy_(tensor)
+    for name, value in checkpoint.optimizer["counters"].items():
+        step.counters[name].copy_(value)
+    return Standing.from_json(checkpoint.state["standing"])
+
+
+def differences(checkpoint: Checkpoint, config: TrainConfig) -> list[str]:
+    """What differs from the environment that the checkpoint was made in, in words."""
+    before, now = checkpoint.state["environment"], environment(config)
+    return [
+        f"{name} {before.get(name)} then, {value} now"
+        for name, value in now.items()
+        if before.get(name) != value
+    ]

@@ -1,0 +1,281 @@
+"""The training loop: steps, validations, checkpoints and what is logged of them.
+
+It composes parts and holds no arithmetic of its own. The order of batches is a function of seed and
+step, and random numbers (dropout) are drawn from a seed of the step, so that a resumed run needs no
+replay and gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from cllm.core.config import Config
+from cllm.core.errors import UserError
+from cllm.model.transformer import Transformer
+from cllm.store import checkpoint as checkpoints
+from cllm.store.metrics import MetricsLog
+from cllm.store.run import RunDirectory
+from cllm.text.batches import BatchSource
+from cllm.text.dataset import Dataset
+from cllm.train.board import Board
+from cllm.train.evaluate import Evaluation, evaluate, norm_mode_gap
+from cllm.train.feed import micro_batches, target_count
+from cllm.train.interrupt import Interrupt
+from cllm.train.progress import Progress, Reading
+from cllm.train.samples import sample_texts
+from cllm.train.schedule import learning_rate
+from cllm.train.snapshot import Standing, environment, optimizer_of, weights_of
+from cllm.train.step import StepResult, TrainStep
+
+RISING_VALIDATIONS = 3
+"""Validations in a row that rise while training falls, after which over-fitting is warned of."""
+
+
+class DivergedError(UserError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """One run in training, from ``standing`` to ``config.train.steps``."""
+
+    config: Config
+    run: RunDirectory
+    dataset: Dataset
+    model: Transformer
+    step: TrainStep
+    standing: Standing
+    metrics: MetricsLog
+    board: Board
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        train, model = self.config.train, self.config.model
+        self.batches = BatchSource(self.dataset.train, model.context, train.batch_size, train.seed)
+        split = self.dataset.report.splits["train"]
+        self.bits_per_nat = split.scored_tokens / max(split.scored_bytes, 1) / math.log(2)
+        self.warned = False
+
+    def fit(self, interrupt: Interrupt) -> str:
+        """Train to the end; returns ``"finished"``, or ``"stopped early"``.
+
+        A signal held by ``interrupt`` saves a checkpoint after the step at hand and raises what it
+        holds. Raises ``DivergedError`` after ``max_nonfinite`` skipped steps in a row.
+        """
+        train, standing = self.config.train, self.standing
+        self.model.train()
+        with self.progress.training(train.steps, standing.step) as show:
+            clock = _Clock()
+            while standing.step < train.steps:
+                result = self._one_step()
+                standing.train_seconds += clock.lap()
+                self._after_step(result, clock, show)
+                done = standing.step >= train.steps
+                improved, enough = False, False
+                if done or standing.step % train.eval_every == 0:
+                    improved, enough = self._validate()
+                if done or enough or improved or standing.step % train.checkpoint_every == 0:
+                    self.save(best=improved)
+                if interrupt.pending:
+                    self.save_once()
+                    interrupt.raise_pending(standing.step, self.run.path)
+                if enough:
+                    return "stopped early"
+                clock.start_lap()
+        return "finished"
+
+    def _one_step(self) -> StepResult:
+        train, at = self.config.train, self.standing.step
+        if _has_dropout(self.config):
+            torch.manual_seed((train.seed * 1_000_003 + at) % 2**63)
+        batches = micro_batches(self.batches, train, at)
+        self.standing.tokens += target_count(batches)
+        return self.step(batches, learning_rate(train, at))
+
+    def _after_step(
+        self, result: StepResult, clock: _Clock, show: Callable[[Reading], None]
+    ) -> None:
+        standing, train = self.standing, self.config.train
+        rate = learning_rate(train, standing.step)
+        standing.step += 1
+        if not result.applied:
+            self._skipped(result)
+        else:
+            standing.losses.append(result.loss)
+        if standing.step % self.config.log.every and standing.step != train.steps:
+            return
+        speed = clock.rate(standing.tokens)
+        loss = sum(standing.losses) / len(standing.losses) if standing.losses else float("nan")
+        standing.losses.clear()
+        values = {"loss": loss, "bpb": loss * self.bits_per_nat, "grad_norm": result.grad_norm}
+        values |= {"lr": rate}
+        if self.step.scaling:
+            values["loss_scale"] = float(self.step.counters["loss_scale"])
+        standing.train_loss = loss
+        self.metrics.write(
+            standing.step,
+            "train",
+            **values,
+            tokens=standing.tokens,
+            epoch=self.batches.epoch(standing.step * train.accumulate),
+            time={"tokens_per_second": speed, "seconds": standing.train_seconds},
+        )
+        scalars = {f"train/{name}": value for name, value in values.items()}
+        self.board.scalars(standing.step, scalars | {"speed/tokens_per_second": speed})
+        show(Reading(step=standing.step, loss=loss, bpb=values["bpb"], tokens_per_second=speed))
+
+    def _skipped(self, result: StepResult) -> None:
+        standing, limit = self.standing, self.config.train.max_nonfinite
+        what = "loss" if not math.isfinite(result.loss) else "gradient"
+        reason = f"{what} not finite"
+        scaled = ""
+        if self.step.scaling:
+            scaled = f" (fp16 loss scale now {float(self.step.counters['loss_scale']):g})"
+        self.metrics.write(standing.step, "skip", reason=reason)
+        self.progress.warn(f"step {standing.step}: {reason}; the step was skipped{scaled}")
+        if int(self.step.counters["in_row"]) >= limit:
+            raise DivergedError(
+                f"{limit} steps in a row had a {what} that was not finite; lower train.lr "
+                f"(now {self.config.train.lr:g}), raise train.warmup or lower train.clip"
+            )
+
+    def _validate(self) -> tuple[bool, bool]:
+        """Validate at the present step: (a new best, enough of early stopping)."""
+        standing, train = self.standing, self.config.train
+        tokens = self.dataset.validation
+        if tokens is None:
+            return False, False
+        result = self.evaluate("validation")
+        extra = {}
+        if self.config.model.norm == "batchnorm":
+            extra["mode_gap"] = norm_mode_gap(
+                self.model,
+                self.step.evaluate,
+                tokens,
+                context=self.config.model.context,
+                batch_size=train.batch_size,
+                device=train.device,
+            )
+            self.model.train()
+        self.metrics.write(standing.step, "validation", **result.to_json(), **extra)
+        self._log_validation(result, extra)
+        improved = result.bpb < standing.best_bpb
+        if improved:
+            standing.best_bpb, standing.best_step = result.bpb, standing.step
+        if result.bpb < standing.patience_bpb - train.min_improvement:
+            standing.patience_bpb, standing.stale = result.bpb, 0
+        else:
+            standing.stale += 1
+        self._warn_if_rising(result.bpb)
+        enough = train.patience > 0 and standing.stale >= train.patience
+        if enough:
+            self.progress.say(
+                f"stopped early: {standing.stale} validations without an improvement of "
+                f"{train.min_improvement:g} bits per byte"
+            )
+        return improved, enough
+
+    def evaluate(self, split: str) -> Evaluation:
+        """Score a split with the present weights, in eval mode."""
+        tokens = getattr(self.dataset, split)
+        windows = -(-(len(tokens) - 1) // self.config.model.context)
+        self.model.eval()
+        with self.progress.stage(f"evaluating on {split}", windows) as advance:
+            result = evaluate(
+                self.step.evaluate,
+                tokens,
+                context=self.config.model.context,
+                batch_size=self.config.train.batch_size,
+                device=self.config.train.device,
+                advance=advance,
+            )
+        self.model.train()
+        return result
+
+    def _log_validation(self, result: Evaluation, extra: dict[str, float]) -> None:
+        at, log = self.standing.step, self.config.log
+        gap = f", {extra['mode_gap']:+.4f} nats from train to eval mode" if extra else ""
+        self.progress.say(
+            f"step {at}: validation {result.bpb:.4f} bits per byte (loss {result.loss:.4f}, "
+            f"perplexity {result.perplexity:.1f}{gap})"
+        )
+        scalars = {"bpb": result.bpb, "loss": result.loss, "perplexity": result.perplexity} | extra
+        self.board.scalars(at, {f"validation/{name}": value for name, value in scalars.items()})
+        if log.histograms and log.tensorboard:
+            self.board.histograms(at, dict(self.model.named_parameters()))
+        if log.sample_tokens:
+            tokenizer = self.dataset.tokenizer
+            for text in sample_texts(self.model, tokenizer, count=1, tokens=log.sample_tokens):
+                self.metrics.write(at, "sample", prompt="", text=text)
+                self.board.text(at, "sample", text)
+
+    def _warn_if_rising(self, bpb: float) -> None:
+        """Say plainly when validation rises while training falls."""
+        standing = self.standing
+        below = standing.train_loss * self.bits_per_nat < bpb
+        standing.rising = standing.rising + 1 if bpb > standing.last_bpb and below else 0
+        standing.last_bpb = bpb
+        if standing.rising >= RISING_VALIDATIONS and not self.warned:
+            self.warned = True
+            self.progress.warn(
+                f"validation has risen {standing.rising} times in a row while training stays below it: the "
+                "model is learning its text by heart; stop earlier (train.patience), use a smaller "
+                "model, dropout, or more text"
+            )
+
+    def save(self, *, best: bool) -> None:
+        """Write metrics down, then the checkpoint of the present step."""
+        self.metrics.sync()
+        self.board.flush()
+        checkpoints.save(
+            self.run.path,
+            self.standing.step,
+            weights=weights_of(self.model),
+            optimizer=optimizer_of(self.step),
+            state={
+                "standing": self.standing.to_json(),
+                "environment": environment(self.config.train),
+            },
+            keep_last=self.config.train.keep_last,
+            best=best,
+        )
+        self.run.note(step=self.standing.step, train_seconds=round(self.standing.train_seconds, 3))
+
+    def save_once(self) -> None:
+        """Save the present step unless it was saved already."""
+        if self.standing.step not in self.run.steps():
+            self.save(best=False)
+
+
+class _Clock:
+    """Seconds of steps alone, and tokens a second since the last reading."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._seconds, self._tokens_then = 0.0, -1
+
+    def start_lap(self) -> None:
+        self._begin = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self._begin = now - self._begin, now
+        self._seconds += seconds
+        return seconds
+
+    def rate(self, tokens: int) -> float:
+        """Tokens a second since the last call (from the start: since the first step began)."""
+        done = tokens - max(self._tokens_then, 0)
+        speed = done / self._seconds if self._seconds else 0.0
+        self._tokens_then, self._seconds = tokens, 0.0
+        return speed
+
+
+def _has_dropout(config: Config) -> bool:
+    model = config.model
+    return model.embedding_dropout + model.attention_dropout + model.residual_dropout > 0
