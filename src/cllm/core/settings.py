@@ -116,9 +116,9 @@ def to_toml(config: Config) -> str:
     return "\n\n".join(f"[{name}]\n" + "\n".join(lines) for name, lines in sections.items()) + "\n"
 
 
-def explain() -> list[tuple[str, str, str]]:
-    """(dotted key, default, meaning) of every setting, for ``cllm config show``."""
-    defaults = flatten(Config().model_dump())
+def explain(config: Config) -> list[tuple[str, str, str]]:
+    """(dotted key, value, meaning) of every setting, for ``cllm config show``."""
+    values = flatten(config.model_dump())
     rows = []
     for key in known_keys():
         section: type[Section] = Config
@@ -129,8 +129,8 @@ def explain() -> list[tuple[str, str, str]]:
             assert issubclass(kind, Section)
             section = kind
         meaning = " ".join((section.model_fields[last].description or "").split())
-        default = defaults[key]
-        rows.append((key, "" if default is None else _toml_value(default), meaning))
+        value = values[key]
+        rows.append((key, "" if value is None else _toml_value(value), meaning))
     return rows
 
 

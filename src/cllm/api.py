@@ -1,0 +1,236 @@
+"""Training and using models from Python: what ``cllm.train`` and ``cllm.load`` are."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cllm.core.config import Config
+from cllm.core.duration import parse_duration
+from cllm.core.errors import UsageError, UserError
+from cllm.core.settings import load_config, merge
+from cllm.infer.generate import stream
+from cllm.infer.sampling import Sampling
+from cllm.infer.streaming import TextStream
+from cllm.model.cross_entropy import cross_entropy_sum
+from cllm.model.transformer import Transformer
+from cllm.store import checkpoint as checkpoints
+from cllm.store.metrics import Columns, read_columns
+from cllm.store.run import RunDirectory
+from cllm.text.corpus import tokens_for_eval
+from cllm.text.dataset import load_prepared
+from cllm.text.packed import PackedTokens
+from cllm.text.tokenizer import Tokenizer
+from cllm.train.choose import DTYPES
+from cllm.train.conclude import Outcome
+from cllm.train.evaluate import Evaluation, evaluate
+from cllm.train.progress import Progress, Silent, open_progress
+from cllm.train.session import resume as resume_session
+from cllm.train.session import start
+
+
+def train(
+    data: str | Path | Sequence[str | Path] = (),
+    *,
+    out: str | Path | None = None,
+    config: str | Path | Config | None = None,
+    from_run: str | Path | None = None,
+    resume: str | Path | None = None,
+    time: str | float | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Run:
+    """Train a model and return its run.
+
+    ``data``: files, directories, globs or ``hf:NAME``; nothing means the built-in corpus. ``config``: a
+    TOML file or a ``Config``. ``from_run``: fine-tune another run. ``resume``: go on with a run that was
+    interrupted. ``time``: a budget (``"10m"``, or seconds) that chooses the number of steps.
+    ``settings``: any setting with its dots as double underscores, e.g. ``train__lr=1e-3``,
+    ``model__preset="small"``. Raises ``UserError`` with one line that says what is wrong.
+    """
+    changes = {key.replace("__", "."): value for key, value in settings.items()}
+    progress = open_progress(quiet=quiet)
+    if resume is not None:
+        if data or config is not None or from_run is not None or out is not None:
+            raise UsageError("resume goes on with a run as it is: give settings of train.* at most")
+        texts = [f"{key}={value}" for key, value in changes.items()]
+        return Run(resume_session(resume, texts, progress).run)
+    paths = [data] if isinstance(data, str | Path) else list(data)
+    if paths:
+        changes["data.paths"] = tuple(str(path) for path in paths)
+    whole = resolve_config(config, changes, from_run)
+    seconds = parse_duration(time) if time is not None else None
+    return Run(start(whole, progress, out=out, from_run=from_run, seconds=seconds).run)
+
+
+def load(path: str | Path) -> Run:
+    """The run at ``path``; ``UserError`` if there is none."""
+    return Run(RunDirectory.open(path), chosen=Path(path))
+
+
+def resolve_config(
+    config: str | Path | Config | None,
+    changes: dict[str, Any],
+    from_run: str | Path | None = None,
+) -> Config:
+    """A configuration file (or object, or the defaults) with dotted ``changes``.
+
+    With ``from_run``, the model is that run's.
+    """
+    base = config if isinstance(config, Config) else load_config(Path(config) if config else None)
+    whole = merge(base, changes)
+    if from_run is None:
+        return whole
+    parent = load_config(RunDirectory.open(from_run).config)
+    kept = {f"model.{name}": value for name, value in parent.model.model_dump().items()}
+    kept = {k: v for k, v in kept.items() if k not in ("model.embedding", "model.preset")}
+    kept |= {f"model.embedding.{k}": v for k, v in parent.model.embedding.model_dump().items()}
+    dropouts = {k: v for k, v in changes.items() if k.startswith("model.") and "dropout" in k}
+    for key in changes:
+        if key.startswith("model.") and key not in dropouts and changes[key] != kept.get(key):
+            raise UsageError(f"{key} is fixed by {from_run}: only the dropouts may change with --from")
+    return merge(whole, kept | dropouts)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained (or half-trained) run: generate, evaluate, look back."""
+
+    directory: RunDirectory
+    chosen: Path | None = None
+    """A checkpoint of the run to use; none means its best one."""
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self.directory.path
+
+    @cached_property
+    def config(self) -> Config:
+        """The resolved configuration."""
+        return load_config(self.directory.config)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
+        return Tokenizer.load(self.directory.tokenizer)
+
+    @cached_property
+    def model(self) -> Transformer:
+        """The model with its best weights (or those of the chosen checkpoint), in eval mode."""
+        attention = self.config.train.attention
+        model = Transformer(self.config.model, "matmul" if attention == "auto" else attention)
+        model.load_state_dict(checkpoints.load_weights(self.chosen or self.path))
+        return model.eval()
+
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        max_tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> str:
+        """The text that the model writes after ``prompt`` (the prompt itself is not repeated)."""
+        sampling = Sampling(
+            max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        )
+        return "".join(self.stream(prompt, sampling))
+
+    def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
+        """The same piece by piece, never cutting a character in two."""
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError("the prompt is not valid UTF-8 text") from error
+        tokenizer = self.tokenizer
+        # A text begins after an end token, as in training.
+        ids = [tokenizer.end_id, *map(int, tokenizer.encode(prompt))]
+        text = TextStream(tokenizer)
+        for token in stream(self.model, ids, sampling, end_id=tokenizer.end_id):
+            piece = text.feed(token)
+            if piece:
+                yield piece
+        rest = text.end()
+        if rest:
+            yield rest
+
+    def evaluate(
+        self,
+        data: str | Path | Sequence[str | Path] = (),
+        *,
+        split: str = "validation",
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """Score other text, or a split of the run's own, in the run's precision.
+
+        Raises ``UserError`` for text that cannot be read and for a split the run does not have.
+        """
+        paths = [data] if isinstance(data, str | Path) else list(data)
+        if not paths:
+            if split not in ("train", "validation", "test"):
+                raise UsageError(f"split {split!r} is none of train, validation, test")
+            tokens = getattr(load_prepared(self.directory.data), split)
+            if tokens is None:
+                raise UserError(f"{self.path} has no {split} split")
+            return self._score(tokens, progress or Silent())
+        with tempfile.TemporaryDirectory() as place:
+            names = [str(path) for path in paths]
+            field = self.config.data.field
+            tokens = tokens_for_eval(names, self.tokenizer, place, field=field)
+            return self._score(tokens, progress or Silent())
+
+    def _score(self, tokens: PackedTokens, progress: Progress) -> Evaluation:
+        train, context = self.config.train, self.config.model.context
+        model = self.model
+        masters = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        chunk = train.loss_chunk if isinstance(train.loss_chunk, int) else 0
+
+        def summed_loss(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                hidden = model.hidden(ids).flatten(0, 1)
+                return cross_entropy_sum(hidden, model.output.table(), targets.flatten(), chunk)
+
+        windows = -(-(len(tokens) - 1) // context)
+        model.to(DTYPES.get(train.dtype, torch.float32))
+        try:
+            with progress.stage("evaluating", windows) as advance:
+                return evaluate(
+                    summed_loss,
+                    tokens,
+                    context=context,
+                    batch_size=train.batch_size,
+                    advance=advance,
+                )
+        finally:
+            model.to(torch.float32)
+            model.load_state_dict(masters)
+
+    def metrics(self, kind: str = "train") -> Columns:
+        """Columns of ``metrics.jsonl`` for one kind of line: ``train``, ``validation`` or ``test``."""
+        return read_columns(self.directory.metrics, kind)
+
+    @property
+    def report(self) -> Path:
+        """``report.md`` of the run."""
+        return self.directory.report
+
+
+def outcome_lines(outcome: Outcome) -> list[str]:
+    """What a person wants to know when training has ended."""
+    lines = []
+    for name, score in (("validation", outcome.validation), ("test", outcome.test)):
+        if score is not None:
+            lines.append(
+                f"{name}: {score.bpb:.4f} bits per byte (loss {score.loss:.4f} nats per token, "
+                f"perplexity {score.perplexity:.1f}, {score.bytes:,} bytes held out)"
+            )
+    return lines

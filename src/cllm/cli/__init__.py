@@ -1,0 +1,68 @@
+"""The roof: parses the command line and calls. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from cllm import __version__
+from cllm.cli import bench, config, lattice, runs, tokenizer, train, use
+from cllm.core.errors import UserError
+
+app = typer.Typer(
+    name="cllm",
+    help="Train a small language model on your own text, compress it with lattice methods, deploy it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command()(train.train)
+app.command("eval")(use.evaluate)
+app.command()(use.generate)
+app.command()(config.info)
+app.command()(bench.bench)
+app.add_typer(config.app, name="config")
+app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(runs.app, name="runs")
+app.add_typer(lattice.app, name="lattice")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["CLLM_DEBUG"] = "1"
+
+
+def main() -> None:
+    """Run the command line: exit code 0, 1 (it went wrong) or 2 (it was asked wrongly)."""
+    try:
+        app()
+    except UserError as error:
+        _end(str(error), error.exit_code, error)
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt as error:
+        _end("stopped by Ctrl-C", 130, error)
+
+
+def _end(text: str, code: int, error: BaseException) -> None:
+    if os.environ.get("CLLM_DEBUG"):
+        raise error
+    typer.echo(f"cllm: {text}", err=True)
+    sys.exit(code)
