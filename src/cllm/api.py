@@ -27,12 +27,12 @@ from cllm.text.corpus import tokens_for_eval
 from cllm.text.dataset import load_prepared
 from cllm.text.packed import PackedTokens
 from cllm.text.tokenizer import Tokenizer
-from cllm.train.choose import DTYPES
-from cllm.train.conclude import Outcome
-from cllm.train.evaluate import Evaluation, evaluate
-from cllm.train.progress import Progress, Silent, open_progress
-from cllm.train.session import resume as resume_session
-from cllm.train.session import start
+from cllm.training.choose import DTYPES
+from cllm.training.conclude import Outcome
+from cllm.training.evaluate import Evaluation, evaluate
+from cllm.training.progress import Progress, Silent, open_progress
+from cllm.training.session import resume as resume_session
+from cllm.training.session import start
 
 
 def train(

@@ -57,7 +57,7 @@ def info(
 
     from cllm.core.machine import describe
     from cllm.core.settings import load_config, merge
-    from cllm.train.choose import choose
+    from cllm.training.choose import choose
 
     whole = load_config(config, settings or ())
     if whole.model.vocab_size is None:

@@ -71,9 +71,9 @@ def train(
     seconds = parse_duration(time) if time is not None else None
 
     from cllm.api import outcome_lines, resolve_config
-    from cllm.train.progress import open_progress
-    from cllm.train.session import resume as go_on
-    from cllm.train.session import start
+    from cllm.training.progress import open_progress
+    from cllm.training.session import resume as go_on
+    from cllm.training.session import start
 
     progress = open_progress(quiet=quiet)
     if resume is not None:

@@ -27,7 +27,7 @@ def evaluate(
 ) -> None:
     """Score held-out text in bits per byte (less is better)."""
     from cllm.api import load
-    from cllm.train.progress import open_progress
+    from cllm.training.progress import open_progress
 
     result = load(run).evaluate(data or (), split=split, progress=open_progress(quiet=quiet))
     if as_json:

@@ -2,7 +2,7 @@
 
 Each section is a frozen pydantic model; an unknown key is refused with the nearest known one. Values
 that depend on the machine (``train.device``, ``.dtype``, ``.attention``, ``.compile``, ``.threads``)
-may be ``"auto"``: ``cllm.train.choose`` resolves them, and the resolved values are what ``run.toml``
+may be ``"auto"``: ``cllm.training.choose`` resolves them, and the resolved values are what ``run.toml``
 holds and what a resumed run uses again.
 """
 

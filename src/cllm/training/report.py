@@ -16,8 +16,8 @@ from cllm.store.listing import size_of
 from cllm.store.metrics import read_lines
 from cllm.store.run import RunDirectory
 from cllm.store.status import Status
-from cllm.train.plots import draw_plots
-from cllm.train.progress import duration
+from cllm.training.plots import draw_plots
+from cllm.training.progress import duration
 
 _TITLES = {
     "loss": "Loss",

@@ -15,7 +15,7 @@ from cllm.core.config import TrainConfig
 from cllm.core.errors import UserError
 from cllm.model.transformer import Transformer
 from cllm.store.checkpoint import Checkpoint
-from cllm.train.step import TrainStep
+from cllm.training.step import TrainStep
 
 
 @dataclass

@@ -15,9 +15,9 @@ from cllm.core.config import Config
 from cllm.model.transformer import Transformer
 from cllm.text.batches import BatchSource, evaluation_batches, evaluation_windows
 from cllm.text.dataset import Dataset
-from cllm.train.feed import micro_batches
-from cllm.train.schedule import learning_rate
-from cllm.train.step import TrainStep
+from cllm.training.feed import micro_batches
+from cllm.training.schedule import learning_rate
+from cllm.training.step import TrainStep
 
 TRIAL_STEPS = 10
 FEWEST_STEPS = 20

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from cllm.train.progress import (
+from cllm.training.progress import (
     Clock,
     Lines,
     Live,

@@ -22,15 +22,15 @@ from cllm.store.metrics import MetricsLog
 from cllm.store.run import RunDirectory
 from cllm.text.batches import BatchSource
 from cllm.text.dataset import Dataset
-from cllm.train.board import Board
-from cllm.train.evaluate import Evaluation, evaluate, norm_mode_gap
-from cllm.train.feed import micro_batches, target_count
-from cllm.train.interrupt import Interrupt
-from cllm.train.progress import Progress, Reading
-from cllm.train.samples import sample_texts
-from cllm.train.schedule import learning_rate
-from cllm.train.snapshot import Standing, environment, optimizer_of, weights_of
-from cllm.train.step import StepResult, TrainStep
+from cllm.training.board import Board
+from cllm.training.evaluate import Evaluation, evaluate, norm_mode_gap
+from cllm.training.feed import micro_batches, target_count
+from cllm.training.interrupt import Interrupt
+from cllm.training.progress import Progress, Reading
+from cllm.training.samples import sample_texts
+from cllm.training.schedule import learning_rate
+from cllm.training.snapshot import Standing, environment, optimizer_of, weights_of
+from cllm.training.step import StepResult, TrainStep
 
 RISING_VALIDATIONS = 3
 """Validations in a row that rise while training falls, after which over-fitting is warned of."""

@@ -3,7 +3,7 @@ from pathlib import Path
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cllm.train.board import Board, NoBoard, open_board
+from cllm.training.board import Board, NoBoard, open_board
 
 
 def read(directory: Path) -> EventAccumulator:

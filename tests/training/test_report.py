@@ -9,9 +9,9 @@ from cllm.core.errors import UserError
 from cllm.store.draft import Draft
 from cllm.store.metrics import MetricsLog
 from cllm.store.run import RunDirectory
-from cllm.train import plots
-from cllm.train.plots import draw_plots, smooth
-from cllm.train.report import write_report
+from cllm.training import plots
+from cllm.training.plots import draw_plots, smooth
+from cllm.training.report import write_report
 
 CONFIG = """\
 [model]
@@ -167,7 +167,7 @@ def test_plots_leave_no_global_state(tmp_path: Path) -> None:
 
     run = trained(tmp_path / "run", 5)
     code = (
-        "import sys; from pathlib import Path; from cllm.train.report import write_report\n"
+        "import sys; from pathlib import Path; from cllm.training.report import write_report\n"
         "write_report(Path(sys.argv[1])); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, run.path], check=True)

@@ -28,18 +28,18 @@ from cllm.store.run import RunDirectory
 from cllm.text.corpus import prepare
 from cllm.text.dataset import Dataset, load_prepared
 from cllm.text.tokenizer import Tokenizer
-from cllm.train.arena import Arena
-from cllm.train.board import open_board
-from cllm.train.choose import DTYPES, choose
-from cllm.train.conclude import Outcome, conclude, first_facts
-from cllm.train.interrupt import Interrupt
-from cllm.train.optimizer import OPTIMIZERS
-from cllm.train.pace import measure_pace
-from cllm.train.progress import Progress
-from cllm.train.report import write_report
-from cllm.train.snapshot import Standing, differences, restore
-from cllm.train.step import TrainStep
-from cllm.train.trainer import DivergedError, Trainer
+from cllm.training.arena import Arena
+from cllm.training.board import open_board
+from cllm.training.choose import DTYPES, choose
+from cllm.training.conclude import Outcome, conclude, first_facts
+from cllm.training.interrupt import Interrupt
+from cllm.training.optimizer import OPTIMIZERS
+from cllm.training.pace import measure_pace
+from cllm.training.progress import Progress
+from cllm.training.report import write_report
+from cllm.training.snapshot import Standing, differences, restore
+from cllm.training.step import TrainStep
+from cllm.training.trainer import DivergedError, Trainer
 
 RESUMABLE = ("train.", "log.")
 """Settings that may change on resume begin so."""
@@ -117,7 +117,7 @@ def resume(path: Path | str, settings: Sequence[str], progress: Progress) -> Out
 def build(config: Config) -> tuple[Transformer, TrainStep]:
     """The model with its random start and its training step, on the configured device.
 
-    ``config`` must be resolved (see ``cllm.train.choose``). Sets torch's number of threads.
+    ``config`` must be resolved (see ``cllm.training.choose``). Sets torch's number of threads.
     """
     train = config.train
     assert isinstance(train.threads, int)

@@ -22,8 +22,8 @@ from cllm.model.cross_entropy import IGNORE, cross_entropy_sum, linear_cross_ent
 from cllm.model.embedding import add_rows
 from cllm.model.norms import BatchNorm, Statistics, wide
 from cllm.model.transformer import Transformer
-from cllm.train.arena import Arena
-from cllm.train.optimizer import OPTIMIZERS
+from cllm.training.arena import Arena
+from cllm.training.optimizer import OPTIMIZERS
 
 INPUT = "model.embedding.weight"
 LOSS_SCALE_START = 2.0**14

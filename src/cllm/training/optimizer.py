@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cllm.core.config import TrainConfig
-from cllm.train.arena import Arena
+from cllm.training.arena import Arena
 
 
 class Optimizer(Protocol):

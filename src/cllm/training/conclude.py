@@ -16,9 +16,9 @@ from cllm.model.transformer import parameter_count
 from cllm.store import checkpoint as checkpoints
 from cllm.store.run import RunDirectory
 from cllm.text.dataset import Dataset
-from cllm.train.evaluate import Evaluation
-from cllm.train.samples import sample_texts
-from cllm.train.trainer import Trainer
+from cllm.training.evaluate import Evaluation
+from cllm.training.samples import sample_texts
+from cllm.training.trainer import Trainer
 
 SAMPLES = 3
 
