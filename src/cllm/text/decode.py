@@ -5,15 +5,14 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO
 
 from cllm.core.errors import UserError, require
 from cllm.text.notes import Notes
 
 BLOCK = 1 << 20
-"""Bytes read at a time."""
+"""Bytes read at a time, about."""
 _UTF8_BOM = b"\xef\xbb\xbf"
 _WIDE = {
     b"\xff\xfe\0\0": "UTF-32",
@@ -24,51 +23,49 @@ _WIDE = {
 _OFFSETS_SHOWN = 3
 
 
-@contextmanager
-def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """A file's bytes, ``.gz`` and ``.zst`` decompressed as they are read.
-
-    Raises ``UserError`` naming the file where it cannot be opened or its compression is broken.
-    """
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """A file's bytes in blocks of about ``BLOCK``; ``.gz`` and ``.zst`` are decompressed as they are
+    read. Raises ``UserError`` naming the file where it cannot be read or is broken or cut short."""
     suffix = path.suffix.lower()
     try:
         with open(path, "rb") as raw:
-            if suffix == ".gz":
-                yield cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-            elif suffix == ".zst":
-                zstandard = require("zstandard", "zstd", f"reading {path.name}")
-                reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-                yield cast(BinaryIO, _Zstd(reader, zstandard.ZstdError))
+            if suffix == ".zst":
+                yield from _zstd_blocks(raw, path.name)
             else:
-                yield raw
+                file = gzip.GzipFile(fileobj=raw) if suffix == ".gz" else raw
+                while block := file.read(BLOCK):
+                    yield block
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(
-            f"{path} is broken or cut short: {error or 'the data end early'}"
-        ) from error
+        raise UserError(f"{path} is broken or cut short: {error}") from error
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-class _Zstd:
-    """A zstandard reader that tells of a broken frame as gzip's does."""
-
-    def __init__(self, reader: Any, failure: type[Exception]) -> None:
-        self._reader, self._failure = reader, failure
-
-    def read(self, size: int = -1) -> bytes:
-        try:
-            return bytes(self._reader.read(size))
-        except self._failure as error:
-            raise EOFError(str(error)) from error
-
-
-def read_blocks(path: Path) -> Iterator[bytes]:
-    """The file's (decompressed) bytes in blocks of at most ``BLOCK``."""
-    with open_bytes(path) as file:
-        while block := file.read(BLOCK):
-            yield block
+def _zstd_blocks(raw: BinaryIO, name: str) -> Iterator[bytes]:
+    """Frames one after the other. zstandard's own reader takes the end of the file for the end of the
+    data, even in the middle of a frame; this one raises ``EOFError``."""
+    zstandard = require("zstandard", "zstd", f"reading {name}")
+    frame, parts, size = None, list[bytes](), 0
+    # Small portions, since a kilobyte may stand for megabytes of repeated text.
+    while portion := raw.read(1024):
+        while portion:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                parts.append(frame.decompress(portion))
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from error
+            size += len(parts[-1])
+            portion = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+        if size >= BLOCK:
+            yield b"".join(parts)
+            parts, size = [], 0
+    if frame is not None:
+        raise EOFError("the last frame is not complete")
+    if size:
+        yield b"".join(parts)
 
 
 def decode_blocks(blocks: Iterator[bytes], name: str, notes: Notes) -> Iterator[str]:

@@ -8,9 +8,10 @@ from cllm.core.errors import require
 
 _UNSEEN = ["script", "style", "noscript", "template", "head", "svg"]
 _BLOCKS = re.compile(
-    "address|article|aside|blockquote|br|d[dlt]|details|div|figcaption|figure|footer|form|h[1-6]|"
-    "header|hr|li|main|nav|[ou]l|p|pre|section|table|tr"
+    "address|article|aside|blockquote|details|div|dl|figcaption|figure|footer|form|h[1-6]|header|hr|"
+    "main|nav|ol|p|pre|section|table|ul"
 )
+_LINES = ["br", "dd", "dt", "li", "tr"]
 
 
 def html_text(html: str, name: str) -> str:
@@ -32,9 +33,10 @@ def html_text(html: str, name: str) -> str:
             else:  # comments, doctypes
                 string.extract()
     for tag in soup(lambda tag: _BLOCKS.fullmatch(tag.name) is not None):
-        gap = "\n" if tag.name in ("br", "li", "tr", "dt", "dd") else "\n\n"
-        tag.insert_before(gap)
-        tag.insert_after(gap)
+        tag.insert_before("\n\n")
+        tag.insert_after("\n\n")
+    for tag in soup(_LINES):
+        tag.insert_after("\n")
     text = re.sub(r" *\n *", "\n", soup.get_text())
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r" {2,}", " ", text)).strip()
     text = re.sub("\ue000(\\d+)\ue000", lambda m: kept[int(m[1])].strip("\n"), text)
