@@ -35,9 +35,7 @@ class Frame:
         return x
 
 
-def frame(
-    B: np.ndarray, dtype: torch.dtype, bounds: tuple[np.ndarray, np.ndarray] | None
-) -> Frame:
+def frame(B: np.ndarray, dtype: torch.dtype, bounds: tuple[np.ndarray, np.ndarray] | None) -> Frame:
     """Factor a checked basis once for all targets. Raises ``ValueError`` on rank deficiency."""
     L, Q = lq(B)
     low, high = (None, None) if bounds is None else (torch.from_numpy(b) for b in bounds)

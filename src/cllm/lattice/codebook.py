@@ -63,7 +63,7 @@ class Codebook:
         index = np.asarray(index)
         if index.dtype.kind not in "iu":
             raise ValueError(f"indices of shape {index.shape} must be integers, not {index.dtype}")
-        if index.size and not (0 <= index.min() and index.max() < len(self)):
+        if index.size and not (index.min() >= 0 and index.max() < len(self)):
             raise ValueError(f"indices of shape {index.shape} must lie in [0, {len(self)})")
         return self._points[index] * self.unit
 

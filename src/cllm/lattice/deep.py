@@ -21,7 +21,7 @@ def deep_insertion(M: Any, lll: Any, delta: float) -> None:
             k += 1
         else:
             M.move_row(k, place)
-            k = max(place, 1)
+            k = place
     lll.size_reduction(0, n)
 
 

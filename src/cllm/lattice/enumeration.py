@@ -81,5 +81,3 @@ class Enumerator:
         step = np.array(found[0][1])
         better = y - step @ self.L
         return start + step if float(better @ better) < squared else start
-
-

@@ -107,6 +107,6 @@ def _select(cost: torch.Tensor, K: int) -> torch.Tensor:
     integer = torch.int32 if cost.dtype == torch.float32 else torch.int64
     keys = cost.view(integer).bitwise_and(~mask)
     keys.bitwise_or_(torch.arange(count, dtype=integer))
-    if K < count:
+    if count > K:
         keys.numpy().partition(K - 1, axis=1)
     return keys[:, :K].bitwise_and(mask).long()

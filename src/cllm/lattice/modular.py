@@ -53,8 +53,7 @@ def first_dependent_row(rows: np.ndarray) -> int | None:
 
 
 def _first_dependent(work: np.ndarray, prime: int) -> int | None:
-    n, d = work.shape
-    for i in range(n):
+    for i in range(len(work)):
         columns = np.flatnonzero(work[i])
         if columns.size == 0:
             return i

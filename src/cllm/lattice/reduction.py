@@ -15,10 +15,10 @@ from cllm.lattice.modular import first_dependent_row
 from cllm.lattice.precision import ROW_EXPONENT_BITS, ladder, mpfr_precision
 from cllm.lattice.verify import Certificate, certify
 
-METHODS = ("lll", "deep", "bkz", "hkz")
+METHODS = ("lll", "deep", "seysen", "bkz", "hkz")
 
 # HKZ enumerates every projected block up to the whole dimension without pruning.
-HKZ_LIMIT = 60
+HKZ_LIMIT = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,9 @@ def reduce(
         B: floats or integers of any scale (Python ints in lists or object arrays beyond int64). A
             float basis is scaled to integers with enough bits for its condition (``to_integers``).
         method: ``lll`` (Lenstra, Lenstra & Lovász 1982, in the L² form of Nguyen & Stehlé 2009);
-            ``deep`` (LLL with deep insertions, Schnorr & Euchner 1994); ``bkz`` with blocks of
+            ``deep`` (LLL with deep insertions, Schnorr & Euchner 1994); ``seysen`` (LLL, then primal
+            and dual shortened together, Seysen 1993: it gives up the Lovász condition);
+            ``bkz`` with blocks of
             ``block_size`` (Schnorr & Euchner 1994, with the early abort of Chen & Nguyen's BKZ 2.0,
             2011); ``hkz`` (Korkine & Zolotarev: every projected first vector is shortest).
         delta: Lovász factor, in (0.25, 1).
@@ -96,7 +98,7 @@ def reduce(
             continue
         reduced_at = time.perf_counter()
         certificate = certify(scaled.rows, U, R)
-        if certificate.holds(delta):
+        if certificate.holds(delta, reduced=method != "seysen"):
             seconds = {
                 "scale": scaled_at - started,
                 "reduce": reduced_at - step,
@@ -115,7 +117,7 @@ def reduce(
                 finished=finished,
                 seconds=seconds,
             )
-        faults = certificate.faults(delta)
+        faults = certificate.faults(delta, reduced=method != "seysen")
     raise ArithmeticError(f"reduction of a basis of shape {array.shape} was not verified: {faults}")
 
 
@@ -191,6 +193,10 @@ def _run(
     }
     if method in stronger and len(rows) > 1:
         finished = stronger[method]()
+    if method == "seysen":
+        from cllm.lattice.seysen import seysen
+
+        return *seysen(from_fplll(U), from_fplll(A)), True
     return from_fplll(U), from_fplll(A), finished
 
 

@@ -1,0 +1,92 @@
+"""A numbered set laid out in the plane, searched by place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cllm.lattice.check import positive_int
+from cllm.lattice.curves import golden, hilbert, morton
+from cllm.lattice.ulam import ulam
+
+LAYOUTS = ("ulam", "golden", "morton", "hilbert")
+
+
+class SpiralIndex:
+    """Items 0 … count-1 (a vocabulary by frequency rank, say) on a spiral or curve.
+
+    Args:
+        count: number of items.
+        layout: ``ulam`` (item i is the number i + 1), ``golden``, ``morton`` or ``hilbert``.
+
+    Attributes:
+        positions: (count, 2) float64.
+    """
+
+    def __init__(self, count: int, layout: str = "ulam") -> None:
+        from scipy.spatial import cKDTree
+
+        count = positive_int(count, "count")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+        n = np.arange(count)
+        if layout == "ulam":
+            x, y = ulam(n + 1)
+        elif layout == "golden":
+            x, y = golden(n)
+        elif layout == "morton":
+            x, y = morton(n)
+        else:
+            x, y = hilbert(n, max(1, (count - 1).bit_length() + 1 >> 1))
+        self.layout = layout
+        self.positions = np.column_stack([x, y]).astype(np.float64)
+        self._tree = cKDTree(self.positions)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def nearest(self, points: Any, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest items of every point (m, 2): items (m, k) int64 and distances (m, k),
+        ascending by distance and then by number; k is at most ``len``.
+
+        Raises:
+            ValueError: wrong shape, NaN or infinity, or k out of range.
+        """
+        points = _points(points)
+        k = positive_int(k, "k")
+        if k > len(self):
+            raise ValueError(f"k = {k} is more than the {len(self)} items")
+        # The tree breaks ties as it likes: take everything as far as the k-th, then order it.
+        reach = self._tree.query(points, k=[k])[0][:, 0]
+        items = np.empty((len(points), k), dtype=np.int64)
+        distances = np.empty((len(points), k))
+        rows = self._tree.query_ball_point(points, reach * (1 + 1e-12))
+        for i, row in enumerate(rows):
+            found = np.asarray(row)
+            away = np.linalg.norm(self.positions[found] - points[i], axis=1)
+            order = np.lexsort((found, away))[:k]
+            items[i], distances[i] = found[order], away[order]
+        return items, distances
+
+    def within(self, centre: Any, radius: float) -> np.ndarray:
+        """Items within ``radius`` of one point (2,), ascending."""
+        if not radius >= 0:
+            raise ValueError(f"radius must not be negative, got {radius}")
+        found = self._tree.query_ball_point(_points(centre)[0], radius)
+        return np.sort(np.asarray(found, dtype=np.int64))
+
+    def box(self, low: Any, high: Any) -> np.ndarray:
+        """Items with low ≤ (x, y) ≤ high, ascending."""
+        low, high = _points(low)[0], _points(high)[0]
+        inside = ((self.positions >= low) & (self.positions <= high)).all(axis=1)
+        return np.flatnonzero(inside)
+
+
+def _points(points: Any) -> np.ndarray:
+    array = np.asarray(points, dtype=np.float64)
+    if array.ndim not in (1, 2) or array.shape[-1] != 2:
+        raise ValueError(f"points must have shape (m, 2) or (2,), got {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"points of shape {array.shape} have NaN or infinity")
+    return array.reshape(-1, 2)
