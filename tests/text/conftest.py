@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
+import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,21 +28,17 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def spool_of() -> Iterator[Callable[[list[Document]], Spool]]:
-    """Makes a frozen spool of documents."""
-    files = []
+def spool_of() -> Callable[[list[Document]], Spool]:
+    """Makes a frozen spool of documents, in memory."""
 
     def make(documents: list[Document]) -> Spool:
-        files.extend([tempfile.TemporaryFile(), tempfile.TemporaryFile()])
-        spool = Spool(files[-2], files[-1])
+        spool = Spool(io.BytesIO(), io.BytesIO())
         for document in documents:
             spool.add(document)
         spool.freeze()
         return spool
 
-    yield make
-    for file in files:
-        file.close()
+    return make
 
 
 @pytest.fixture(scope="session")

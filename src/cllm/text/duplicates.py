@@ -68,7 +68,10 @@ def remove_duplicates(
     held_out = np.concatenate([splits.validation, splits.test])
     if action == "off" or not len(held_out):
         return splits, DuplicateReport(action)
-    index = _Index(spool, *_signatures_of(spool, held_out, splits.method, seed))
+    ranges, minima = _signatures_of(spool, held_out, splits.method, seed)
+    if not len(ranges):
+        return splits, DuplicateReport(action)
+    index = _Index(spool, ranges, minima)
     doubled = list[np.ndarray]()
     done, total = 0, segment_bytes(splits.train)
     for chunk in _chunks(spool, splits.train, splits.method):

@@ -66,7 +66,8 @@ def split_corpus(
             "set data.split = 'document'"
         )
     if method == "auto":
-        fits = _drawable(spool, validation, test).sum() >= spool.size / 2
+        small = _small(spool, validation, test)
+        fits = np.diff(spool.ends)[small].sum() >= spool.size / 2
         method = "document" if fits or spool.masked else "block"
     by = _by_document if method == "document" else _by_block
     splits = by(spool, validation, test, seed)
@@ -74,27 +75,33 @@ def split_corpus(
     for name, segments in splits.items():
         if shares[name] and not len(segments):
             raise UserError(
-                f"the corpus is too short to split: {spool.size:,} bytes in {spool.documents:,} "
-                f"documents leave nothing for {name}; give more text, or set data.split = 'block'"
+                f"the corpus is too short to split: {spool.size:,} bytes in "
+                f"{len(np.unique(spool.digests)):,} different documents leave nothing for {name}; "
+                "give more text, or set data.split = 'block'"
             )
     return splits
 
 
-def _drawable(spool: Spool, validation: float, test: float) -> np.ndarray:
-    """Sizes of the documents that may be held out: no one of them is half of a held-out split."""
-    sizes = np.diff(spool.ends)
+def _copies(spool: Spool) -> np.ndarray:
+    """For each document, the bytes of all documents of the same text together."""
+    _, group = np.unique(spool.digests, return_inverse=True)
+    return np.bincount(group, weights=np.diff(spool.ends))[group].astype(np.int64)
+
+
+def _small(spool: Spool, validation: float, test: float) -> np.ndarray:
+    """Which documents may be held out: with their copies they are no half of a held-out split."""
     share = min((s for s in (validation, test) if s > 0), default=1.0)
-    return sizes[sizes <= spool.size * share / 2]
+    return _copies(spool) <= spool.size * share / 2
 
 
 def _by_document(spool: Spool, validation: float, test: float, seed: int) -> Splits:
-    sizes = np.diff(spool.ends)
-    drawable = _drawable(spool, validation, test)
-    # Where all documents are large (asked for by name), the smaller half may still be drawn.
-    limit = max(int(drawable.max(initial=0)), int(np.median(sizes)))
+    sizes, drawn = np.diff(spool.ends), _small(spool, validation, test)
+    if sizes[drawn].sum() < 2 * (validation + test) * spool.size:
+        # Most are large: whoever asks for whole documents all the same has the smaller half drawn.
+        drawn = _copies(spool) <= np.median(_copies(spool))
     hashes = mix64(spool.digests, derive("split", seed))
     order = np.argsort(hashes, kind="stable")
-    order = order[sizes[order] <= limit]
+    order = order[drawn[order]]
     # A document begins where the first one of equal text does, so copies stay together.
     first_copy = np.searchsorted(hashes[order], hashes[order], side="left")
     ends = sizes[order].cumsum()
