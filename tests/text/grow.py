@@ -1,4 +1,5 @@
-"""Write a large corpus: sentences over a vocabulary with Zipf-like frequencies, never twice the same.
+"""Write a large corpus: words with Zipf-like frequencies, and new ones without end (one in fifty), as
+in natural text, where the vocabulary never stops growing.
 
 Run as a script: ``python grow.py FILE BYTES``; the text is the same for the same size.
 """
@@ -30,6 +31,8 @@ def grow(path: Path, size: int) -> None:
         while file.tell() < size:
             ranks = np.minimum(rng.zipf(1.3, 200_000) - 1, WORDS - 1)
             text = words[ranks]
+            fresh = rng.integers(ord("a"), ord("z") + 1, (4_000, 9), dtype=np.uint8)
+            text[::50] = fresh.view("S9").ravel().astype(str).astype(object)
             text[99::100] += ".\n\n"
             file.write(" ".join(text.tolist()))
 
