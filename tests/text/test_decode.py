@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,14 @@ def test_bad_bytes_are_counted_and_placed() -> None:
         "file.txt is not UTF-8: 5 undecodable bytes, first at offsets 3, 5, 6; "
         "convert the file to UTF-8"
     ]
+
+
+def test_many_bad_bytes_take_linear_time() -> None:
+    data = b"caf\xe9 " * 400_000
+    start = time.process_time()
+    _, notes = decoded(data)
+    assert "400,000 undecodable bytes" in notes.problems[0]
+    assert time.process_time() - start < 10  # copying the rest at each would take minutes
 
 
 def test_a_character_cut_off_at_the_end() -> None:

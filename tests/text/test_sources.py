@@ -96,6 +96,14 @@ def test_a_bad_page_is_told_once(tmp_path: Path) -> None:
     assert len(notes.problems) == 1
 
 
+def test_a_bad_byte_far_into_records_is_what_is_told(tmp_path: Path) -> None:
+    line = b'{"text": "' + b"x" * 990 + b'"}\n'
+    (tmp_path / "a.jsonl").write_bytes(line * 1100 + b'{"text": "\xff"}\n')
+    _, notes = documents(tmp_path / "a.jsonl")
+    (problem,) = notes.problems
+    assert f"at offset {len(line) * 1100 + 10:,}" in problem
+
+
 def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"abc")

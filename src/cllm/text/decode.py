@@ -6,7 +6,7 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from cllm.core.errors import UserError, require
 from cllm.text.notes import Notes
@@ -21,6 +21,8 @@ _WIDE = {
     b"\xfe\xff": "UTF-16",
 }
 _OFFSETS_SHOWN = 3
+_WINDOW = 4096
+_CUT = "unexpected end of data"  # the codec's name for a character whose end is missing
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:
@@ -117,17 +119,39 @@ class _Bad:
 
 
 def _decode(data: bytes, offset: int, bad: _Bad, *, final: bool) -> tuple[str, int]:
-    """Decode as far as whole characters go: (text, bytes used). Bad bytes are noted and passed over."""
-    parts, used = list[str](), 0
-    while used < len(data):
-        try:
-            parts.append(data[used:].decode("utf-8"))
-            return "".join(parts), len(data)
-        except UnicodeDecodeError as error:
-            start, end = used + error.start, used + error.end
-            parts.append(data[used:start].decode("utf-8"))
-            if not final and error.reason == "unexpected end of data":
-                return "".join(parts), start
+    """Decode as far as whole characters go: (text, bytes used). Where bad bytes are, they are noted and
+    there is no text."""
+    try:
+        return data.decode("utf-8"), len(data)
+    except UnicodeDecodeError as error:
+        if error.reason == _CUT and not final:
+            return data[: error.start].decode("utf-8"), error.start
+    for start, end, kind in utf8_runs(data):
+        if kind == "cut" and not final:
+            return "", start
+        if kind != "text":
             bad.add(offset + start, end - start)
-            used = end
-    return "".join(parts), used
+    return "", len(data)
+
+
+def utf8_runs(data: bytes) -> Iterator[tuple[int, int, Literal["text", "bad", "cut"]]]:
+    """(start, end, kind) of runs that ``data`` is made of: text, what is no UTF-8, and last perhaps
+    the beginning of a character that is cut off. Linear in time however many bad bytes there are."""
+    here = 0
+    while here < len(data):
+        window = data[here : here + _WINDOW]
+        stop, bad = len(window), 0
+        kind: Literal["bad", "cut"] = "bad"
+        try:
+            window.decode("utf-8")
+        except UnicodeDecodeError as error:
+            stop = error.start
+            if error.reason != _CUT:
+                bad = error.end - error.start
+            elif here + len(window) == len(data):
+                bad, kind = error.end - error.start, "cut"
+        if stop:
+            yield here, here + stop, "text"
+        if bad:
+            yield here + stop, here + stop + bad, kind
+        here += stop + bad

@@ -31,7 +31,7 @@ from cllm.text.spool import Spool
 THRESHOLD = 0.8
 BANDS, ROWS = 12, 4
 MOST_UNITS = 200_000
-"""Held-out units looked for; a larger held-out part is sampled, which bounds memory at some 60 MB."""
+"""Held-out units looked for; a larger held-out part is sampled, which bounds memory at some 80 MB."""
 WHOLE = 1 << 16
 """Bytes up to which a document is one unit."""
 _CHUNK = 1 << 20
@@ -200,53 +200,62 @@ def _signatures_of(
 
 
 def _chunks(spool: Spool, segments: np.ndarray, method: str) -> Iterator[_Chunk]:
-    """The units of the segments, in their order; those of fewer than five words are left out."""
-    ranges, hashes, size = list[tuple[int, int, int]](), list[np.ndarray](), 0
+    """The units of the segments, about in their order; those of fewer than five words are left out."""
+    wholes, size = list[tuple[int, int, int]](), 0
     for row in range(len(segments)):
         document, start, end = segments[row].tolist()
-        whole = spool.spans(document) is not None or (method == "document" and end - start <= WHOLE)
-        for unit in _whole(spool, start, end) if whole else _groups(spool, start, end):
-            if len(unit[2]) < WIDTH:
-                continue
-            ranges.append((document, unit[0], unit[1]))
-            hashes.append(unit[2])
-            size += unit[1] - unit[0]
+        if (method == "document" and end - start <= WHOLE) or spool.spans(document) is not None:
+            wholes.append((document, start, end))
+            size += end - start
             if size >= _CHUNK:
-                yield _chunk(ranges, hashes)
-                ranges, hashes, size = [], [], 0
-    if ranges:
-        yield _chunk(ranges, hashes)
+                yield from _wholes(spool, wholes)
+                wholes, size = [], 0
+        else:
+            yield from _groups(spool, document, start, end)
+    if wholes:
+        yield from _wholes(spool, wholes)
 
 
-def _chunk(ranges: list[tuple[int, int, int]], hashes: list[np.ndarray]) -> _Chunk:
-    bounds = np.cumsum([0, *map(len, hashes)])
-    return _Chunk(np.array(ranges, dtype=np.int64), np.concatenate(hashes), bounds)
+def _wholes(spool: Spool, rows: list[tuple[int, int, int]]) -> Iterator[_Chunk]:
+    """Documents that are one unit each."""
+    rows = sorted(rows)
+    texts = spool.read_each([(start, end) for _, start, end in rows])
+    places, hashes = words(b"\n".join(texts))
+    edges = np.searchsorted(places, np.cumsum([0, *(len(text) + 1 for text in texts)]))
+    yield from _chunk(np.array(rows, dtype=np.int64), hashes, edges)
 
 
-def _whole(spool: Spool, start: int, end: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    yield start, end, words(spool.read(start, end))[1]
+def _chunk(ranges: np.ndarray, hashes: np.ndarray, bounds: np.ndarray) -> Iterator[_Chunk]:
+    """The units that have words enough, if any."""
+    counts = np.diff(bounds)
+    keep = counts >= WIDTH
+    if keep.any():
+        kept = np.concatenate([[0], counts[keep].cumsum()])
+        yield _Chunk(ranges[keep], hashes[bounds[0] : bounds[-1]][np.repeat(keep, counts)], kept)
 
 
-def _groups(spool: Spool, start: int, end: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(start, end, word hashes) of the groups that the words of a long text fall into."""
+def _groups(spool: Spool, document: int, start: int, end: int) -> Iterator[_Chunk]:
+    """The groups of words that a long text falls into, each up to where the next word starts."""
     for data in pieces(spool, start, end, _CHUNK):
         places, hashes = words(data)
-        runs = shingles(hashes)
-        first = 0
-        edges = [*np.flatnonzero((runs & np.uint64(_EDGE)) == 0).tolist(), len(hashes)]
-        for edge in edges:
-            while edge - first > _LONGEST:
-                yield _group(start, places, hashes, first, first + _LONGEST, len(data))
-                first += _LONGEST
-            if edge - first >= _SHORTEST or (edge == len(hashes) and edge > first):
-                yield _group(start, places, hashes, first, edge, len(data))
-                first = edge
+        if len(places):
+            bounds = np.array(_edges(hashes))
+            here = start + np.append(places, len(data))[bounds]
+            ranges = np.stack([np.full(len(here) - 1, document), here[:-1], here[1:]], axis=1)
+            yield from _chunk(ranges, hashes, bounds)
         start += len(data)
 
 
-def _group(
-    offset: int, places: np.ndarray, hashes: np.ndarray, first: int, last: int, size: int
-) -> tuple[int, int, np.ndarray]:
-    """The words [first, last) of the ``size`` bytes at ``offset``: up to where the next word starts."""
-    end = int(places[last]) if last < len(places) else size
-    return offset + int(places[first]), offset + end, hashes[first:last]
+def _edges(hashes: np.ndarray) -> list[int]:
+    """Where groups of words begin, and the end: after 64 words, at the next shingle whose hash says so,
+    after 1,024 in any case."""
+    bounds = [0]
+    marks = np.flatnonzero((shingles(hashes) & np.uint64(_EDGE)) == 0).tolist()
+    for mark in [*marks, len(hashes)]:
+        while mark - bounds[-1] > _LONGEST:
+            bounds.append(bounds[-1] + _LONGEST)
+        if mark - bounds[-1] >= _SHORTEST:
+            bounds.append(mark)
+    if bounds[-1] < len(hashes):
+        bounds.append(len(hashes))
+    return bounds

@@ -21,7 +21,10 @@ def json_documents(
 
     Raises ``UserError`` naming file and line for what is no JSON object or lacks the text.
     """
+    before = len(notes.problems)
     for number, line in enumerate(_lines(pieces), 1):
+        if len(notes.problems) > before:  # the pieces ended early, in the middle of this line
+            return
         if not line.strip():
             continue
         where = f"{name}:{number}"

@@ -96,9 +96,13 @@ def _small(spool: Spool, validation: float, test: float) -> np.ndarray:
 
 def _by_document(spool: Spool, validation: float, test: float, seed: int) -> Splits:
     sizes, drawn = np.diff(spool.ends), _small(spool, validation, test)
-    if sizes[drawn].sum() < 2 * (validation + test) * spool.size:
-        # Most are large: whoever asks for whole documents all the same has the smaller half drawn.
-        drawn = _copies(spool) <= np.median(_copies(spool))
+    wanted = min(1.0, 2 * (validation + test)) * spool.size
+    if sizes[drawn].sum() < wanted:
+        # Most are large: whoever asks for whole documents all the same has the smaller ones drawn.
+        copies = _copies(spool)
+        ascending = np.argsort(copies, kind="stable")
+        enough = np.searchsorted(sizes[ascending].cumsum(), wanted)
+        drawn = copies <= copies[ascending[min(int(enough), len(sizes) - 1)]]
     hashes = mix64(spool.digests, derive("split", seed))
     order = np.argsort(hashes, kind="stable")
     order = order[drawn[order]]

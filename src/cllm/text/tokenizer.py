@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cllm.core.atomic import write_text
 from cllm.core.errors import UsageError, UserError
+from cllm.text.decode import utf8_runs
 from cllm.text.lossless import end_token, refuse_lossy, token_table
 
 END_TOKEN = "<|endoftext|>"
@@ -148,18 +149,19 @@ class Tokenizer:
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Any bytes -> int32 ids; where they are no UTF-8, one token a byte."""
-        parts: list[np.ndarray] = []
-        while data:
-            try:
-                parts.append(self.encode(data.decode("utf-8")))
-                break
-            except UnicodeDecodeError as error:
-                if error.start:
-                    parts.append(self.encode(data[: error.start].decode("utf-8")))
-                stray = np.frombuffer(data[error.start : error.end], dtype=np.uint8)
-                parts.append(self._byte_ids[stray])
-                data = data[error.end :]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+        try:
+            return self.encode(data.decode("utf-8"))
+        except UnicodeDecodeError:
+            runs = list(utf8_runs(data))
+        texts = [data[start:end].decode("utf-8") for start, end, kind in runs if kind == "text"]
+        encoded = iter(self.encode_batch(texts))
+        parts = [
+            next(encoded)
+            if kind == "text"
+            else self._byte_ids[np.frombuffer(data[start:end], dtype=np.uint8)]
+            for start, end, kind in runs
+        ]
+        return np.concatenate(parts)
 
     def encode_with_spans(
         self, text: str, spans: Sequence[tuple[int, int]]
