@@ -48,7 +48,7 @@ def test_methods_agree_on_a_good_basis(rng):
 
 def test_rows_of_any_scale():
     B = np.array([[1e-200, 0, 0], [1e-200, 1e200, 0], [3.0, 4.0, 5.0]])
-    mu, squared = lattice.gram_schmidt(B[2:])
+    squared = lattice.gram_schmidt(B[2:])[1]
     assert squared == pytest.approx([50])
     np.testing.assert_allclose(lattice.profile(B), np.log2([1e-200, 1e200, 5.0]), rtol=1e-12)
 

@@ -25,6 +25,11 @@ def as_basis(B: Any, name: str = "basis") -> np.ndarray:
         raise ValueError(f"{name}: rows of different lengths do not make a matrix") from error
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"{name} must be a non-empty (n, d) matrix, got shape {array.shape}")
+    if array.dtype in (np.float64, np.uint64) and not isinstance(B, np.ndarray):
+        # NumPy makes floats of a list that mixes int64 with larger integers.
+        exact = np.array(B, dtype=object)
+        if all(isinstance(x, (int, np.integer)) for x in exact.flat):
+            array = exact
     if array.dtype == object:
         return _exact_objects(array, name)
     if array.dtype.kind == "u":

@@ -126,7 +126,8 @@ class FactorCache:
         Raises:
             ValueError: not integers in [1, 2^63), or not one-dimensional.
         """
-        array = np.asarray(numbers)
+        # A list that mixes int64 with larger integers would become floats.
+        array = numbers if isinstance(numbers, np.ndarray) else np.array(numbers, dtype=object)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iuO"):
             raise ValueError(f"numbers must be integers of shape (count,), got {array.shape}")
         if array.dtype.kind in "uO":

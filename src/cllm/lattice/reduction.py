@@ -65,10 +65,10 @@ def reduce(
             float basis is scaled to integers with enough bits for its condition (``to_integers``).
         method: ``lll`` (Lenstra, Lenstra & Lovász 1982, in the L² form of Nguyen & Stehlé 2009);
             ``deep`` (LLL with deep insertions, Schnorr & Euchner 1994); ``seysen`` (LLL, then primal
-            and dual shortened together, Seysen 1993: it gives up the Lovász condition);
-            ``bkz`` with blocks of
-            ``block_size`` (Schnorr & Euchner 1994, with the early abort of Chen & Nguyen's BKZ 2.0,
-            2011); ``hkz`` (Korkine & Zolotarev: every projected first vector is shortest).
+            and dual shortened together, Seysen 1993: it gives up the Lovász condition, and the bench
+            finds no gain in rounding); ``bkz`` with blocks of ``block_size`` (Schnorr & Euchner
+            1994, with the early abort of Chen & Nguyen's BKZ 2.0, 2011); ``hkz`` (Korkine &
+            Zolotarev: every projected first vector is shortest).
         delta: Lovász factor, in (0.25, 1).
         block_size: for ``bkz``, 2 to n (larger is taken as n).
         max_seconds: for ``bkz``, stop after the tour in which this time has passed.
@@ -97,7 +97,7 @@ def reduce(
             faults = str(error)
             continue
         reduced_at = time.perf_counter()
-        certificate = certify(scaled.rows, U, R)
+        certificate = certify(scaled.rows, U, R, delta)
         if certificate.holds(delta, reduced=method != "seysen"):
             seconds = {
                 "scale": scaled_at - started,

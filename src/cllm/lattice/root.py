@@ -79,7 +79,7 @@ class RootLattice(ABC):
             )
         out = torch.empty(points.shape, dtype=points.dtype)
         for start in range(0, len(points), self.chunk):
-            part = points[start : start + self.chunk].T.contiguous()
+            part = points[start : start + self.chunk].T.clone(memory_format=torch.contiguous_format)
             out[start : start + self.chunk] = self._decode(part).T
         return back(out.reshape(x.shape) if hasattr(x, "shape") else out, x)
 

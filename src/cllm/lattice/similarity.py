@@ -52,7 +52,7 @@ def gcd_over_max(a: Codes, b: Codes | None = None) -> np.ndarray:
 def log_values(codes: Codes) -> np.ndarray:
     """Natural logarithms of the codes (count,), in steps of 2^-40."""
     weights = codes.exponents * _log_primes(codes.primes)
-    total = np.bincount(codes.rows(), weights=weights, minlength=len(codes))
+    total = np.bincount(codes.rows(), weights=weights, minlength=len(codes)).astype(np.float64)
     if len(total) and total.max() >= 2.0 ** (_SUM_BITS - _FRACTION_BITS):
         row = int(total.argmax())
         raise ValueError(f"code {row} of {len(codes)} is too large: its logarithm is {total[row]}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from cllm.lattice.gso import lq
-from cllm.lattice.integers import to_float
+from cllm.lattice.integers import to_float, to_fplll
 from cllm.lattice.modular import is_unimodular, product_equals
+from cllm.lattice.precision import mpfr_precision
 
 # fplll works with η = 0.51 (its LLL_DEF_ETA); the slack is for the rounding of both sides' GSO.
 ETA = 0.51
@@ -43,9 +45,17 @@ class Certificate:
         return "; ".join(found)
 
 
-def certify(rows: np.ndarray, transform: np.ndarray, reduced: np.ndarray) -> Certificate:
-    """Measure ``transform @ rows == reduced``, unimodularity, size reduction and Lovász."""
+def certify(
+    rows: np.ndarray, transform: np.ndarray, reduced: np.ndarray, delta: float
+) -> Certificate:
+    """Measure ``transform @ rows == reduced``, unimodularity, size reduction and Lovász.
+
+    The Gram–Schmidt data come from a float64 QR, and where that does not show the basis reduced to
+    ``delta``, from MPFR with room for every bit: rows of very different lengths need it.
+    """
     max_mu, lovasz = reducedness(reduced)
+    if max_mu > ETA + SLACK or lovasz < delta - SLACK:
+        max_mu, lovasz = precise_reducedness(reduced)
     return Certificate(
         product_exact=product_equals(transform, rows, reduced),
         unimodular=is_unimodular(transform),
@@ -57,19 +67,40 @@ def certify(rows: np.ndarray, transform: np.ndarray, reduced: np.ndarray) -> Cer
 def reducedness(rows: np.ndarray) -> tuple[float, float]:
     """max |μ_ij| below the diagonal, and the largest δ ≤ 1 at which the Lovász condition holds.
 
-    From a float64 Householder QR, which is accurate enough because a reduced basis is well
-    conditioned; a basis that is not gives (inf, 0).
+    From a float64 Householder QR; a basis that is dependent in float64 gives (inf, 0).
     """
-    top = max(int(abs(int(x))).bit_length() for x in rows.flat)
     try:
-        L, _ = lq(to_float(rows, top))
+        L, _ = lq(to_float(rows, _bit_length(rows)))
     except ValueError:
         return np.inf, 0.0
     diagonal = np.diagonal(L)
-    mu = L / diagonal
-    n = len(L)
-    if n == 1:
+    return _summary(L / diagonal, diagonal**2)
+
+
+def precise_reducedness(rows: np.ndarray) -> tuple[float, float]:
+    """``reducedness`` from fplll's Gram–Schmidt recurrence on the exact Gram matrix, in MPFR with
+    twice the entries' bits (an inner product's) and 64 + 2n to spare."""
+    from fpylll import GSO
+
+    n, bits = len(rows), _bit_length(rows)
+    with mpfr_precision(2 * bits + 2 * n + 64):
+        gso = GSO.Mat(to_fplll(rows), float_type="mpfr", flags=GSO.INT_GRAM)
+        gso.update_gso()
+        mu = np.eye(n)
+        for i in range(n):
+            mu[i, :i] = [gso.get_mu(i, j) for j in range(i)]
+        pairs = [gso.get_r_exp(i, i) for i in range(n)]
+    top = max(exponent for _, exponent in pairs)
+    squared = np.array([math.ldexp(r, exponent - top) for r, exponent in pairs])
+    return _summary(mu, squared)
+
+
+def _summary(mu: np.ndarray, squared: np.ndarray) -> tuple[float, float]:
+    if len(mu) == 1:
         return 0.0, 1.0
-    below = np.abs(np.diagonal(mu, -1))
-    ratio = (diagonal[1:] / diagonal[:-1]) ** 2 + below**2
+    ratio = squared[1:] / squared[:-1] + np.diagonal(mu, -1) ** 2
     return float(np.abs(np.tril(mu, -1)).max()), min(1.0, float(ratio.min()))
+
+
+def _bit_length(rows: np.ndarray) -> int:
+    return max(abs(int(rows.max())), abs(int(rows.min()))).bit_length()
