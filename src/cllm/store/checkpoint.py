@@ -112,7 +112,7 @@ def find(path: Path, which: Which = "last") -> Path:
     known = folder.steps(run)
     if step is None:
         if not known:
-            raise UserError(f"{run} has no checkpoint yet")
+            raise UserError(f"{run} has no checkpoint yet: remove it and begin anew")
         if which == "best":
             step = folder.best_step(run)
             if step is None:

@@ -37,7 +37,8 @@ class Outcome:
 def conclude(trainer: Trainer, state: str) -> Outcome:
     """Load the best weights, score validation and test with them, and let them write."""
     standing, run, dataset = trainer.standing, trainer.run, trainer.dataset
-    if standing.best_step >= 0 and standing.best_step != standing.step:
+    at = standing.best_step if standing.best_step >= 0 else standing.step
+    if at != standing.step:
         best = checkpoints.load(run.path, "best", with_optimizer=False)
         trainer.model.load_state_dict(best.weights)
         trainer.step.arena.refresh()
@@ -45,12 +46,12 @@ def conclude(trainer: Trainer, state: str) -> Outcome:
     for split in ("validation", "test"):
         scores[split] = trainer.evaluate(split) if getattr(dataset, split) is not None else None
     if (test := scores["test"]) is not None:
-        trainer.metrics.write(standing.step, "test", **test.to_json())
-        trainer.board.scalars(standing.step, {"test/bpb": test.bpb, "test/loss": test.loss})
+        trainer.metrics.write(at, "test", **test.to_json())
+        trainer.board.scalars(at, {"test/bpb": test.bpb, "test/loss": test.loss})
     tokens = max(trainer.config.log.sample_tokens, 1)
     texts = sample_texts(trainer.model, dataset.tokenizer, count=SAMPLES, tokens=tokens)
     for text in texts:
-        trainer.metrics.write(standing.step, "sample", prompt="", text=text)
+        trainer.metrics.write(at, "sample", prompt="", text=text)
     return Outcome(
         run=run,
         state=state,

@@ -7,12 +7,22 @@ from cllm.infer.sampling import Sampling
 from cllm.model.transformer import Transformer
 from cllm.text.tokenizer import Tokenizer
 
+DRAWS = 4
+"""Seeds tried for each text: a young model often ends a text before it has begun."""
+
 
 def sample_texts(model: Transformer, tokenizer: Tokenizer, *, count: int, tokens: int) -> list[str]:
-    """``count`` texts of at most ``tokens`` tokens from the beginning of a document, seeds 0, 1, …"""
-    texts = []
-    for seed in range(count):
+    """Up to ``count`` texts of at most ``tokens`` tokens each, as a document may begin.
+
+    Seeds 0, 1, … are drawn; empty texts are passed over.
+    """
+    texts: list[str] = []
+    for seed in range(count * DRAWS):
         sampling = Sampling(max_tokens=tokens, seed=seed)
         ids = generate(model, [tokenizer.end_id], sampling, end_id=tokenizer.end_id)
-        texts.append(tokenizer.decode(ids))
+        text = tokenizer.decode(ids)
+        if text.strip():
+            texts.append(text)
+        if len(texts) == count:
+            break
     return texts

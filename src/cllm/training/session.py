@@ -25,6 +25,7 @@ from cllm.store import checkpoint as checkpoints
 from cllm.store.draft import Draft
 from cllm.store.metrics import MetricsLog
 from cllm.store.run import RunDirectory
+from cllm.store.steps import discard_after
 from cllm.text.corpus import prepare
 from cllm.text.dataset import Dataset, load_prepared
 from cllm.text.tokenizer import Tokenizer
@@ -162,6 +163,9 @@ def _train(
             board=board,
             progress=progress,
         )
+        discard_after(run.path, standing.step)
+        if standing.step == 0:
+            trainer.save(best=False)  # so that a kill at any moment leaves something to resume
         try:
             with Interrupt() as interrupt:
                 state = trainer.fit(interrupt)
@@ -208,7 +212,14 @@ def _prepare(
 
 def _as_one(advance: Callable[[float], None]) -> Callable[[str, float], None]:
     """Turn the shares of preparation's stages into one count of a hundred."""
-    weights = {"reading": 25.0, "duplicates": 10.0, "tokenizer": 25.0, "encoding": 40.0}
+    weights = {
+        "reading": 25.0,
+        "duplicates": 10.0,
+        "tokenizer": 25.0,
+        "encoding train": 36.0,
+        "encoding validation": 2.0,
+        "encoding test": 2.0,
+    }
     shown: dict[str, float] = {}
 
     def show(stage: str, share: float) -> None:

@@ -1,0 +1,269 @@
+"""What all benches share: rows, claims, interleaved timing in subprocesses, tables, JSON, results files.
+
+A contestant runs in a process of its own, so that no allocator setting, thread pool or compiled code of
+one helps or harms another. The processes take turns: each measures a short round while the others
+sleep, so that what the machine does meanwhile falls on all alike.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cllm.core.atomic import write_text
+from cllm.core.cpu import load_average
+from cllm.core.errors import UsageError, UserError, nearest
+from cllm.core.machine import machine
+
+BENCHES = {"train": "training", "original": "original", "lattice": "lattice"}
+"""Name of a bench to its module in ``cllm.bench``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a bench may be asked for."""
+
+    data: tuple[str, ...] = ()
+    quick: bool = False
+    ladder: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A figure and what it should be. ``holds`` is ``None`` where it cannot be judged; ``why`` says."""
+
+    name: str
+    value: float | None
+    required: float | None
+    aim: float | None = None
+    higher_is_better: bool = True
+    why: str = ""
+    judged: bool = True
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the requirement is met."""
+        if self.value is None or self.required is None or not self.judged:
+            return None
+        return self.value >= self.required if self.higher_is_better else self.value <= self.required
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        body = asdict(self) | {"holds": self.holds}
+        del body["judged"]
+        return body
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a bench measured."""
+
+    bench: str
+    rows: list[dict[str, Any]]
+    claims: list[Claim]
+    notes: list[str] = field(default_factory=list)
+    packages: tuple[str, ...] = ("torch",)
+    load_before: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether no claim falls short."""
+        return all(claim.holds is not False for claim in self.claims)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``cllm bench --json`` prints."""
+        here = machine()
+        return {
+            "bench": self.bench,
+            "machine": {
+                "processor": here.cpu,
+                "threads": here.threads,
+                "instruction_sets": list(here.instruction_sets),
+                "system": here.system,
+                "load_before": self.load_before,
+            },
+            "versions": versions(self.packages),
+            "rows": self.rows,
+            "claims": [claim.to_json() for claim in self.claims],
+            "notes": self.notes,
+        }
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Installed versions of ``packages`` and of cllm."""
+    found = {}
+    for name in ("cllm", *packages):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def load_bench(name: str) -> Callable[[Options], Result]:
+    """The function ``run`` of the bench ``name``; ``UsageError`` if there is none."""
+    if name not in BENCHES:
+        known = ", ".join(BENCHES)
+        raise UsageError(
+            f"there is no bench {name!r}{nearest(name, list(BENCHES))}; known: {known}"
+        )
+    module = importlib.import_module(f"cllm.bench.{BENCHES[name]}")
+    run: Callable[[Options], Result] = module.run
+    return run
+
+
+class Contestant:
+    """A subprocess that measures a round whenever it is asked to.
+
+    It runs ``python -m module …arguments``, prints one JSON line when it is ready, and one for each
+    line it reads; it ends when its input is closed.
+    """
+
+    def __init__(
+        self, name: str, module: str, arguments: Sequence[str], env: dict[str, str]
+    ) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=env,
+            text=True,
+        )
+        self.ready = self._read()
+
+    def round(self) -> dict[str, Any]:
+        """Ask for one round and wait for its figures."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            _, errors = self._process.communicate()
+            last = errors.strip().splitlines()[-1:] or ["no message"]
+            raise UserError(f"the bench process {self.name!r} failed: {last[0]}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+
+def answer_rounds(ready: dict[str, Any], one_round: Callable[[], dict[str, Any]]) -> None:
+    """The contestant's side: say ready, then measure a round for each line read."""
+    print(json.dumps(ready), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(one_round()), flush=True)
+
+
+def interleaved(
+    contestants: Sequence[Contestant], rounds: int, say: Callable[[str], None] = lambda text: None
+) -> dict[str, list[dict[str, Any]]]:
+    """``rounds`` rounds of each contestant in turn, the order reversed every other time."""
+    figures: dict[str, list[dict[str, Any]]] = {c.name: [] for c in contestants}
+    for number in range(rounds):
+        for contestant in contestants if number % 2 == 0 else reversed(contestants):
+            figures[contestant.name].append(contestant.round())
+        say(f"round {number + 1} of {rounds}")
+    return figures
+
+
+def ratio_of_medians(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """How many times as much ``ours`` is as ``theirs``."""
+    return median(ours) / median(theirs)
+
+
+def spread(values: Sequence[float]) -> str:
+    """``lowest–highest`` of the values, in whole numbers."""
+    return f"{min(values):,.0f}–{max(values):,.0f}"
+
+
+def load_now() -> float | None:
+    """The load before the bench begins (afterwards it is the bench's own)."""
+    return load_average()
+
+
+def render(result: Result) -> str:
+    """A table of rows and one of claims, for people (it is Markdown, too)."""
+    body = result.to_json()
+    here = body["machine"]
+    load = "" if result.load_before is None else f", load before {result.load_before:.2f}"
+    lines = [f"# bench {result.bench}", ""]
+    lines += [f"{here['processor']}, {here['threads']} threads{load}", ""]
+    lines += [", ".join(f"{name} {version}" for name, version in body["versions"].items()), ""]
+    lines += _markdown_table(result.rows)
+    if result.claims:
+        claims = [
+            {
+                "claim": claim.name,
+                "measured": claim.value,
+                "required": _bound(claim.required, claim.higher_is_better),
+                "aim": _bound(claim.aim, claim.higher_is_better),
+                "holds": {True: "yes", False: "**no**", None: f"– ({claim.why})"}[claim.holds],
+            }
+            for claim in result.claims
+        ]
+        lines += ["", *_markdown_table(claims)]
+    lines += [f"\n{note}" for note in result.notes]
+    return "\n".join(lines)
+
+
+def write_results(result: Result, arguments: Sequence[str], root: Path = Path()) -> Path:
+    """Write ``docs/results/NAME.md``: the tables with the machine, the date and the command."""
+    path = root / "docs" / "results" / f"{result.bench}.md"
+    command = shlex.join(["cllm", *arguments])
+    text = f"{render(result)}\n\nMeasured on {date.today().isoformat()} by `{command}`.\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    return path
+
+
+def _bound(value: float | None, higher: bool) -> str:
+    if value is None:
+        return "–"
+    return f"{'≥' if higher else '≤'} {_cell(value)}"
+
+
+def _markdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(names)]
+    numeric = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
+
+    def line(texts: Sequence[str]) -> str:
+        padded = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(texts, widths, numeric, strict=True)
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [
+        "-" * (w - 1) + ":" if right else "-" * w for w, right in zip(widths, numeric, strict=True)
+    ]
+    return [line(names), f"| {' | '.join(rule)} |", *map(line, cells)]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,146 @@
+"""``cllm bench train``: speed of training beside transformers' Llama of exactly the same shape.
+
+Contestants, each in its own process (``cllm.bench.training_contestant``): (a) the peer's plain eager
+loop in fp32, (b) the same compiled in bf16 with SDPA, (c) as (b) with explicit attention, and ours as
+``cllm train`` would choose on this machine; then ours with one choice changed at a time, and at the
+vector widths that ATen and Inductor can be held to.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from statistics import median
+from typing import Any
+
+from cllm.bench.harness import (
+    Claim,
+    Contestant,
+    Options,
+    Result,
+    interleaved,
+    load_now,
+    ratio_of_medians,
+    spread,
+)
+from cllm.core.cpu import is_busy
+from cllm.core.errors import require
+from cllm.core.machine import machine
+
+ROUNDS, STEPS = 7, 12
+PEERS = {
+    "(a) Llama, eager fp32": "peer --attention sdpa --dtype fp32",
+    "(b) Llama, compiled bf16, SDPA": "peer --attention sdpa --dtype bf16 --compile",
+    "(c) Llama, compiled bf16, eager attention": "peer --attention eager --dtype bf16 --compile",
+}
+STRONGEST = "(c) Llama, compiled bf16, eager attention"
+OURS = "cllm train"
+VARIANTS = {
+    OURS: "ours",
+    "cllm, fp32": "ours --set train.dtype=fp32",
+    "cllm, SDPA": "ours --set train.attention=sdpa",
+    "cllm, eager": "ours --set train.compile=off",
+    "cllm, one thread": "ours --set train.threads=1",
+    "cllm, memory given back": "ours --give-memory-back",
+}
+VECTORS = {"default": "1", "avx2": "256", "avx512": "512"}
+"""ATEN_CPU_CAPABILITY to Inductor's vector width in bits (1: no vectors)."""
+
+
+def run(options: Options) -> Result:
+    """Measure. Raises ``UserError`` if transformers is not installed."""
+    require("transformers", "bench", "the peer of `cllm bench train`")
+    load = load_now()
+    busy = is_busy()
+    rounds, steps = (2, 2) if options.quick else (ROUNDS, STEPS)
+    shape = ["--steps", str(steps)] + (["--small"] if options.quick else [])
+    wanted = PEERS | VARIANTS
+    if options.quick:
+        wanted = {name: wanted[name] for name in (STRONGEST, OURS)}
+    contestants = [_start(name, call, shape) for name, call in wanted.items()]
+    if not options.quick:
+        for level, bits in VECTORS.items():
+            call = f"ours --simdlen {bits}"
+            contestants.append(_start(f"cllm, {level} vectors", call, shape, level))
+    try:
+        figures = interleaved(contestants, rounds, say=_say)
+    finally:
+        for contestant in contestants:
+            contestant.close()
+    rates = {name: [r["tokens_per_second"] for r in found] for name, found in figures.items()}
+    rows = [_row(c, rates[c.name], figures[c.name], rates[STRONGEST]) for c in contestants]
+    ours = next(c for c in contestants if c.name == OURS)
+    notes = [
+        f"Shape and batch: {ours.ready['shape']}. Medians of {rounds} interleaved rounds of {steps} "
+        "steps, each contestant in a process of its own; compilation and 5 warm-up steps apart. "
+        "`start` is the time from the first step's call to its end: compilation, with a warm cache "
+        "where this bench ran before.",
+        "This machine's matmul rate for (2048, 128) @ (128, 4096), measured by us: "
+        + ", ".join(f"{k} {v / 1e9:,.0f} GFLOP/s" for k, v in ours.ready["matmul"].items())
+        + ". `share of matmul` is the achieved rate over that of the same precision.",
+        "The rows of vector widths hold ATen (ATEN_CPU_CAPABILITY) and Inductor's code to that width; "
+        "the products' own libraries still choose for themselves.",
+    ]
+    return Result(
+        bench="train",
+        rows=rows,
+        claims=_claims(rates, busy, options.quick),
+        notes=notes,
+        packages=("torch", "transformers"),
+        load_before=load,
+    )
+
+
+def _claims(rates: dict[str, list[float]], busy: str | None, quick: bool) -> list[Claim]:
+    sets = machine().instruction_sets
+    amx = any("amx" in name.lower() for name in sets)
+    why = "--quick measures nothing" if quick else (busy or "")
+    if not amx and not why:
+        why = "no AMX here, which the requirement was set for"
+    judged = not quick and not busy
+    names = {STRONGEST: (1.15, 1.5), **{name: (None, None) for name in PEERS if name != STRONGEST}}
+    return [
+        Claim(
+            name=f"cllm train ÷ {name}",
+            value=round(ratio_of_medians(rates[OURS], rates[name]), 3),
+            required=required,
+            aim=aim,
+            why=why or "no figure is required",
+            judged=judged,
+        )
+        for name, (required, aim) in names.items()
+        if name in rates
+    ]
+
+
+def _start(name: str, call: str, shape: list[str], level: str | None = None) -> Contestant:
+    env = dict(os.environ)
+    if level is not None:
+        env["ATEN_CPU_CAPABILITY"] = level
+    _say(f"starting {name}")
+    return Contestant(name, "cllm.bench.training_contestant", [*call.split(), *shape], env)
+
+
+def _row(
+    contestant: Contestant,
+    rates: list[float],
+    figures: list[dict[str, Any]],
+    strongest: list[float],
+) -> dict[str, Any]:
+    ready = contestant.ready
+    flops = ready["flops_per_token"] * median(rates)
+    return {
+        "contestant": contestant.name,
+        "tokens/s": round(median(rates)),
+        "lowest–highest": spread(rates),
+        "÷ (c)": round(ratio_of_medians(rates, strongest), 2),
+        "GFLOP/s": round(flops / 1e9),
+        "share of matmul": round(flops / ready["matmul"][ready["dtype"]], 2),
+        "start, s": round(ready["start_seconds"], 1),
+        "peak RSS, MB": round(figures[-1]["peak_rss"] / 1e6),
+    }
+
+
+def _say(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
