@@ -25,6 +25,9 @@ def __getattr__(name: str) -> Any:
 
         return UserError
     if name in __all__:
+        from cllm.core.threads import spin_briefly
+
+        spin_briefly()  # before torch is loaded
         from cllm import api
 
         return getattr(api, name)

@@ -26,6 +26,7 @@ from cllm.bench.harness import (
 from cllm.core.cpu import is_busy
 from cllm.core.errors import require
 from cllm.core.machine import machine
+from cllm.core.threads import spin_briefly
 
 ROUNDS, STEPS = 7, 12
 PEERS = {
@@ -115,6 +116,8 @@ def _claims(rates: dict[str, list[float]], busy: str | None, quick: bool) -> lis
 
 def _start(name: str, call: str, shape: list[str], level: str | None = None) -> Contestant:
     env = dict(os.environ)
+    if call.startswith("ours"):
+        spin_briefly(env)  # as `cllm train` does; the peers keep their plain loop
     if level is not None:
         env["ATEN_CPU_CAPABILITY"] = level
     _say(f"starting {name}")

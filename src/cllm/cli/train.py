@@ -70,6 +70,10 @@ def train(
         changes["model.preset"] = preset
     seconds = parse_duration(time) if time is not None else None
 
+    from cllm.core.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
     from cllm.api import outcome_lines, resolve_config
     from cllm.training.progress import open_progress
     from cllm.training.session import resume as go_on
