@@ -1,0 +1,171 @@
+"""Killed, interrupted or damaged, a run goes on to the same bits: with real processes and signals."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cllm.store import checkpoint
+from cllm.store.metrics import read_lines
+from cllm.store.run import RunDirectory
+
+needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+Start = Callable[..., subprocess.Popen[str]]
+
+# 4 windows of 64 tokens, twice a step, of some 500 windows: 70 steps end in the second epoch.
+LONG = {"train__steps": 70, "train__accumulate": 2, "train__eval_every": 11}
+LONG |= {"train__checkpoint_every": 5, "log__every": 3, "log__sample_tokens": 3}
+DROPOUT = {
+    "model__residual_dropout": 0.1,
+    "model__attention_dropout": 0.1,
+    "model__embedding_dropout": 0.1,
+}
+
+
+def state(run: Path) -> dict[str, Any]:
+    """All that must be the same bits after a kill as without one."""
+    saved = checkpoint.load(run)
+    standing = {k: v for k, v in saved.state["standing"].items() if k != "train_seconds"}
+    lines = [{k: v for k, v in line.items() if k != "time"} for line in read_lines(run / "metrics.jsonl")]
+    return {
+        "step": saved.step,
+        "weights": saved.weights,
+        "moments": saved.optimizer["moments"],
+        "counters": saved.optimizer["counters"],
+        "standing": standing,
+        "best": checkpoint.load(run, "best").weights,
+        "lines": lines,
+        "config": (run / "run.toml").read_text(encoding="utf-8"),
+    }
+
+
+def assert_same(one: Any, other: Any, where: str = "") -> None:
+    """Equal trees; tensors to the bit."""
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype, where
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert list(one) == list(other), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    else:
+        assert one == other, where
+
+
+def wait_for(path: Path, child: subprocess.Popen[str]) -> None:
+    """Until ``path`` is there."""
+    while not path.exists():
+        assert child.poll() is None, f"it ended before {path.name}: {child.stderr.read()}"
+        time.sleep(0.002)
+
+
+def end(child: subprocess.Popen[str], code: int = 0) -> str:
+    """What a process printed, once it has ended as it should."""
+    out, err = child.communicate()
+    assert child.returncode == code, err
+    assert "Traceback" not in err
+    return out + err
+
+
+def kill_and_resume(
+    run: Path, straight: Path, arguments: list[str], process: Start, kills: list[tuple[int, float]]
+) -> None:
+    """Train ``run`` killing it at each (checkpoint, seconds after it); then compare with ``straight``."""
+    child = process("train", *arguments, "--out", run)
+    for step, delay in kills:
+        wait_for(run / "checkpoints" / f"step-{step:08d}", child)
+        time.sleep(delay)
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        assert child.returncode == -signal.SIGKILL, "it ended before it was killed"
+        assert RunDirectory.open(run).status().state == "interrupted"
+        child = process("train", "--resume", run)
+    said = end(child)
+    assert f"resuming {run} at step" in said
+    assert "warning: threads" not in said
+    assert_same(state(run), state(straight))
+    status = RunDirectory.open(run).status()
+    assert status.state == "finished"
+    assert len(status.sessions) == len(kills) + 1
+    for name in ("test_bpb", "validation_bpb", "tokens", "step"):
+        assert status.facts[name] == RunDirectory.open(straight).status().facts[name]
+    assert (run / "report.md").is_file()
+
+
+@needs_signals
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_killed_run_resumes_to_the_same_bits(
+    dtype: str, tmp_path: Path, corpus: Path, process: Start, options: Callable[..., list[str]]
+) -> None:
+    dropout = DROPOUT if dtype == "fp32" else {}
+    arguments = ["--data", str(corpus), *options(**LONG, **dropout, train__dtype=dtype)]
+    end(process("train", *arguments, "--out", tmp_path / "straight"))
+    epochs = [line["epoch"] for line in read_lines(tmp_path / "straight" / "metrics.jsonl") if "epoch" in line]
+    assert epochs[-1] > 1.05
+    assert epochs[len(epochs) // 2] % 1 > 0.05
+    rng = random.Random()  # another moment each time
+    kills = [(5 * rng.randint(1, 4), rng.uniform(0, 0.05)), (5 * rng.randint(6, 9), rng.uniform(0, 0.05))]
+    print("killed at", kills)
+    kill_and_resume(tmp_path / "run", tmp_path / "straight", arguments, process, kills)
+
+
+@needs_signals
+@pytest.mark.slow
+def test_a_killed_compiled_run_resumes_to_the_same_bits(
+    tmp_path: Path, corpus: Path, process: Start, options: Callable[..., list[str]]
+) -> None:
+    changed = options(**LONG, train__dtype="bf16", train__compile="on")
+    arguments = ["--data", str(corpus), *changed]
+    end(process("train", *arguments, "--out", tmp_path / "straight"))
+    kill_and_resume(
+        tmp_path / "run", tmp_path / "straight", arguments, process, [(10, 0.03), (35, 0.01)]
+    )
+
+
+@needs_signals
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_names_the_command_that_goes_on(
+    signum: signal.Signals,
+    code: int,
+    tmp_path: Path,
+    corpus: Path,
+    process: Start,
+    options: Callable[..., list[str]],
+) -> None:
+    # No checkpoint but the first: what is resumed is what the signal saved.
+    changes = {"train__steps": 60, "train__checkpoint_every": 1000, "train__eval_every": 17}
+    arguments = ["--data", str(corpus), *options(**changes, **DROPOUT)]
+    run = tmp_path / "a run"
+    child = process("train", *arguments, "--out", run)
+    wait_for(run / "checkpoints" / "step-00000000" / "state.json", child)
+    while not any(True for _ in read_lines(run / "metrics.jsonl")):
+        time.sleep(0.002)
+    child.send_signal(signum)
+    out, err = child.communicate()
+    assert child.returncode == code
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith(f"cllm: stopped by {signum.name} after step ")
+    command = shlex.split(last.split("go on with: ")[1])
+    assert command == ["cllm", "train", "--resume", str(run)]
+    saved = RunDirectory.open(run).steps()[-1]
+    assert f"after step {saved};" in last
+    assert 0 < saved < 60
+    status = RunDirectory.open(run).status()
+    assert status.state == "interrupted"
+    assert signum.name in status.reason
+    end(process(*command[1:]))
+    end(process("train", *arguments, "--out", tmp_path / "straight"))
+    assert_same(state(run), state(tmp_path / "straight"))
