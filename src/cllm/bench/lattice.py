@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from cllm.bench.harness import Claim, Options, Result, load_now
@@ -30,6 +31,8 @@ def run(options: Options) -> Result:
         new_rows, new_claims = part(options.quick)
         rows += new_rows
         claims += new_claims
+    if options.quick:
+        claims = [replace(claim, judged=False, why="quick: too small to judge") for claim in claims]
     return Result(
         bench="lattice",
         rows=rows,

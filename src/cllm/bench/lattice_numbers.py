@@ -37,7 +37,7 @@ def token_codes(count: int, seed: int = 0) -> Any:
     factors = []
     for i in range(count):
         size = int(rng.integers(2, 10))
-        pieces = [*(rng.zipf(1.4, size) % 256), *(rng.zipf(1.2, size) % (i + 1)), i]
+        pieces = [*(rng.zipf(1.4, size) % min(256, count)), *(rng.zipf(1.2, size) % (i + 1)), i]
         names, times = np.unique(pieces, return_counts=True)
         factors.append({primes[int(p)]: int(t) for p, t in zip(names, times, strict=True)})
     return lattice.Codes.from_factors(factors)
@@ -125,15 +125,7 @@ def _factor_cache(count: int) -> list[dict[str, Any]]:
         },
         3,
     )
-    values = {name: len(large) / s for name, s in big.items()}
-    rows.append(
-        row(
-            "factor near 2^63",
-            f"{len(large)} numbers",
-            values["ours"],
-            "numbers/s",
-            "sympy.factorint",
-            values["sympy"],
-        )
-    )
+    ours, theirs = (len(large) / big[name] for name in ("ours", "sympy"))
+    case = f"{len(large)} numbers"
+    rows.append(row("factor near 2^63", case, ours, "numbers/s", "sympy.factorint", theirs))
     return rows

@@ -92,7 +92,7 @@ def quality(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
             case = f"q-ary n={n}" + ("" if result.finished else ", stopped by the clock")
             factor = lattice.root_hermite_factor(result.basis)
             rows.append(row(name, case, seconds, "s"))
-            rows.append(row(name, case, factor, "root Hermite factor"))
+            rows.append(row(name, case, 1000 * (factor - 1), "‰, root Hermite factor above 1"))
             rows.append(row(name, case, lattice.mean_ratio_db(result.basis), "dB over flat"))
     rows += _decoding_error(16 if quick else 64, 500 if quick else 20_000)
     return rows, []

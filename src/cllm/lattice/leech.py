@@ -3,13 +3,15 @@
 A point is (m + 2c + 4b)/√8 with m in {0, 1}, c a Golay codeword and b integers whose sum has the
 parity of m (Conway & Sloane 1999, chapter 4, section 11). Maximum-likelihood decoding after Vardy &
 Be'ery, "Maximum-likelihood decoding of the Leech lattice", IEEE Trans. Inf. Theory 39 (1993): through
-the hexacode, one quarter of the lattice (m and the parity of the columns) at a time. Where they save
-scalar operations by sorting and look-ups, this does the full min-plus sums of every hexacode word,
-because those are long vector operations over the batch.
+the hexacode, one quarter of the lattice (m, and the parity h of the columns) at a time. Here every
+hexacode word of every quarter gets a lower bound, by leaving out the two parity conditions; in each
+quarter the word of least bound is decoded exactly, and then every word whose bound is below the best
+of the four: about one is.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import cached_property
 
@@ -31,7 +33,7 @@ class Leech(RootLattice):
     kissing_number = 196560
     # Conway & Sloane 1999, table 2.3.
     second_moment = 0.065771
-    chunk = 1024
+    chunk = 4096
 
     def integer_generator(self) -> np.ndarray:
         """LLL-reduced: 2c for a basis of the Golay code, 4(e_i + e_j), 8e_i and one odd vector
@@ -67,14 +69,22 @@ class Leech(RootLattice):
         return same & codeword & ((b.sum(dim=1) - m[:, 0]) % 2 == 0)
 
     def _decode(self, x: torch.Tensor) -> torch.Tensor:
-        quarters = [_Quarter(x, m) for m in (0, 1)]
-        bests = [quarter.best(h) for quarter in quarters for h in (0, 1)]
-        value = torch.stack([cost for cost, _ in bests])
-        word = torch.stack([words for _, words in bests])
-        chosen = value.argmin(dim=0)
-        word = word.gather(0, chosen[None])[0]
-        m, h = chosen // 2, chosen % 2
-        return _assemble(x, quarters, m, h, word).mul_(self.unit)
+        costs = _Costs(x)
+        bound = costs.bounds()
+        points = torch.arange(x.shape[1])
+        firsts = _least(bound.view(4, 64, -1)) + torch.arange(0, 256, 64)[:, None]
+        value, quarter = costs.exact(firsts.view(-1), points.repeat(4)).view(4, -1).min(dim=0)
+        word = firsts.gather(0, quarter[None])[0]
+        bound.scatter_(0, firsts, torch.inf)
+        rivals, where = torch.nonzero(bound < value, as_tuple=True)
+        rival_value = costs.exact(rivals, where)
+        value.scatter_reduce_(0, where, rival_value, "amin")
+        wins = rival_value == value[where]
+        # A rival that ties with another is chosen by its number, so that the answer is determined.
+        winner = torch.full_like(word, -1)
+        winner.scatter_reduce_(0, where[wins], rivals[wins], "amax")
+        word = torch.where(winner >= 0, winner, word)
+        return costs.assemble(x, word).mul_(self.unit)
 
 
 def _code_basis() -> np.ndarray:
@@ -84,27 +94,40 @@ def _code_basis() -> np.ndarray:
     return np.array([code[np.flatnonzero(first == i)[0]] for i in np.unique(first[first >= 0])])
 
 
-# Hexacode words (64, 6), and for each word the numbers of its three pairs of columns.
-_WORDS = torch.from_numpy(hexacode())
-_PAIRS = _WORDS[:, 0::2] * 4 + _WORDS[:, 1::2]
+# Words of all four quarters (256, 6), numbered 64·(2m + h) + hexacode word.
+_WORDS = torch.from_numpy(hexacode()).repeat(4, 1)
+_QUARTER = torch.arange(256) // 64
+# For each hexacode word the numbers of its three pairs of columns.
+_PAIRS = _WORDS[:64, 0::2] * 4 + _WORDS[:64, 1::2]
 # (parity, element, top bit) -> bits of the column.
 _PATTERNS = torch.from_numpy(column_patterns())
+# State s and state t of two columns make state s ^ t of both.
+_BEFORE = torch.arange(4)[:, None] ^ torch.arange(4)
 
 
-class _Quarter:
-    """Costs of every column for the points of one m, in both column parities.
+class _Costs:
+    """Squared distances, in units of 4/√8, of the columns of a batch x (24, batch) from every choice.
 
-    In units of 4 with y = (x√8 - m)/4, coordinate i is nearest b where its code bit is 0 and nearest
-    b + ½ where it is 1: at |d| and ½ - |d| for d = y - round(y). What moving to the other parity of b
-    costs is 1 - 2|d| and 2|d|, in squared distance. Costs are counted from all code bits 0.
+    In those units coordinate i is y = (x√8 - m)/4, and nearest b where its code bit is 0 and nearest
+    b + ½ where it is 1: at |d| and ½ - |d| for d = y - round(y). Moving to the other parity of b
+    costs 1 - 2|d| and 2|d| more, in squared distance. Costs are counted from all code bits 0.
+
+    ``columns`` (m, h, element of GF(4), column, state, batch) with state = 2·(top bit) + (parity of
+    the column's b); ``base`` (m, batch) is what they are counted from.
     """
 
-    def __init__(self, x: torch.Tensor, m: int) -> None:
+    def __init__(self, x: torch.Tensor) -> None:
+        self.batch = x.shape[1]
+        self.columns = x.new_empty(2, 2, 4, 6, 4, self.batch)
+        self.base = x.new_empty(2, self.batch)
+        for m in (0, 1):
+            self._fill(x, m)
+
+    def _fill(self, x: torch.Tensor, m: int) -> None:
         y = (x * math.sqrt(8) - m).mul_(0.25).view(6, 4, -1)
         whole, floor = y.round(), y.floor()
         size = y.sub_(whole).abs_()
-        self.m = m
-        self.base = size.square().sum(dim=(0, 1))
+        self.base[m] = size.square().sum(dim=(0, 1))
         # (code bit, column, row, batch): cost, half of the penalty, and parity of b as ±1.
         cost = torch.stack([torch.zeros_like(size), 0.25 - size])
         penalty = torch.stack([0.5 - size, size])
@@ -114,32 +137,93 @@ class _Quarter:
         high = _join(*(_at(t, 2, 3) for t in (cost, penalty, sign)))
         joined = zip(high, low, strict=True)
         total, half, parity = _join(*((upper[:, None], lower[None]) for upper, lower in joined))
-        # Cost with the sum of b even, and odd: (16 patterns, column, 2, batch).
         lean = half * parity
         total = total + half
-        by_pattern = torch.stack([total - lean, total + lean], dim=2)
-        # (h, element, column, state, batch), state = 2·top bit + parity of b.
-        ordered = by_pattern.index_select(0, _PATTERNS.view(-1)).unflatten(0, (2, 4, 2))
-        self.columns = ordered.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).contiguous()
+        for h, element, top in itertools.product(range(2), range(4), range(2)):
+            pattern = int(_PATTERNS[h, element, top])
+            out = self.columns[m, h, element]
+            torch.sub(total[pattern], lean[pattern], out=out[:, 2 * top])
+            torch.add(total[pattern], lean[pattern], out=out[:, 2 * top + 1])
 
-    def best(self, h: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Least cost (batch,) over the hexacode in this quarter, and the word that has it."""
-        columns = self.columns[h]
-        pairs = [_convolve(columns[:, None, 2 * j], columns[None, :, 2 * j + 1]) for j in range(3)]
-        first, second, third = (
-            pair.flatten(0, 1).index_select(0, _PAIRS[:, j]) for j, pair in enumerate(pairs)
-        )
-        both = _convolve(first, second)
-        # The last pair must bring the top row to parity h and b to parity m.
-        need = 2 * h + self.m
-        total = both[:, 0] + third[:, need]
-        for state in range(1, 4):
-            torch.minimum(total, both[:, state] + third[:, state ^ need], out=total)
-        least = total.amin(dim=0)
-        # Any word that reaches the minimum will do: a product and a maximum vectorise, argmin not.
-        numbers = torch.arange(64, dtype=total.dtype)[:, None]
-        word = (total == least).to(total.dtype).mul_(numbers).amax(dim=0)
-        return least + self.base, word.long()
+    def bounds(self) -> torch.Tensor:
+        """A lower bound (256, batch) of the cost of every word: each column in its best state."""
+        relaxed = self.columns.amin(dim=4).view(4, 4, 6, -1)
+        out = relaxed.new_empty(4, 64, self.batch)
+        for quarter, columns in enumerate(relaxed):
+            columns[:, 0] += self.base[quarter // 2]
+            first, second, third = (
+                (columns[:, None, j] + columns[None, :, j + 1]).flatten(0, 1) for j in (0, 2, 4)
+            )
+            torch.index_select(second, 0, _PAIRS[:, 1], out=out[quarter])
+            out[quarter] += third.index_select(0, _PAIRS[:, 2])
+            # The words are in the order of their first three elements: four to a first pair.
+            out[quarter].view(16, 4, -1).add_(first[:, None])
+        return out.view(256, -1)
+
+    def exact(self, word: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
+        """Least cost (count,) of pairs of words and points, both parity conditions kept."""
+        cost = self._states(word, point)
+        reached = cost[0]
+        for column in cost[1:]:
+            reached = (column[:, None] + reached[_BEFORE]).amin(dim=0)
+        quarter = _QUARTER[word]
+        need = _need(quarter)
+        return reached.gather(0, need[None])[0] + self.base[quarter // 2, point]
+
+    def _states(self, word: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
+        """Costs (6, 4, count) of the columns of pairs of words and points."""
+        element = _QUARTER[:, None] * 4 + _WORDS
+        start = (element * 6 + torch.arange(6)) * (4 * self.batch)
+        place = start.T[:, word] + point
+        states = torch.arange(4)[:, None] * self.batch
+        places = place[:, None] + states
+        return self.columns.view(-1).index_select(0, places.view(-1)).view(places.shape)
+
+    def assemble(self, x: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
+        """The best point (24, batch) of the word of every point, in steps of the lattice's unit."""
+        quarter = _QUARTER[word]
+        m = quarter // 2
+        states = _viterbi(self._states(word, torch.arange(self.batch)), _need(quarter))
+        pattern = _PATTERNS[quarter % 2, _WORDS[word].T, states >> 1]
+        # Rows first from here on: (4, 6, batch).
+        bits = (pattern >> torch.arange(4)[:, None, None] & 1).to(x.dtype)
+        y = (x * math.sqrt(8) - m).mul_(0.25).view(6, 4, -1).transpose(0, 1).contiguous()
+        b = y.sub_(bits * 0.5).round()
+        error = y.sub_(b)
+        # To the other parity of b at the cheapest coordinate of a column that needs it.
+        odd = parity(b.sum(dim=0) - (states & 1)).view(-1)
+        flip_worst(b.view(4, -1), error.view(4, -1), error.abs().view(4, -1), odd)
+        return (4 * b + 2 * bits).transpose(0, 1).reshape(24, -1) + m
+
+
+def _least(values: torch.Tensor) -> torch.Tensor:
+    """Index along dimension 1 of a minimum (the last, of equals): products and maxima vectorise,
+    argmin does not."""
+    numbers = torch.arange(values.shape[1], dtype=values.dtype)[:, None]
+    hits = (values == values.amin(dim=1, keepdim=True)).to(values.dtype)
+    return hits.mul_(numbers).amax(dim=1).long()
+
+
+def _need(quarter: torch.Tensor) -> torch.Tensor:
+    """The state that the columns must add up to: top row of parity h, b of parity m."""
+    return 2 * (quarter % 2) + quarter // 2
+
+
+def _viterbi(cost: torch.Tensor, need: torch.Tensor) -> torch.Tensor:
+    """States (6, batch) of the columns, exclusive or ``need`` (batch,), of least total cost.
+
+    cost: (6, 4, batch). A backward pass over the decisions of a four-state trellis.
+    """
+    reached, decisions = cost[0], []
+    for column in cost[1:]:
+        reached, taken = (column[:, None] + reached[_BEFORE]).min(dim=0)
+        decisions.append(taken)
+    state, out = need, torch.empty(6, len(need), dtype=torch.long)
+    for j in range(5, 0, -1):
+        out[j] = decisions[j - 1].gather(0, state[None])[0]
+        state = state ^ out[j]
+    out[0] = state
+    return out
 
 
 def _sign(b: torch.Tensor) -> torch.Tensor:
@@ -160,57 +244,3 @@ def _join(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     joined = cost[0] + cost[1], torch.minimum(*penalty), sign[0] * sign[1]
     return joined[0].flatten(0, 1), joined[1].flatten(0, 1), joined[2].flatten(0, 1)
-
-
-def _convolve(f: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """Min-plus convolution over Z2 × Z2 along the second last dimension (of 4)."""
-    shape = torch.broadcast_shapes(f.shape, g.shape)
-    out = f.new_empty(shape)
-    scratch = f.new_empty((*shape[:-2], shape[-1]))
-    for state in range(4):
-        target = out[..., state, :]
-        torch.add(f[..., 0, :], g[..., state, :], out=target)
-        for s in range(1, 4):
-            torch.add(f[..., s, :], g[..., s ^ state, :], out=scratch)
-            torch.minimum(target, scratch, out=target)
-    return out
-
-
-def _assemble(
-    x: torch.Tensor, quarters: list[_Quarter], m: torch.Tensor, h: torch.Tensor, word: torch.Tensor
-) -> torch.Tensor:
-    """The best point (24, batch), in steps of the lattice's unit, of known quarter and word."""
-    batch = torch.arange(len(m))
-    elements = _WORDS[word].T
-    stacked = torch.stack([quarter.columns for quarter in quarters])
-    cost = stacked[m, h, elements, torch.arange(6)[:, None], :, batch].transpose(1, 2)
-    states = _viterbi(cost, 2 * h + m)
-    pattern = _PATTERNS[h, elements, states >> 1]
-    # Rows first from here on: (4, 6, batch).
-    bits = (pattern >> torch.arange(4)[:, None, None] & 1).to(x.dtype)
-    y = (x * math.sqrt(8) - m).mul_(0.25).view(6, 4, -1).transpose(0, 1).contiguous()
-    b = y.sub_(bits * 0.5).round()
-    error = y.sub_(b)
-    # To the other parity of b at the cheapest coordinate of a column that needs it.
-    odd = parity(b.sum(dim=0) - (states & 1)).view(-1)
-    flip_worst(b.view(4, -1), error.view(4, -1), error.abs().view(4, -1), odd)
-    return (4 * b + 2 * bits).transpose(0, 1).reshape(24, -1) + m
-
-
-def _viterbi(cost: torch.Tensor, need: torch.Tensor) -> torch.Tensor:
-    """States (6, batch) of the columns, exclusive or ``need`` (batch,), of least total cost.
-
-    cost: (6, 4, batch). A backward pass over the decisions of a four-state trellis.
-    """
-    states = torch.arange(4)
-    before = states[:, None] ^ states
-    reached, decisions = cost[0], []
-    for column in cost[1:]:
-        reached, taken = (column[:, None] + reached[before]).min(dim=0)
-        decisions.append(taken)
-    state, out = need, torch.empty(6, len(need), dtype=torch.long)
-    for j in range(5, 0, -1):
-        out[j] = decisions[j - 1].gather(0, state[None])[0]
-        state = state ^ out[j]
-    out[0] = state
-    return out
