@@ -8,7 +8,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-DEMO_TIME ?= 180s
+DEMO_TIME ?= 150s
 
 ifeq ($(OS),Windows_NT)
 BIN := $(VENV)/Scripts
@@ -18,30 +18,33 @@ endif
 
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: help install demo test test-all lint format docs clean
+.PHONY: help venv install demo test test-all lint format docs clean
 
 help:
 	@echo "make demo      train a model on the built-in corpus, score it and let it write"
 	@echo "make test      run the tests (a few minutes)"
 	@echo "make test-all  run the slow proofs too"
+	@echo "make install   the environment for development"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff rewrite the code"
 	@echo "make docs      write the pages that are made from the code"
 	@echo "make clean     remove the environment, caches and builds (runs/ stays)"
 
 # The stamps are files, so that a second call installs nothing.
-$(VENV)/pip:
+$(VENV)/made:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cllm needs Python 3.11 or newer; set PYTHON")'
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/installed: $(VENV)/pip $(REQUIREMENTS)
+$(VENV)/installed: $(VENV)/made $(REQUIREMENTS)
 	$(BIN)/python -m pip install -c constraints.txt -e .
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/pip $(REQUIREMENTS)
+$(VENV)/installed-dev: $(VENV)/made $(REQUIREMENTS)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/installed
+
+venv: $(VENV)/made
 
 install: $(VENV)/installed-dev
 
