@@ -70,8 +70,8 @@ def start(
         dataset.tokenizer.save(draft.run.tokenizer)
         config = _resolve(config, dataset, progress, steps_known=seconds is None)
         model, step = build(config)
-        if parent is not None:
-            _adopt(parent, model, step)
+        if from_run is not None:
+            _adopt(Path(from_run), model, step)
         if seconds is not None:
             left = seconds - (time.monotonic() - began)
             config = _fit_to_time(config, dataset, model, step, left, progress)
@@ -95,7 +95,9 @@ def resume(path: Path | str, settings: Sequence[str], progress: Progress) -> Out
             raise UsageError(f"{key} cannot change on resume; only train.* and log.* can")
     config = merge(config, changes)
     saved = checkpoints.load(Path(path))
-    if saved.step >= config.train.steps:
+    state = run.status().state
+    # Killed while it was scored and reported on, a run has all its steps and still goes on.
+    if saved.step >= config.train.steps and state in ("finished", "stopped early"):
         raise UsageError(
             f"{run.path} has all its {config.train.steps} steps; to train on, add "
             "--set train.steps=N with a larger N"
@@ -106,9 +108,10 @@ def resume(path: Path | str, settings: Sequence[str], progress: Progress) -> Out
         progress.warn(
             f"{', '.join(changes)} changed on resume: an uninterrupted run would have differed"
         )
-        run.write_config(to_toml(config))
     model, step = build(config)
     standing = restore(saved, model, step)
+    if state == "stopped early":
+        standing.stale = 0  # who resumes it nevertheless wants to go on: patience begins anew
     for text in differences(saved, config.train):
         progress.warn(f"{text}: training goes on, but not to the same bits")
     progress.say(f"resuming {run.path} at step {standing.step}")
@@ -163,6 +166,7 @@ def _train(
             board=board,
             progress=progress,
         )
+        run.write_config(to_toml(config))  # here, where nothing can refuse it any more
         discard_after(run.path, standing.step)
         if standing.step == 0:
             trainer.save(best=False)  # so that a kill at any moment leaves something to resume
@@ -252,12 +256,12 @@ def _resolve(
     return choices.config
 
 
-def _adopt(parent: RunDirectory, model: Transformer, step: TrainStep) -> None:
-    """Start from another run's best weights."""
-    weights = checkpoints.load_weights(parent.path)
+def _adopt(parent: Path, model: Transformer, step: TrainStep) -> None:
+    """Start from another run's best weights, or from those of the checkpoint that ``parent`` is."""
+    weights = checkpoints.load_weights(parent)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if {name: tensor.shape for name, tensor in weights.items()} != wanted:
-        raise UserError(f"{parent.path} has another shape of model; leave out the model.* settings")
+        raise UserError(f"{parent} has another shape of model; leave out the model.* settings")
     model.load_state_dict(weights)
     step.arena.refresh()
 

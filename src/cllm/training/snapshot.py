@@ -93,8 +93,11 @@ def restore(checkpoint: Checkpoint, model: Transformer, step: TrainStep) -> Stan
     for name, tensor in checkpoint.weights.items():
         if name in buffers:
             buffers[name].copy_(tensor)
+    scaled = checkpoint.state["environment"]["dtype"] == "fp16"
     for name, value in checkpoint.optimizer["counters"].items():
-        step.counters[name].copy_(value)
+        # A run that changes to or from fp16 on resume begins with the loss scale of its own.
+        if scaled == step.scaling or name not in ("loss_scale", "calm"):
+            step.counters[name].copy_(value)
     return Standing.from_json(checkpoint.state["standing"])
 
 

@@ -71,6 +71,8 @@ class Trainer:
         self.model.train()
         with self.progress.training(train.steps, standing.step) as show:
             clock = _Clock()
+            if 0 < train.patience <= standing.stale:
+                return "stopped early"  # and was killed before it was concluded
             while standing.step < train.steps:
                 result = self._one_step()
                 standing.train_seconds += clock.lap()
