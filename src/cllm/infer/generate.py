@@ -12,6 +12,10 @@ from cllm.model.attention import KeyValueCache
 from cllm.model.transformer import Transformer
 
 
+class NonFiniteLogitsError(UserError):
+    """The model's logits are not finite: its weights are damaged, or its training diverged."""
+
+
 def generate(
     model: Transformer, ids: Sequence[int], sampling: Sampling, *, end_id: int | None = None
 ) -> list[int]:
@@ -25,8 +29,8 @@ def stream(
     """The tokens of ``generate`` one at a time.
 
     When the context is full, generation goes on from its second half, read anew, so that positions stay
-    those that the model was trained on. Raises ``UserError`` for an empty prompt and for logits that
-    are not finite.
+    those that the model was trained on. Raises ``UserError`` for an empty prompt and
+    ``NonFiniteLogitsError`` for logits that are not finite.
     """
     if not len(ids):
         raise UserError("the prompt has no tokens; give at least one (the end token begins a text)")
@@ -44,7 +48,9 @@ def stream(
                 hidden = model.hidden(torch.tensor([unread], device=device), cache)
                 logits = model.output.logits(hidden[0, -1:])[0]
             if not bool(torch.isfinite(logits).all()):
-                raise UserError("the model's logits are not finite; its weights are damaged")
+                raise NonFiniteLogitsError(
+                    "the model's logits are not finite; its weights are damaged"
+                )
             token = choose_token(logits, sampling, generator)
             if token == end_id:
                 return

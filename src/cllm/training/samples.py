@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cllm.infer.generate import generate
+from cllm.infer.generate import NonFiniteLogitsError, generate
 from cllm.infer.sampling import Sampling
 from cllm.model.transformer import Transformer
 from cllm.text.tokenizer import Tokenizer
@@ -14,12 +14,15 @@ DRAWS = 4
 def sample_texts(model: Transformer, tokenizer: Tokenizer, *, count: int, tokens: int) -> list[str]:
     """Up to ``count`` texts of at most ``tokens`` tokens each, as a document may begin.
 
-    Seeds 0, 1, … are drawn; empty texts are passed over.
+    Seeds 0, 1, … are drawn; empty texts are passed over. A model whose training diverges writes none.
     """
     texts: list[str] = []
     for seed in range(count * DRAWS):
         sampling = Sampling(max_tokens=tokens, seed=seed)
-        ids = generate(model, [tokenizer.end_id], sampling, end_id=tokenizer.end_id)
+        try:
+            ids = generate(model, [tokenizer.end_id], sampling, end_id=tokenizer.end_id)
+        except NonFiniteLogitsError:
+            break
         text = tokenizer.decode(ids)
         if text.strip():
             texts.append(text)
