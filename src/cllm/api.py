@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from cllm.core.config import Config
 from cllm.core.duration import parse_duration
 from cllm.core.errors import UsageError, UserError
-from cllm.core.settings import load_config, merge
+from cllm.core.settings import flatten, load_config, merge, read_toml
 from cllm.infer.generate import stream
 from cllm.infer.sampling import Sampling
 from cllm.infer.streaming import TextStream
@@ -57,8 +58,10 @@ def train(
     changes = {key.replace("__", "."): value for key, value in settings.items()}
     progress = open_progress(quiet=quiet)
     if resume is not None:
-        if data or config is not None or from_run is not None or out is not None:
-            raise UsageError("resume goes on with a run as it is: give settings of train.* at most")
+        given = {"data": data, "config": config, "from_run": from_run, "out": out, "time": time}
+        extra = [name for name, value in given.items() if value]
+        if extra:
+            raise UsageError(f"resume goes on with a run as it is: leave out {', '.join(extra)}")
         texts = [f"{key}={value}" for key, value in changes.items()]
         return Run(resume_session(resume, texts, progress).run)
     paths = [data] if isinstance(data, str | Path) else list(data)
@@ -88,13 +91,17 @@ def resolve_config(
     if from_run is None:
         return whole
     parent = load_config(RunDirectory.open(from_run).config)
-    kept = {f"model.{name}": value for name, value in parent.model.model_dump().items()}
-    kept = {k: v for k, v in kept.items() if k not in ("model.embedding", "model.preset")}
-    kept |= {f"model.embedding.{k}": v for k, v in parent.model.embedding.model_dump().items()}
-    dropouts = {k: v for k, v in changes.items() if k.startswith("model.") and "dropout" in k}
-    for key in changes:
-        if key.startswith("model.") and key not in dropouts and changes[key] != kept.get(key):
-            raise UsageError(f"{key} is fixed by {from_run}: only the dropouts may change with --from")
+    known = flatten({"model": parent.model.model_dump()})
+    kept = {key: value for key, value in known.items() if key != "model.preset"}
+    # A Config object doesn't tell what was set and what is a default: only a file's keys are checked.
+    asked = read_toml(Path(config)) if isinstance(config, str | Path) else {}
+    asked = {key: value for key, value in (asked | changes).items() if key.startswith("model.")}
+    dropouts = {key: value for key, value in asked.items() if "dropout" in key}
+    for key, value in asked.items():
+        if key not in dropouts and value != known.get(key):
+            raise UsageError(
+                f"{key} is fixed by {from_run}: only the dropouts may change with --from"
+            )
     return merge(whole, kept | dropouts)
 
 
@@ -190,8 +197,10 @@ class Run:
 
     def _score(self, tokens: PackedTokens, progress: Progress) -> Evaluation:
         train, context = self.config.train, self.config.model.context
-        model = self.model
-        masters = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        # Parameters alone are cast: rotary tables and running averages stay exact, as in training.
+        model = copy.deepcopy(self.model)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(DTYPES.get(train.dtype, torch.float32))
         chunk = train.loss_chunk if isinstance(train.loss_chunk, int) else 0
 
         def summed_loss(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -200,19 +209,14 @@ class Run:
                 return cross_entropy_sum(hidden, model.output.table(), targets.flatten(), chunk)
 
         windows = -(-(len(tokens) - 1) // context)
-        model.to(DTYPES.get(train.dtype, torch.float32))
-        try:
-            with progress.stage("evaluating", windows) as advance:
-                return evaluate(
-                    summed_loss,
-                    tokens,
-                    context=context,
-                    batch_size=train.batch_size,
-                    advance=advance,
-                )
-        finally:
-            model.to(torch.float32)
-            model.load_state_dict(masters)
+        with progress.stage("evaluating", windows) as advance:
+            return evaluate(
+                summed_loss,
+                tokens,
+                context=context,
+                batch_size=train.batch_size,
+                advance=advance,
+            )
 
     def metrics(self, kind: str = "train") -> Columns:
         """Columns of ``metrics.jsonl`` for one kind of line: ``train``, ``validation`` or ``test``."""
