@@ -22,7 +22,12 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 class Section(BaseModel):
     """A frozen section of the configuration; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,  # no setting means anything there
+    )
 
 
 class DataConfig(Section):

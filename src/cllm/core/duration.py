@@ -12,9 +12,7 @@ _PARTS = re.compile(r"(\d+(?:\.\d+)?)([dhms])")
 
 def parse_duration(text: str | float) -> float:
     """Seconds of a duration; a bare number is seconds. Raises ``UsageError`` if it is none."""
-    if isinstance(text, int | float):
-        seconds = float(text)
-    elif re.fullmatch(r"\d+(\.\d+)?", text.strip()):
+    if isinstance(text, int | float) or re.fullmatch(r"\d+(\.\d+)?", text.strip()):
         seconds = float(text)
     else:
         compact = text.replace(" ", "").lower()

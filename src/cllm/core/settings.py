@@ -150,5 +150,5 @@ def _one_line(error: ValidationError) -> str:
     given = first.get("input")
     if first["type"] == "value_error":
         return message
-    where = next((key for key in known_keys() if where.startswith(key)), where)
+    where = next((key for key in known_keys() if f"{where}.".startswith(f"{key}.")), where)
     return f"{where} = {given!r}: {message[0].lower()}{message[1:]}"
