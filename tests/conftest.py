@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-NOUNS = "cat dog river stone child teacher window garden letter morning boat tree".split()
-VERBS = "sees finds carries follows remembers paints opens keeps".split()
-ADJECTIVES = "old quiet green narrow bright heavy small distant".split()
+NOUNS = ["cat", "dog", "river", "stone", "child", "teacher", "window", "garden", "letter", "boat"]
+VERBS = ["sees", "finds", "carries", "follows", "remembers", "paints", "opens", "keeps"]
+ADJECTIVES = ["old", "quiet", "green", "narrow", "bright", "heavy", "small", "distant"]
 
 FAST = {
     "model.preset": "nano",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +16,7 @@ import pytest
 import torch
 
 from cllm.store import checkpoint
-from cllm.store.metrics import read_lines
+from cllm.store.metrics import read_columns, read_lines
 from cllm.store.run import RunDirectory
 
 needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -38,7 +36,9 @@ def state(run: Path) -> dict[str, Any]:
     """All that must be the same bits after a kill as without one."""
     saved = checkpoint.load(run)
     standing = {k: v for k, v in saved.state["standing"].items() if k != "train_seconds"}
-    lines = [{k: v for k, v in line.items() if k != "time"} for line in read_lines(run / "metrics.jsonl")]
+    lines = [
+        {k: v for k, v in line.items() if k != "time"} for line in read_lines(run / "metrics.jsonl")
+    ]
     return {
         "step": saved.step,
         "weights": saved.weights,
@@ -112,11 +112,14 @@ def test_a_killed_run_resumes_to_the_same_bits(
     dropout = DROPOUT if dtype == "fp32" else {}
     arguments = ["--data", str(corpus), *options(**LONG, **dropout, train__dtype=dtype)]
     end(process("train", *arguments, "--out", tmp_path / "straight"))
-    epochs = [line["epoch"] for line in read_lines(tmp_path / "straight" / "metrics.jsonl") if "epoch" in line]
+    epochs = read_columns(tmp_path / "straight" / "metrics.jsonl", "train")["epoch"]
     assert epochs[-1] > 1.05
     assert epochs[len(epochs) // 2] % 1 > 0.05
     rng = random.Random()  # another moment each time
-    kills = [(5 * rng.randint(1, 4), rng.uniform(0, 0.05)), (5 * rng.randint(6, 9), rng.uniform(0, 0.05))]
+    kills = [
+        (5 * rng.randint(1, 4), rng.uniform(0, 0.05)),
+        (5 * rng.randint(6, 9), rng.uniform(0, 0.05)),
+    ]
     print("killed at", kills)
     kill_and_resume(tmp_path / "run", tmp_path / "straight", arguments, process, kills)
 
@@ -153,7 +156,7 @@ def test_a_signal_saves_and_names_the_command_that_goes_on(
     while not any(True for _ in read_lines(run / "metrics.jsonl")):
         time.sleep(0.002)
     child.send_signal(signum)
-    out, err = child.communicate()
+    _, err = child.communicate()
     assert child.returncode == code
     assert "Traceback" not in err
     last = err.splitlines()[-1]

@@ -1,0 +1,90 @@
+"""A very small training step over random tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cllm.core.config import Config, ModelConfig, TrainConfig
+from cllm.model.cross_entropy import IGNORE
+from cllm.model.transformer import Transformer
+from cllm.training.arena import Arena
+from cllm.training.feed import MicroBatches
+from cllm.training.optimizer import OPTIMIZERS
+from cllm.training.step import TrainStep
+
+SHAPE = {
+    "d_model": 16,
+    "n_layers": 2,
+    "n_heads": 2,
+    "d_ff": 24,
+    "context": 8,
+    "vocab_size": 23,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """One thread: what is this small gains nothing from more."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def step_of() -> Callable[..., TrainStep]:
+    """Makes an eager step: fields of the model by their names, of training as ``train={…}``."""
+
+    def make(
+        *,
+        train: dict[str, Any] | None = None,
+        dtype: torch.dtype = torch.float64,
+        master: torch.dtype | None = None,
+        attention: str = "matmul",
+        chunk: int = 0,
+        compiled: bool = False,
+        **fields: Any,
+    ) -> TrainStep:
+        """``dtype``: of the arithmetic; ``master``: of the weights (float64 or float32)."""
+        config = TrainConfig(**train or {})
+        model = Transformer(ModelConfig(**SHAPE | fields), attention)
+        model.start(5)
+        default = torch.float64 if dtype == torch.float64 else torch.float32
+        model.to(master or default)
+        arena = Arena.adopt(model, dtype, OPTIMIZERS[config.optimizer].moments)
+        return TrainStep(model.train(), arena, config, chunk=chunk, compiled=compiled)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def batches_of() -> Callable[..., MicroBatches]:
+    """Makes (count) micro-batches of (size) windows of random tokens, some targets masked."""
+
+    def make(
+        count: int = 1, size: int = 2, *, seed: int = 1, masked: float = 0.0, length: int = 8
+    ) -> MicroBatches:
+        generator = torch.Generator().manual_seed(seed)
+        batches = []
+        for number in range(count):
+            ids = torch.randint(0, 23, (size, length + 1), generator=generator)
+            targets = ids[:, 1:].clone()
+            # Unevenly: the first micro-batch loses few targets, the last one most.
+            share = masked * (number + 1) / count
+            targets[torch.rand(size, length, generator=generator) < share] = IGNORE
+            batches.append((ids[:, :-1].contiguous(), targets))
+        return batches
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def config_of(fast: dict[str, Any]) -> Callable[..., Config]:
+    """Makes the fast configuration with dotted keys (``train__lr=…``) changed."""
+    from cllm.core.settings import build
+
+    def make(**changes: Any) -> Config:
+        return build(fast | {key.replace("__", "."): value for key, value in changes.items()})
+
+    return make
