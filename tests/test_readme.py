@@ -1,4 +1,4 @@
-"""The commands of README work as they are written.
+"""The commands of README, and the Python of its guide, work as they are written.
 
 ``make`` itself is run by ``.ci/run``; here its targets are resolved without being run. The other blocks are
 run in a fresh directory by a real shell and a real Python. What makes them quick is around them: a
@@ -31,9 +31,10 @@ SMALL = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    """Fenced blocks of README in ``language``."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    """Fenced blocks of a page in ``language``."""
+    written = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", written, flags=re.DOTALL | re.MULTILINE)
 
 
 def text(letters: int) -> str:
@@ -117,17 +118,23 @@ def test_everyday_commands(desk: tuple[Path, dict[str, str]]) -> None:
     assert (place / "runs" / "notes" / "report.md").is_file()
 
 
-def test_python(desk: tuple[Path, dict[str, str]]) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_python(desk: tuple[Path, dict[str, str]], page: str) -> None:
     place, environment = desk
-    (block,) = blocks("python")
     small = {key.replace(".", "__"): value for key, value in SMALL.items()}
     around = f"""
 import cllm
 from cllm.api import train
-cllm.train = lambda data, time: train(data, time="4s", quiet=True, **{small!r})
+
+def small_train(*args, **kwargs):
+    short = {{"time": "4s"}} if "time" in kwargs else {{}}
+    return train(*args, **{small!r} | kwargs | short | {{"quiet": True}})
+
+cllm.train = small_train
 """
+    code = around + "\n".join(blocks("python", page))
     answer = subprocess.run(
-        [sys.executable, "-c", around + block],
+        [sys.executable, "-c", code],
         cwd=place,
         env=environment,
         capture_output=True,
@@ -136,7 +143,7 @@ cllm.train = lambda data, time: train(data, time="4s", quiet=True, **{small!r})
         check=False,
     )
     assert answer.returncode == 0, answer.stderr
-    assert " bits per byte\n" in answer.stdout
+    assert (" bits per byte\n" if page == "README.md" else "runs/none") in answer.stdout
 
 
 def test_pictures_and_pages_are_there() -> None:
