@@ -156,7 +156,7 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"\(2, 2\)"):
         CACHE.codes([[1, 2], [3, 4]])
     with pytest.raises(ValueError, match=r"\(1,\)"):
-        CACHE.codes([1.5])
+        CACHE.codes(np.array([1.5]))
     with pytest.raises(ValueError, match="limit"):
         lattice.FactorCache(0)
     with pytest.raises(ValueError, match="limit"):
