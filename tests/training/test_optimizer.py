@@ -49,8 +49,8 @@ def follow(name: str, settings: dict[str, Any], reference: Any, steps: int = 30)
             group["lr"] = lr
         optimizer.step()
         flat = arena.layout.flatten(grads, torch.float64)
-        scalars = (torch.tensor(value, dtype=torch.float64) for value in (lr, step + 1, 1.0))
-        rule.update(arena, flat, *scalars)
+        rates = torch.tensor(rule.rates(lr, step + 1), dtype=torch.float64)
+        rule.update(arena, flat, rates, torch.tensor(1.0, dtype=torch.float64))
     for key, parameter in ours.named_parameters():
         expected = dict(theirs.named_parameters())[key]
         torch.testing.assert_close(parameter, expected, rtol=1e-11, atol=1e-13, msg=key)
@@ -77,8 +77,9 @@ def test_decay_shrinks_matrices_and_leaves_vectors(name: str) -> None:
     rule = OPTIMIZERS[name](TrainConfig(optimizer=name, weight_decay=0.5))
     arena = Arena.adopt(ours, torch.float64, rule.moments)
     before = {key: p.detach().clone() for key, p in ours.named_parameters()}
-    scalars = (torch.tensor(value, dtype=torch.float64) for value in (0.1, 1.0, 1.0))
-    rule.update(arena, torch.zeros_like(arena.weights), *scalars)
+    rates = torch.tensor(rule.rates(0.1, 1), dtype=torch.float64)
+    nothing = torch.zeros_like(arena.weights)
+    rule.update(arena, nothing, rates, torch.tensor(1.0, dtype=torch.float64))
     for key, parameter in ours.named_parameters():
         factor = 0.95 if parameter.dim() > 1 else 1.0
         torch.testing.assert_close(parameter.detach(), before[key] * factor)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from cllm.core.config import TrainConfig
@@ -19,12 +18,14 @@ class Optimizer(Protocol):
 
     moments: tuple[str, ...]
 
-    def update(self, arena: Arena, grad: Tensor, lr: Tensor, count: Tensor, apply: Tensor) -> None:
+    def rates(self, lr: float, count: int) -> tuple[float, ...]:
+        """The numbers of step ``count`` (from 1) at learning rate ``lr`` that ``update`` takes."""
+
+    def update(self, arena: Arena, grad: Tensor, rates: Tensor, apply: Tensor) -> None:
         """Change the weights in place.
 
-        ``grad`` is the flat gradient (zeros where the step is skipped), ``lr`` the rate of this step,
-        ``count`` the number of steps applied with this one, ``apply`` 1.0, or 0.0 to skip; the last
-        three are scalar tensors.
+        ``grad`` is the flat gradient (zeros where the step is skipped), ``rates`` a tensor of what
+        ``rates()`` gave, ``apply`` a scalar tensor, 1.0, or 0.0 to skip.
         """
 
 
@@ -36,17 +37,21 @@ class AdamW:
     def __init__(self, config: TrainConfig) -> None:
         self.betas, self.eps, self.decay = config.betas, config.eps, config.weight_decay
 
-    def update(self, arena: Arena, grad: Tensor, lr: Tensor, count: Tensor, apply: Tensor) -> None:
-        """See ``Optimizer``; ``lr`` times ``weight_decay`` is taken off before the step."""
+    def rates(self, lr: float, count: int) -> tuple[float, ...]:
+        """The rate, the rate with the mean's bias corrected, and the factor that corrects √square."""
         beta1, beta2 = self.betas
+        return lr, lr / (1 - beta1**count), (1 - beta2**count) ** -0.5
+
+    def update(self, arena: Arena, grad: Tensor, rates: Tensor, apply: Tensor) -> None:
+        """See ``Optimizer``; one division and one root an element."""
+        beta1, beta2 = self.betas
+        lr, corrected_lr, root = rates.unbind()
         mean, square = arena.moments["mean"], arena.moments["square"]
         mean.add_((grad - mean) * (apply * (1 - beta1)))
         square.add_((grad * grad - square) * (apply * (1 - beta2)))
-        correction1 = 1 - torch.pow(beta1, count.clamp_min(1.0))
-        correction2 = 1 - torch.pow(beta2, count.clamp_min(1.0))
-        step = (mean / correction1) / ((square / correction2).sqrt() + self.eps)
-        rate = lr * apply
-        arena.weights.sub_(rate * (step + self.decay * arena.decay * arena.weights))
+        step = mean / (square.sqrt() * root + self.eps) * corrected_lr
+        decay = arena.decay * arena.weights * (lr * self.decay)
+        arena.weights.sub_((step + decay) * apply)
 
 
 class SGD:
@@ -57,12 +62,16 @@ class SGD:
     def __init__(self, config: TrainConfig) -> None:
         self.momentum, self.decay = config.momentum, config.weight_decay
 
-    def update(self, arena: Arena, grad: Tensor, lr: Tensor, count: Tensor, apply: Tensor) -> None:
+    def rates(self, lr: float, count: int) -> tuple[float, ...]:
+        """The rate alone."""
+        return (lr,)
+
+    def update(self, arena: Arena, grad: Tensor, rates: Tensor, apply: Tensor) -> None:
         """See ``Optimizer``."""
         velocity = arena.moments["velocity"]
         velocity.add_((velocity * (self.momentum - 1) + grad) * apply)
-        rate = lr * apply
-        arena.weights.sub_(rate * (velocity + self.decay * arena.decay * arena.weights))
+        decay = arena.decay * arena.weights * self.decay
+        arena.weights.sub_((velocity + decay) * (rates[0] * apply))
 
 
 OPTIMIZERS: dict[str, type[AdamW | SGD]] = {"adamw": AdamW, "sgd": SGD}
