@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from cllm.core.config import Config, ModelConfig, TrainConfig
 from cllm.model.cross_entropy import IGNORE
 from cllm.model.transformer import Transformer
+from cllm.store import checkpoint
+from cllm.store.metrics import read_lines
 from cllm.training.arena import Arena
 from cllm.training.feed import MicroBatches
 from cllm.training.optimizer import OPTIMIZERS
@@ -88,3 +91,58 @@ def config_of(fast: dict[str, Any]) -> Callable[..., Config]:
         return build(fast | {key.replace("__", "."): value for key, value in changes.items()})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def state_of() -> Callable[[Path], dict[str, Any]]:
+    """All of a run that must be the same bits after a kill as without one."""
+    return _state
+
+
+@pytest.fixture(scope="session")
+def assert_same_state() -> Callable[[Any, Any], None]:
+    """Asserts that two trees are equal, tensors to the bit."""
+    return _assert_same
+
+
+@pytest.fixture(scope="session")
+def assert_same_run() -> Callable[[Path, Path], None]:
+    """Asserts that two runs ended in the same bits."""
+
+    def check(run: Path, straight: Path) -> None:
+        _assert_same(_state(run), _state(straight))
+
+    return check
+
+
+def _state(run: Path) -> dict[str, Any]:
+    """All that must be the same bits after a kill as without one."""
+    saved = checkpoint.load(run)
+    standing = {k: v for k, v in saved.state["standing"].items() if k != "train_seconds"}
+    lines = [
+        {k: v for k, v in line.items() if k != "time"} for line in read_lines(run / "metrics.jsonl")
+    ]
+    return {
+        "step": saved.step,
+        # Copies: what safetensors loads is the file itself, mapped, which a test may damage.
+        "weights": {name: tensor.clone() for name, tensor in saved.weights.items()},
+        "moments": saved.optimizer["moments"],
+        "counters": saved.optimizer["counters"],
+        "standing": standing,
+        "best": checkpoint.load(run, "best").weights,
+        "lines": lines,
+        "config": (run / "run.toml").read_text(encoding="utf-8"),
+    }
+
+
+def _assert_same(one: Any, other: Any, where: str = "") -> None:
+    """Equal trees; tensors to the bit."""
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype, where
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert list(one) == list(other), where
+        for key in one:
+            _assert_same(one[key], other[key], f"{where}.{key}")
+    else:
+        assert one == other, where

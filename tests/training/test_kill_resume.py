@@ -10,17 +10,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from cllm.store import checkpoint
 from cllm.store.metrics import read_columns, read_lines
 from cllm.store.run import RunDirectory
 
 needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 Start = Callable[..., subprocess.Popen[str]]
+Same = Callable[[Path, Path], None]
 
 # 4 windows of 64 tokens, twice a step, of some 500 windows: 70 steps end in the second epoch.
 LONG = {"train__steps": 70, "train__accumulate": 2, "train__eval_every": 11}
@@ -30,38 +28,6 @@ DROPOUT = {
     "model__attention_dropout": 0.1,
     "model__embedding_dropout": 0.1,
 }
-
-
-def state(run: Path) -> dict[str, Any]:
-    """All that must be the same bits after a kill as without one."""
-    saved = checkpoint.load(run)
-    standing = {k: v for k, v in saved.state["standing"].items() if k != "train_seconds"}
-    lines = [
-        {k: v for k, v in line.items() if k != "time"} for line in read_lines(run / "metrics.jsonl")
-    ]
-    return {
-        "step": saved.step,
-        "weights": saved.weights,
-        "moments": saved.optimizer["moments"],
-        "counters": saved.optimizer["counters"],
-        "standing": standing,
-        "best": checkpoint.load(run, "best").weights,
-        "lines": lines,
-        "config": (run / "run.toml").read_text(encoding="utf-8"),
-    }
-
-
-def assert_same(one: Any, other: Any, where: str = "") -> None:
-    """Equal trees; tensors to the bit."""
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype, where
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert list(one) == list(other), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}.{key}")
-    else:
-        assert one == other, where
 
 
 def wait_for(path: Path, child: subprocess.Popen[str]) -> None:
@@ -80,7 +46,12 @@ def end(child: subprocess.Popen[str], code: int = 0) -> str:
 
 
 def kill_and_resume(
-    run: Path, straight: Path, arguments: list[str], process: Start, kills: list[tuple[int, float]]
+    run: Path,
+    straight: Path,
+    arguments: list[str],
+    process: Start,
+    kills: list[tuple[int, float]],
+    assert_same_run: Same,
 ) -> None:
     """Train ``run`` killing it at each (checkpoint, seconds after it); then compare with ``straight``."""
     child = process("train", *arguments, "--out", run)
@@ -95,7 +66,7 @@ def kill_and_resume(
     said = end(child)
     assert f"resuming {run} at step" in said
     assert "warning: threads" not in said
-    assert_same(state(run), state(straight))
+    assert_same_run(run, straight)
     status = RunDirectory.open(run).status()
     assert status.state == "finished"
     assert len(status.sessions) == len(kills) + 1
@@ -107,7 +78,12 @@ def kill_and_resume(
 @needs_signals
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_killed_run_resumes_to_the_same_bits(
-    dtype: str, tmp_path: Path, corpus: Path, process: Start, options: Callable[..., list[str]]
+    dtype: str,
+    tmp_path: Path,
+    corpus: Path,
+    process: Start,
+    options: Callable[..., list[str]],
+    assert_same_run: Same,
 ) -> None:
     dropout = DROPOUT if dtype == "fp32" else {}
     arguments = ["--data", str(corpus), *options(**LONG, **dropout, train__dtype=dtype)]
@@ -121,19 +97,30 @@ def test_a_killed_run_resumes_to_the_same_bits(
         (5 * rng.randint(6, 9), rng.uniform(0, 0.05)),
     ]
     print("killed at", kills)
-    kill_and_resume(tmp_path / "run", tmp_path / "straight", arguments, process, kills)
+    kill_and_resume(
+        tmp_path / "run", tmp_path / "straight", arguments, process, kills, assert_same_run
+    )
 
 
 @needs_signals
 @pytest.mark.slow
 def test_a_killed_compiled_run_resumes_to_the_same_bits(
-    tmp_path: Path, corpus: Path, process: Start, options: Callable[..., list[str]]
+    tmp_path: Path,
+    corpus: Path,
+    process: Start,
+    options: Callable[..., list[str]],
+    assert_same_run: Same,
 ) -> None:
     changed = options(**LONG, train__dtype="bf16", train__compile="on")
     arguments = ["--data", str(corpus), *changed]
     end(process("train", *arguments, "--out", tmp_path / "straight"))
     kill_and_resume(
-        tmp_path / "run", tmp_path / "straight", arguments, process, [(10, 0.03), (35, 0.01)]
+        tmp_path / "run",
+        tmp_path / "straight",
+        arguments,
+        process,
+        [(10, 0.03), (35, 0.01)],
+        assert_same_run,
     )
 
 
@@ -146,6 +133,7 @@ def test_a_signal_saves_and_names_the_command_that_goes_on(
     corpus: Path,
     process: Start,
     options: Callable[..., list[str]],
+    assert_same_run: Same,
 ) -> None:
     # No checkpoint but the first: what is resumed is what the signal saved.
     changes = {"train__steps": 60, "train__checkpoint_every": 1000, "train__eval_every": 17}
@@ -171,4 +159,4 @@ def test_a_signal_saves_and_names_the_command_that_goes_on(
     assert signum.name in status.reason
     end(process(*command[1:]))
     end(process("train", *arguments, "--out", tmp_path / "straight"))
-    assert_same(state(run), state(tmp_path / "straight"))
+    assert_same_run(run, tmp_path / "straight")
