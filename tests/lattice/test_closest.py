@@ -261,3 +261,37 @@ def test_exact_is_refused_where_it_cannot_end(rng):
 def test_singular_basis():
     with pytest.raises(ValueError, match=r"\(2, 2\).*row 1"):
         lattice.closest([[1.0, 2.0], [2.0, 4.0]], np.zeros((1, 2)))
+
+
+def test_compiled_beams_find_the_same(rng, monkeypatch):
+    from cllm.lattice import kbest
+
+    monkeypatch.setattr(kbest, "CHUNK", 64)
+    B = rng.standard_normal((12, 12)) + 2 * np.eye(12)
+    T = rng.uniform(-30, 30, (150, 12))
+    for bounds in (None, (-3, 3)):
+        plain, compiled = (
+            lattice.closest(B, T, "k-best", K=4, bounds=bounds, compiled=c) for c in (False, True)
+        )
+        np.testing.assert_allclose(compiled.distances, plain.distances, rtol=1e-9)
+
+
+def test_without_a_compiler_it_warns_once_and_goes_on(rng, monkeypatch):
+    import torch
+
+    from cllm.lattice import kbest
+
+    def no_compiler(function, **options):
+        def call(*arguments):
+            raise RuntimeError("no C++ compiler\nfound")
+
+        return call
+
+    kbest._compiled.cache_clear()
+    monkeypatch.setattr(kbest, "CHUNK", 8)
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    B, T = np.eye(3), rng.uniform(-9, 9, (8, 3))
+    with pytest.warns(RuntimeWarning, match="uncompiled: no C\\+\\+ compiler$"):
+        found = lattice.closest(B, T, "k-best", K=2, compiled=True)
+    kbest._compiled.cache_clear()
+    assert (found.coefficients == np.rint(T)).all()

@@ -34,8 +34,11 @@ def planes(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
                 required=share,
             )
         )
-    more_rows, claim = _k_best(16 if quick else 64, 500 if quick else 20_000)
-    return rows + more_rows, [*claims, claim]
+    for n, count in ((16, 500), (24, 200)) if quick else ((64, 20_000), (512, 4_000)):
+        more_rows, claim = _k_best(n, count)
+        rows += more_rows
+        claims.append(claim)
+    return rows, claims
 
 
 def _plane_basis(n: int) -> np.ndarray:
@@ -74,13 +77,14 @@ def _fpylll_rate(B: np.ndarray, count: int) -> float:
 def _k_best(n: int, count: int) -> tuple[list[dict[str, Any]], Claim]:
     from cllm import lattice
 
-    B = lattice.reduce(covariance_lattice(n)).basis
+    B = _plane_basis(n)
     T = torch.rand(count, n, generator=torch.Generator().manual_seed(0)) * 40
     T = T @ torch.from_numpy(B).float()
     seconds = medians(
         {
             "plane": lambda: lattice.closest(B, T),
             "beam": lambda: lattice.closest(B, T, "k-best", K=16),
+            "compiled": lambda: lattice.closest(B, T, "k-best", K=16, compiled=True),
         },
         5,
     )
@@ -93,11 +97,12 @@ def _k_best(n: int, count: int) -> tuple[list[dict[str, Any]], Claim]:
     share = errors[1] / errors[0]
     rows = [
         row("K-best, K=16", case, beam, "targets/s", "nearest plane", plane),
+        row("K-best, K=16, compiled", case, count / seconds["compiled"], "targets/s"),
         row("K-best, K=16", case, share, "of nearest plane's squared error"),
     ]
     claim = Claim(
-        name="K-best with K=16 over nearest plane, times",
-        value=seconds["beam"] / seconds["plane"],
+        name=f"K-best n={n} with K=16 over nearest plane, times",
+        value=min(seconds["beam"], seconds["compiled"]) / seconds["plane"],
         required=25.0,
         higher_is_better=False,
     )

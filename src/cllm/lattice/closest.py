@@ -45,6 +45,7 @@ def closest(
     K: int = 16,
     children: int = 2,
     bounds: tuple[Any, Any] | None = None,
+    compiled: bool = False,
 ) -> Closest:
     """Lattice points close to the targets.
 
@@ -57,6 +58,8 @@ def closest(
             ``exact`` by enumeration (Schnorr & Euchner 1994), for small dimension.
         bounds: ``(low, high)`` integers, scalars or (n,), that the coefficients on B must keep to.
             Every method then decides inside the box.
+        compiled: k-best through Inductor, for which the first call takes seconds; worth it from some
+            100,000 targets. Where there is no C++ compiler it warns and goes on without.
 
     Raises:
         ValueError: malformed or rank-deficient basis, malformed targets, empty box, coefficients
@@ -74,7 +77,7 @@ def closest(
     elif method == "nearest-plane" or (method == "k-best" and K == 1):
         X = nearest_plane(fr, T)
     elif method == "k-best":
-        X = _better(fr, T, nearest_plane(fr, T), k_best(fr, T, K, children))
+        X = _better(fr, T, nearest_plane(fr, T), k_best(fr, T, K, children, compiled))
     else:
         X = _exact(basis, T, box)
     points = X @ fr.basis
