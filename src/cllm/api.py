@@ -15,7 +15,7 @@ import torch
 from cllm.core.config import Config
 from cllm.core.duration import parse_duration
 from cllm.core.errors import UsageError, UserError
-from cllm.core.settings import flatten, load_config, merge, read_toml
+from cllm.core.settings import build, flatten, load_config, merge, read_toml
 from cllm.infer.generate import stream
 from cllm.infer.sampling import Sampling
 from cllm.infer.streaming import TextStream
@@ -86,15 +86,15 @@ def resolve_config(
 
     With ``from_run``, the model is that run's.
     """
-    base = config if isinstance(config, Config) else load_config(Path(config) if config else None)
-    whole = merge(base, changes)
+    # A Config object doesn't tell what was set and what is a default; a file does, so that its fields
+    # win over a preset among the changes.
+    asked = read_toml(Path(config)) if isinstance(config, str | Path) else {}
+    whole = merge(config, changes) if isinstance(config, Config) else build(asked | changes)
     if from_run is None:
         return whole
     parent = load_config(RunDirectory.open(from_run).config)
     known = flatten({"model": parent.model.model_dump()})
     kept = {key: value for key, value in known.items() if key != "model.preset"}
-    # A Config object doesn't tell what was set and what is a default: only a file's keys are checked.
-    asked = read_toml(Path(config)) if isinstance(config, str | Path) else {}
     asked = {key: value for key, value in (asked | changes).items() if key.startswith("model.")}
     dropouts = {key: value for key, value in asked.items() if "dropout" in key}
     for key, value in asked.items():
