@@ -86,7 +86,10 @@ def prepare(
         with new_directory(directory) as draft:
             build(request, sources, prints, key, draft)
         if kept is not None:
-            _copy(directory, kept)
+            try:
+                _copy(directory, kept)
+            except UserError as error:  # a cache only saves time: what cannot be kept is made again
+                say(f"data: not kept for other runs ({error})")
     dataset = load_prepared(directory)
     for name in SPLITS:  # what was prepared before may have been for a shorter context
         tokens: PackedTokens | None = getattr(dataset, name)

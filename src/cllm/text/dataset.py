@@ -55,7 +55,7 @@ def prepared_key(directory: Path) -> str | None:
     try:
         content = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         return str(content["key"]) if content["format"] == FORMAT else None
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,9 @@ def build(config: Config) -> tuple[Transformer, TrainStep]:
     torch.set_num_threads(train.threads)
     keep_freed_memory()
     # A place of ours, so that the compiled code outlives the system's temporary files.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+    with suppress(OSError):
+        (cache_dir() / "inductor").mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
     model = Transformer(config.model, attention=train.attention)
     model.start(train.seed)
     model.to(train.device)
