@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cllm.core.errors import UsageError
 
@@ -45,6 +45,17 @@ class DataConfig(Section):
     """Split by whole documents or by contiguous blocks; ``auto`` takes blocks where documents are few."""
     near_duplicates: Literal["report", "drop", "off"] = "report"
     """What to do with documents of validation and test that nearly repeat one of training."""
+
+    @field_validator("paths")
+    @classmethod
+    def _text(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
+        for path in paths:
+            if any("\ud800" <= letter <= "\udfff" for letter in path):
+                raise ValueError(
+                    f"the name {path!r} is no valid text, which run.toml could not hold; rename the "
+                    "file, or give the directory it is in"
+                )
+        return paths
 
     @model_validator(mode="after")
     def _shares(self) -> Self:
