@@ -25,7 +25,12 @@ from cllm.core.cpu import load_average
 from cllm.core.errors import UsageError, UserError, nearest
 from cllm.core.machine import machine
 
-BENCHES = {"train": "training", "original": "original", "lattice": "lattice"}
+BENCHES = {
+    "train": "training",
+    "attention": "attention",
+    "original": "original",
+    "lattice": "lattice",
+}
 """Name of a bench to its module in ``cllm.bench``."""
 
 

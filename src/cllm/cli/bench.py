@@ -10,7 +10,7 @@ import typer
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="Which bench: train, original or lattice.")],
+    name: Annotated[str, typer.Argument(help="Which bench: train, attention, original or lattice.")],
     data: Annotated[
         list[str] | None, typer.Option("--data", metavar="PATH", help="Text to use; may be repeated.")
     ] = None,
