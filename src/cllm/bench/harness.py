@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -79,6 +80,8 @@ class Result:
     notes: list[str] = field(default_factory=list)
     packages: tuple[str, ...] = ("torch",)
     load_before: float | None = None
+    headline: list[dict[str, Any]] = field(default_factory=list)
+    """The few figures that the README shows."""
 
     @property
     def holds(self) -> bool:
@@ -230,12 +233,28 @@ def render(result: Result) -> str:
 
 
 def write_results(result: Result, arguments: Sequence[str], root: Path = Path()) -> Path:
-    """Write ``docs/results/NAME.md``: the tables with the machine, the date and the command."""
+    """Write ``docs/results/NAME.md``: the tables with the machine, the date and the command.
+
+    Where ``README.md`` has a place marked ``<!-- bench:NAME -->``, its headline goes there.
+    """
     path = root / "docs" / "results" / f"{result.bench}.md"
     command = shlex.join(["cllm", *arguments])
-    text = f"{render(result)}\n\nMeasured on {date.today().isoformat()} by `{command}`.\n"
+    origin = f"Measured on {date.today().isoformat()} by `{command}`."
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    write_text(path, f"{render(result)}\n\n{origin}\n")
+    readme = root / "README.md"
+    if result.headline and readme.is_file():
+        here = machine()
+        link = f"[All of it](docs/results/{result.bench}.md)."
+        lines = [
+            *_markdown_table(result.headline),
+            "",
+            f"{here.cpu}, {here.threads} threads. {origin}",
+        ]
+        body = "\n".join([*lines, link])
+        text = readme.read_text(encoding="utf-8")
+        place = re.compile(rf"(<!-- bench:{result.bench} -->\n).*?(<!-- /bench -->)", re.DOTALL)
+        write_text(readme, place.sub(lambda m: f"{m[1]}{body}\n{m[2]}", text))
     return path
 
 

@@ -89,6 +89,11 @@ def run(options: Options) -> Result:
         notes=notes,
         packages=("torch", "transformers"),
         load_before=load,
+        headline=[
+            {key: row[key] for key in ("contestant", "tokens/s", "÷ (c)")}
+            for row in rows
+            if row["contestant"] in (*PEERS, OURS)
+        ],
     )
 
 
