@@ -15,7 +15,7 @@ import torch
 from cllm.core.config import Config
 from cllm.core.duration import parse_duration
 from cllm.core.errors import UsageError, UserError
-from cllm.core.settings import build, flatten, load_config, merge, read_toml
+from cllm.core.settings import build, flatten, load_config, merge, read_toml, write_setting
 from cllm.infer.generate import stream
 from cllm.infer.sampling import Sampling
 from cllm.infer.streaming import TextStream
@@ -62,7 +62,7 @@ def train(
         extra = [name for name, value in given.items() if value]
         if extra:
             raise UsageError(f"resume goes on with a run as it is: leave out {', '.join(extra)}")
-        texts = [f"{key}={value}" for key, value in changes.items()]
+        texts = [write_setting(key, value) for key, value in changes.items()]
         return Run(resume_session(resume, texts, progress).run)
     paths = [data] if isinstance(data, str | Path) else list(data)
     if paths:

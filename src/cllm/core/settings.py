@@ -85,6 +85,11 @@ def parse_setting(text: str) -> tuple[str, Any]:
     return key, value
 
 
+def write_setting(key: str, value: Any) -> str:
+    """The ``key=value`` that ``parse_setting`` reads back to ``value``."""
+    return f"{key}={_toml_value(value)}"
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Dotted keys of a TOML file. Raises ``UsageError`` naming the file."""
     try:
