@@ -274,6 +274,15 @@ def test_a_resume_that_is_refused_changes_nothing(
     assert contents(run.path) == contents(tmp_path / "copy")
 
 
+def test_a_run_that_is_being_trained_is_left_alone(start: Start, told: Recorder) -> None:
+    run = start(train__keep_last=9).run
+    before = run.config.read_bytes()
+    with run.training(), pytest.raises(UserError, match="is being trained by process"):
+        resume(run.checkpoints / "step-00000004", told, "train.lr=1e-5")
+    assert run.config.read_bytes() == before
+    assert run.steps()[-1] == 12
+
+
 def test_another_thread_count_or_precision_resumes_with_a_warning(
     start: Start, told: Recorder
 ) -> None:
