@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+
+# A busy machine fails no test.
+hypothesis.settings.register_profile("house", deadline=None)
+hypothesis.settings.load_profile("house")
 
 NOUNS = ["cat", "dog", "river", "stone", "child", "teacher", "window", "garden", "letter", "boat"]
 VERBS = ["sees", "finds", "carries", "follows", "remembers", "paints", "opens", "keeps"]

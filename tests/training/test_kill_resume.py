@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cllm.store.metrics import read_columns, read_lines
+from cllm.store.metrics import last_line, read_columns
 from cllm.store.run import RunDirectory
 
 needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -125,10 +125,7 @@ def test_a_killed_compiled_run_resumes_to_the_same_bits(
 
 
 @needs_signals
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_names_the_command_that_goes_on(
-    signum: signal.Signals,
-    code: int,
     tmp_path: Path,
     corpus: Path,
     process: Start,
@@ -136,27 +133,28 @@ def test_a_signal_saves_and_names_the_command_that_goes_on(
     assert_same_run: Same,
 ) -> None:
     # No checkpoint but the first: what is resumed is what the signal saved.
-    changes = {"train__steps": 60, "train__checkpoint_every": 1000, "train__eval_every": 17}
+    changes = {"train__steps": 120, "train__checkpoint_every": 1000, "train__eval_every": 50}
     arguments = ["--data", str(corpus), *options(**changes, **DROPOUT)]
-    run = tmp_path / "a run"
-    child = process("train", *arguments, "--out", run)
-    wait_for(run / "checkpoints" / "step-00000000" / "state.json", child)
-    while not any(True for _ in read_lines(run / "metrics.jsonl")):
-        time.sleep(0.002)
-    child.send_signal(signum)
-    _, err = child.communicate()
-    assert child.returncode == code
-    assert "Traceback" not in err
-    last = err.splitlines()[-1]
-    assert last.startswith(f"cllm: stopped by {signum.name} after step ")
-    command = shlex.split(last.split("go on with: ")[1])
-    assert command == ["cllm", "train", "--resume", str(run)]
-    saved = RunDirectory.open(run).steps()[-1]
-    assert f"after step {saved};" in last
-    assert 0 < saved < 60
-    status = RunDirectory.open(run).status()
-    assert status.state == "interrupted"
-    assert signum.name in status.reason
-    end(process(*command[1:]))
+    run, command = tmp_path / "a run", ["train", *arguments, "--out", str(tmp_path / "a run")]
+    saved = 0
+    for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        child = process(*command)
+        while (line := last_line(run / "metrics.jsonl", "train")) is None or line["step"] <= saved:
+            assert child.poll() is None
+            time.sleep(0.002)
+        child.send_signal(signum)
+        _, err = child.communicate()
+        assert child.returncode == code
+        assert "Traceback" not in err
+        last = err.splitlines()[-1]
+        before, saved = saved, RunDirectory.open(run).steps()[-1]
+        assert last.startswith(f"cllm: stopped by {signum.name} after step {saved}; go on with: ")
+        name, *command = shlex.split(last.split("go on with: ")[1])
+        assert (name, command) == ("cllm", ["train", "--resume", str(run)])
+        assert before < saved < 120
+        status = RunDirectory.open(run).status()
+        assert status.state == "interrupted"
+        assert signum.name in status.reason
+    end(process(*command))
     end(process("train", *arguments, "--out", tmp_path / "straight"))
     assert_same_run(run, tmp_path / "straight")
