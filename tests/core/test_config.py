@@ -135,9 +135,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(key: str, hint: str) -> 
 def test_all_keys_are_known_and_have_a_meaning() -> None:
     keys = known_keys()
     assert len(keys) == len(set(keys))
-    assert {"train.parallel.workers", "model.embedding.kind", "data.paths", "log.every"} <= set(
-        keys
-    )
+    assert {"model.embedding.kind", "data.paths", "log.every"} <= set(keys)
     for key in keys:
         require_known(key)
 

@@ -10,12 +10,17 @@ import typer
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="Which bench: train, attention, original or lattice.")],
+    name: Annotated[
+        str, typer.Argument(help="Which bench: train, attention, original or lattice.")
+    ],
     data: Annotated[
-        list[str] | None, typer.Option("--data", metavar="PATH", help="Text to use; may be repeated.")
+        list[str] | None,
+        typer.Option("--data", metavar="PATH", help="Text to use; may be repeated."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 when a claim falls short.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit 1 when a claim falls short.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Small and inexact, for tests.")] = False,
     ladder: Annotated[
         bool, typer.Option("--ladder", help="`original`: each technique alone, and all together.")

@@ -12,7 +12,8 @@ app = typer.Typer(no_args_is_help=True, help="Show the settings, their defaults 
 
 File = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="A TOML file.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; may be repeated.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One setting; may be repeated."),
 ]
 
 

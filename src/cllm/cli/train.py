@@ -25,7 +25,9 @@ def train(
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="One setting; may be repeated. See `cllm config show`."
+            "--set",
+            metavar="KEY=VALUE",
+            help="One setting; may be repeated. See `cllm config show`.",
         ),
     ] = None,
     preset: Annotated[
@@ -40,11 +42,15 @@ def train(
     ] = None,
     from_run: Annotated[
         Path | None,
-        typer.Option("--from", metavar="RUN", help="Fine-tune: start from this run's best weights."),
+        typer.Option(
+            "--from", metavar="RUN", help="Fine-tune: start from this run's best weights."
+        ),
     ] = None,
     time: Annotated[
         str | None,
-        typer.Option(metavar="10m", help="Choose the number of steps so that all ends in this time."),
+        typer.Option(
+            metavar="10m", help="Choose the number of steps so that all ends in this time."
+        ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the results only.")] = False,
 ) -> None:

@@ -81,6 +81,7 @@ class EmbeddingConfig(Section):
     """The token table."""
 
     kind: Literal["dense"] = "dense"
+    """A learned vector for each token."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the random start."""
 
@@ -93,7 +94,9 @@ class ModelConfig(Section):
     d_model: PositiveInt = 128
     """Width of the residual stream."""
     n_layers: PositiveInt = 4
+    """Blocks of attention and feed-forward."""
     n_heads: PositiveInt = 4
+    """Attention heads; they share ``d_model``."""
     n_kv_heads: PositiveInt | None = None
     """Key/value heads for grouped-query attention; none means ``n_heads``."""
     d_ff: PositiveInt = 384
@@ -103,15 +106,23 @@ class ModelConfig(Section):
     vocab_size: PositiveInt | None = None
     """Rows of the token table; none means the tokenizer's size."""
     norm: Literal["rmsnorm", "layernorm", "batchnorm"] = "rmsnorm"
+    """Normalisation before each part (see ``docs/model.md``)."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """Added to the variance before its root."""
     mlp: Literal["swiglu", "gelu"] = "swiglu"
+    """Feed-forward part."""
     positions: Literal["rope", "learned"] = "rope"
+    """Rotary positions, or a learned table of ``context`` rows."""
     rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    """Base of the rotary frequencies."""
     tie_embeddings: bool = True
     """One table for input and output."""
     embedding_dropout: Fraction = 0.0
+    """Share of the embeddings' entries set to zero in training."""
     attention_dropout: Fraction = 0.0
+    """The same for attention weights."""
     residual_dropout: Fraction = 0.0
+    """The same for what each part adds to the residual stream."""
     embedding: EmbeddingConfig = EmbeddingConfig()
 
     @property
@@ -144,27 +155,25 @@ class ModelConfig(Section):
         return self
 
 
-class ParallelConfig(Section):
-    """Worker processes on one machine."""
-
-    workers: Literal[1] = 1
-
-
 class TrainConfig(Section):
     """The training loop."""
 
     steps: PositiveInt = 600
     """Optimizer steps."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides the start, the splits, the order of batches and the dropout."""
     batch_size: PositiveInt = 16
     """Windows of one micro-batch."""
     accumulate: PositiveInt = 1
     """Micro-batches of one optimizer step; the gradient is the mean over all target tokens."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """The update rule."""
     lr: Annotated[float, Field(gt=0)] = 3e-3
     """Peak learning rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay of AdamW's averages of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to AdamW's root of the averaged square."""
     momentum: Fraction = 0.9
     """Momentum of SGD."""
     weight_decay: NonNegative = 0.1
@@ -172,6 +181,7 @@ class TrainConfig(Section):
     clip: NonNegative = 1.0
     """Global gradient norm above which the gradient is scaled down before the step; 0 turns it off."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "step"] = "cosine"
+    """Shape of the learning rate after the warm-up (see ``docs/training.md``)."""
     warmup: Annotated[int, Field(ge=0)] | None = None
     """Steps of linear warm-up; none means 5% of the steps, at most 200."""
     min_lr: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
@@ -181,6 +191,7 @@ class TrainConfig(Section):
     step_every: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
     """``step``: the share of the steps after which the rate is multiplied by ``step_factor``."""
     step_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
+    """``step``: the factor of each drop."""
     device: str = "auto"
     """``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``auto``."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -200,11 +211,11 @@ class TrainConfig(Section):
     min_improvement: NonNegative = 1e-3
     """Bits per byte that count as an improvement."""
     checkpoint_every: PositiveInt = 200
+    """Steps between checkpoints."""
     keep_last: PositiveInt = 2
     """Newest checkpoints kept beside the best one."""
     max_nonfinite: PositiveInt = 10
     """Skipped steps in a row (non-finite loss or gradient) that end the run."""
-    parallel: ParallelConfig = ParallelConfig()
 
     @property
     def warmup_steps(self) -> int:
@@ -233,6 +244,7 @@ class LogConfig(Section):
     every: PositiveInt = 10
     """Steps between lines of ``metrics.jsonl`` and of the progress display."""
     tensorboard: bool = True
+    """Write events for TensorBoard."""
     histograms: bool = True
     """Histograms of weights at each validation (TensorBoard)."""
     sample_tokens: Annotated[int, Field(ge=0)] = 60

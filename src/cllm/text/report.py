@@ -84,7 +84,7 @@ class CorpusReport:
         """A few lines for people."""
         lines = [
             f"corpus: {self.bytes:,} bytes in {self.documents:,} documents of {self.source_count:,} "
-            f"sources, sha256 {self.sha256[:12]}",
+            f"source{'s' * (self.source_count != 1)}, sha256 {self.sha256[:12]}",
             f"tokenizer: {self.vocab_size:,} tokens, {self.bytes_per_token:.2f} bytes per token",
         ]
         for name, split in self.splits.items():

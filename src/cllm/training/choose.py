@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cllm.core.config import Config
+from cllm.core.cpu import is_busy
 from cllm.core.errors import UsageError, UserError
 from cllm.core.machine import cannot_compile, machine
 from cllm.core.measurements import recall, remember
@@ -69,12 +70,14 @@ def choose(config: Config, *, steps_known: bool = True) -> Choices:
 def matmul_rates(threads: int) -> dict[str, float]:
     """Floating-point operations a second of (2048, 128) @ (128, 4096) by precision, on the CPU.
 
-    Measured in a fraction of a second, once for a machine, torch version and number of threads.
+    Measured in a fraction of a second, once for a machine, torch version and number of threads (each
+    time anew while other programs keep the machine busy).
     """
     known = recall("matmul", threads=threads)
     if known is None:
         known = {name: _matmul_rate(DTYPES[name]) for name in ("fp32", "bf16")}
-        remember("matmul", known, threads=threads)
+        if not is_busy(threads):  # a figure that others spoiled is not for keeping
+            remember("matmul", known, threads=threads)
     return known
 
 
