@@ -23,6 +23,7 @@ from cllm.training.conclude import Outcome
 from cllm.training.evaluate import Evaluation
 from cllm.training.pace import FEWEST_STEPS, Pace
 from cllm.training.progress import Silent
+from cllm.training.report import write_report
 from cllm.training.trainer import DivergedError
 
 Start = Callable[..., Outcome]
@@ -233,6 +234,17 @@ def test_a_run_killed_while_it_was_concluded_is_concluded_by_resume(
     assert run.status().state == outcome.state
     assert run.steps()[-1] == before
     assert [line["kind"] for line in read_lines(run.metrics)].count("test") == 1
+
+
+def test_resuming_a_finished_run_without_a_report_writes_it(
+    start: Start, told: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start().run
+    monkeypatch.setattr(session, "write_report", write_report)
+    with pytest.raises(UsageError, match="has all its 12 steps"):
+        resume(run.path, told)
+    assert run.report.read_text(encoding="utf-8").startswith("# run")
+    assert f"the missing report was written: {run.report}" in told.said
 
 
 def test_a_finished_run_is_not_resumed_but_for_more_steps(start: Start, told: Recorder) -> None:

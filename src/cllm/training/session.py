@@ -99,6 +99,9 @@ def resume(path: Path | str, settings: Sequence[str], progress: Progress) -> Out
     state = run.status().state
     # Killed while it was scored and reported on, a run has all its steps and still goes on.
     if saved.step >= config.train.steps and state in ("finished", "stopped early"):
+        if not run.report.is_file():  # it was killed while it wrote the report
+            write_report(run.path)
+            progress.say(f"the missing report was written: {run.report}")
         raise UsageError(
             f"{run.path} has all its {config.train.steps} steps; to train on, add "
             "--set train.steps=N with a larger N"
