@@ -114,14 +114,18 @@ def test_devices(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
         chosen(train__device="cuda:1")
 
 
-def test_the_rates_are_measured_once_and_threads_put_back(
+def test_rates_of_a_quiet_machine_are_measured_once_and_threads_put_back(
     isolated: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     monkeypatch.setenv("CLLM_CACHE", str(tmp_path / "own"))
     calls: list[torch.dtype] = []
     monkeypatch.setattr(module, "_matmul_rate", lambda dtype: calls.append(dtype) or 5e9)
-    assert matmul_rates(1) == matmul_rates(1) == {"fp32": 5e9, "bf16": 5e9}
+    monkeypatch.setattr(module, "is_busy", lambda threads: "others are at work")
+    assert matmul_rates(1) == {"fp32": 5e9, "bf16": 5e9}
     assert calls == [torch.float32, torch.bfloat16]
+    monkeypatch.setattr(module, "is_busy", lambda threads: None)  # now it is for keeping
+    assert matmul_rates(1) == matmul_rates(1) == {"fp32": 5e9, "bf16": 5e9}
+    assert calls == [torch.float32, torch.bfloat16] * 2
     before = torch.get_num_threads()
     choose(build(AUTO | {"train.threads": 2}))
     assert torch.get_num_threads() == before
