@@ -145,9 +145,9 @@ def _scaled(array: np.ndarray) -> IntegerBasis:
 
     scaled = to_integers(array)
     if array.dtype.kind == "f" and scaled.bits > 0:
-        lq(array)  # refuses rows that are dependent up to float64's rounding
-    row = first_dependent_row(scaled.rows)
-    if row is not None:
+        # Refuses rows that are dependent up to float64's rounding; scaling then keeps full rank.
+        lq(array)
+    elif (row := first_dependent_row(scaled.rows)) is not None:
         raise ValueError(
             f"basis of shape {array.shape} is rank deficient: row {row} depends on the rows before"
             " it"
