@@ -7,9 +7,11 @@ a step, compiled and eager, in the precision that this machine would choose.
 from __future__ import annotations
 
 import os
+from functools import partial
 from statistics import median
 
-from cllm.bench.harness import Contestant, Options, Result, interleaved, load_now
+from cllm.bench.harness import Contestant, Options, Result, contest, interleaved, load_now
+from cllm.core.cpu import is_busy
 from cllm.core.threads import spin_briefly
 
 CONTEXTS = (128, 512, 1024)
@@ -19,7 +21,7 @@ ROUNDS, STEPS = 5, 6
 
 def run(options: Options) -> Result:
     """Measure; no claim is made, the default takes the winner."""
-    load = load_now()
+    load, busy = load_now(), is_busy()
     rounds, steps = (1, 1) if options.quick else (ROUNDS, STEPS)
     rows = []
     for context in CONTEXTS[:1] if options.quick else CONTEXTS:
@@ -35,14 +37,16 @@ def run(options: Options) -> Result:
                 }
             )
     notes = [f"Medians of {rounds} interleaved rounds of {steps} steps of {TOKENS:,} tokens."]
-    return Result(bench="attention", rows=rows, claims=[], notes=notes, load_before=load)
+    return Result(
+        bench="attention", rows=rows, claims=[], notes=notes, load_before=load, busy=busy or ""
+    )
 
 
 def _rates(context: int, compiled: str, rounds: int, steps: int) -> dict[str, float]:
     """Tokens a second of both paths."""
     env = dict(os.environ)
     spin_briefly(env)
-    contestants = []
+    starts = []
     for path in ("matmul", "sdpa"):
         settings = {
             "model.context": context,
@@ -53,10 +57,8 @@ def _rates(context: int, compiled: str, rounds: int, steps: int) -> dict[str, fl
         arguments = ["ours", "--steps", str(steps)]
         for key, value in settings.items():
             arguments += ["--set", f"{key}={value}"]
-        contestants.append(Contestant(path, "cllm.bench.training_contestant", arguments, env))
-    try:
+        module = "cllm.bench.training_contestant"
+        starts.append(partial(Contestant, path, module, arguments, env))
+    with contest(starts) as contestants:
         figures = interleaved(contestants, rounds)
-    finally:
-        for contestant in contestants:
-            contestant.close()
     return {name: median(r["tokens_per_second"] for r in found) for name, found in figures.items()}

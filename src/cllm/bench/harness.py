@@ -13,7 +13,9 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib import metadata
@@ -80,6 +82,8 @@ class Result:
     notes: list[str] = field(default_factory=list)
     packages: tuple[str, ...] = ("torch",)
     load_before: float | None = None
+    busy: str = ""
+    """Why the machine was not free, if it was not."""
     headline: list[dict[str, Any]] = field(default_factory=list)
     """The few figures that the README shows."""
 
@@ -118,14 +122,21 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def load_bench(name: str) -> Callable[[Options], Result]:
-    """The function ``run`` of the bench ``name``; ``UsageError`` if there is none."""
+def load_bench(name: str, options: Options) -> Callable[[Options], Result]:
+    """The function ``run`` of the bench ``name``.
+
+    ``UsageError`` if there is none, or if it has no use for one of ``options``.
+    """
     if name not in BENCHES:
         known = ", ".join(BENCHES)
         raise UsageError(
             f"there is no bench {name!r}{nearest(name, list(BENCHES))}; known: {known}"
         )
     module = importlib.import_module(f"cllm.bench.{BENCHES[name]}")
+    takes: frozenset[str] = getattr(module, "TAKES", frozenset())
+    for option in ("data", "ladder"):
+        if getattr(options, option) and option not in takes:
+            raise UsageError(f"the bench {name!r} takes no --{option}; leave it out")
     run: Callable[[Options], Result] = module.run
     return run
 
@@ -141,15 +152,21 @@ class Contestant:
         self, name: str, module: str, arguments: Sequence[str], env: dict[str, str]
     ) -> None:
         self.name = name
+        # A file, since nobody reads a pipe of warnings until it is full.
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             env=env,
             text=True,
         )
-        self.ready = self._read()
+        try:
+            self.ready = self._read()
+        except BaseException:
+            self.close()
+            raise
 
     def round(self) -> dict[str, Any]:
         """Ask for one round and wait for its figures."""
@@ -160,17 +177,34 @@ class Contestant:
 
     def close(self) -> None:
         """End the process."""
-        self._process.communicate()
+        try:
+            self._process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+        self._errors.close()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            _, errors = self._process.communicate()
-            last = errors.strip().splitlines()[-1:] or ["no message"]
+            self._process.wait()
+            self._errors.seek(0)
+            last = self._errors.read().strip().splitlines()[-1:] or ["no message"]
             raise UserError(f"the bench process {self.name!r} failed: {last[0]}")
         found: dict[str, Any] = json.loads(line)
         return found
+
+
+@contextmanager
+def contest(starts: Iterable[Callable[[], Contestant]]) -> Iterator[list[Contestant]]:
+    """Start contestants one after the other; all that were started are ended, whatever happens."""
+    with ExitStack() as stack:
+        started = []
+        for start in starts:
+            started.append(start())
+            stack.callback(started[-1].close)
+        yield started
 
 
 def answer_rounds(ready: dict[str, Any], one_round: Callable[[], dict[str, Any]]) -> None:
@@ -240,6 +274,8 @@ def write_results(result: Result, arguments: Sequence[str], root: Path = Path())
     path = root / "docs" / "results" / f"{result.bench}.md"
     command = shlex.join(["cllm", *arguments])
     origin = f"Measured on {date.today().isoformat()} by `{command}`."
+    if result.busy:
+        origin += f" The machine was not free: {result.busy}."
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, f"{render(result)}\n\n{origin}\n")
     readme = root / "README.md"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cllm.bench.harness import answer_rounds
+from cllm.core.allocator import keep_freed_memory
 from cllm.core.config import Config
 from cllm.core.memory import peak_rss
 from cllm.core.settings import merge, parse_setting
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--keep-memory", action="store_true")
     parser.add_argument("--give-memory-back", action="store_true")
     parser.add_argument("--simdlen", type=int, help="Inductor's vector width in bits; 1 is none")
     parser.add_argument("--steps", type=int, default=10)
@@ -48,6 +50,8 @@ def main() -> None:
     if args.who == "ours":
         step, dtype = ours(config, args.give_memory_back)
     else:
+        if args.keep_memory:
+            keep_freed_memory()
         step, dtype = peer(config, args), args.dtype
     measure(config, step, dtype, threads, args.steps)
 

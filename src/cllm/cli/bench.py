@@ -31,9 +31,12 @@ def bench(
 ) -> None:
     """Measure a claim on this machine, beside its peers, and print the figures."""
     from cllm.bench.harness import Options, load_bench, render, write_results
+    from cllm.core.errors import UsageError
 
+    if quick and write:
+        raise UsageError("--quick measures nothing worth writing; leave out --quick or --write")
     options = Options(data=tuple(data or ()), quick=quick, ladder=ladder)
-    result = load_bench(name)(options)
+    result = load_bench(name, options)(options)
     typer.echo(json.dumps(result.to_json()) if as_json else render(result))
     if write:
         typer.echo(f"written: {write_results(result, sys.argv[1:])}", err=True)

@@ -96,6 +96,16 @@ NORMS: dict[str, type[RMSNorm | LayerNorm | BatchNorm]] = {
 }
 
 
+def start_norm(norm: RMSNorm | LayerNorm | BatchNorm) -> None:
+    """Make ``norm`` as it was when it was built."""
+    nn.init.ones_(norm.weight)
+    if not isinstance(norm, RMSNorm):
+        nn.init.zeros_(norm.bias)
+    if isinstance(norm, BatchNorm):
+        norm.running_mean.zero_()
+        norm.running_square.fill_(1.0)
+
+
 def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm | BatchNorm:
     """The norm that ``model.norm`` names."""
     return NORMS[config.norm](config.d_model, config.norm_eps)

@@ -16,7 +16,15 @@ from cllm.core.config import ModelConfig
 from cllm.model.attention import Attention, KeyValueCache, rotary_tables
 from cllm.model.embedding import DenseEmbedding
 from cllm.model.mlp import MLPS
-from cllm.model.norms import BatchNorm, Statistics, make_norm, wide
+from cllm.model.norms import (
+    BatchNorm,
+    LayerNorm,
+    RMSNorm,
+    Statistics,
+    make_norm,
+    start_norm,
+    wide,
+)
 
 
 class Block(nn.Module):
@@ -86,6 +94,8 @@ class Transformer(nn.Module):
             elif isinstance(module, nn.Linear):
                 depth = math.sqrt(2 * self.config.n_layers) if name.endswith(".out") else 1.0
                 nn.init.normal_(module.weight, std=0.02 / depth, generator=generator)
+            elif isinstance(module, RMSNorm | LayerNorm | BatchNorm):
+                start_norm(module)
         if self.positions is not None:
             nn.init.normal_(self.positions, std=0.02, generator=generator)
 
