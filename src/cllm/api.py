@@ -15,6 +15,7 @@ import torch
 from cllm.core.config import Config
 from cllm.core.duration import parse_duration
 from cllm.core.errors import UsageError, UserError
+from cllm.core.machine import machine
 from cllm.core.settings import build, flatten, load_config, merge, read_toml, write_setting
 from cllm.infer.generate import stream
 from cllm.infer.sampling import Sampling
@@ -131,6 +132,7 @@ class Run:
     @cached_property
     def model(self) -> Transformer:
         """The model with its best weights (or those of the chosen checkpoint), in eval mode."""
+        torch.set_num_threads(machine().threads)  # a container's quota may be less than its cores
         attention = self.config.train.attention
         model = Transformer(self.config.model, "matmul" if attention == "auto" else attention)
         model.load_state_dict(checkpoints.load_weights(self.chosen or self.path))

@@ -159,6 +159,23 @@ def test_compiling_without_a_compiler(
         cpp_compiler.cache_clear()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the trial program has GNU's options")
+def test_compiling_with_a_compiler_that_makes_nothing(
+    texts: Path, cllm: Cllm, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cllm.core import machine
+
+    monkeypatch.setenv("CXX", "true")
+    for question in (machine.cpp_compiler, machine._compiler_works):
+        question.cache_clear()
+    try:
+        result = cllm("train", "-q", "--data", "good.txt", *options(train__compile="on"))
+        assert_refused(result, 2, "train.compile = 'on'", "failed on a small OpenMP program")
+    finally:
+        for question in (machine.cpp_compiler, machine._compiler_works):
+            question.cache_clear()
+
+
 def test_an_existing_run_is_not_overwritten(
     texts: Path, cllm: Cllm, options: Options, trained: Path
 ) -> None:

@@ -64,7 +64,7 @@ def test_bf16_where_it_is_faster(gain: float, dtype: str, machine: Machine) -> N
 def test_compiling_where_the_run_is_long_enough(machine: Machine) -> None:
     assert chosen(train__steps=100_000).train.compile == "on"
     assert chosen(train__steps=2).train.compile == "off"
-    unknown = choose(build(AUTO | {"train.steps": 2}), steps_known=False)
+    unknown = choose(build(AUTO | {"train.steps": 2}), seconds=600.0)
     assert unknown.config.train.compile == "on"
 
 

@@ -16,6 +16,7 @@ import torch
 from cllm.core.config import Config
 from cllm.core.settings import build
 from cllm.model.cross_entropy import IGNORE
+from cllm.model.norms import BatchNorm
 from cllm.text.batches import BatchSource
 from cllm.text.dataset import Dataset, load_prepared
 from cllm.text.packed import PackedTokens
@@ -66,13 +67,17 @@ def test_a_uniform_guess_scores_log2_of_the_vocabulary() -> None:
 
 
 def test_the_gap_between_modes_is_eval_minus_training_loss() -> None:
-    model = torch.nn.Linear(1, 1)
+    norm = BatchNorm(1, 1e-5)
+    model = torch.nn.Sequential(norm, torch.nn.Dropout(0.5))
 
     def loss(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return (targets != IGNORE).sum() * (2.0 if model.training else 2.5)
+        assert not model[1].training, "dropout is no part of the gap"
+        return (targets != IGNORE).sum() * (2.0 if norm.training else 2.5)
 
     gap = norm_mode_gap(model, loss, stream_of(100), context=8, batch_size=2, device="cpu")
     assert gap == pytest.approx(0.5)
+    assert model.training
+    assert norm.training is False
 
 
 def test_a_step_takes_its_own_micro_batches(fast: dict) -> None:

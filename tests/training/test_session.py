@@ -287,12 +287,47 @@ def test_a_resume_that_is_refused_changes_nothing(
 
 
 def test_a_run_that_is_being_trained_is_left_alone(start: Start, told: Recorder) -> None:
-    run = start(train__keep_last=9).run
-    before = run.config.read_bytes()
+    run = start(train__keep_last=9, log__tensorboard=True).run
+    before, events = run.config.read_bytes(), sorted(run.tensorboard.iterdir())
     with run.training(), pytest.raises(UserError, match="is being trained by process"):
         resume(run.checkpoints / "step-00000004", told, "train.lr=1e-5")
     assert run.config.read_bytes() == before
     assert run.steps()[-1] == 12
+    assert sorted(run.tensorboard.iterdir()) == events
+
+
+def test_a_run_that_was_trained_on_meanwhile_is_left_alone(
+    start: Start, told: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start().run
+
+    def build_slowly(config: Config) -> Any:
+        found = build_at_once(config)
+        if run.steps()[-1] == 12:  # while we build, another process goes on
+            resume_as_another()
+        return found
+
+    def resume_as_another() -> None:
+        monkeypatch.setattr(session, "build", build_at_once)
+        resume(run.path, told, "train.steps=16")
+
+    build_at_once = session.build
+    monkeypatch.setattr(session, "build", build_slowly)
+    with pytest.raises(UserError, match="was trained on meanwhile"):
+        resume(run.path, told, "train.steps=14")
+    assert run.steps()[-1] == 16
+
+
+def test_the_first_speed_after_a_resume_counts_its_own_tokens() -> None:
+    clock = trainer._Clock(tokens=1_000_000)
+    seconds = clock.lap()
+    assert clock.rate(1_000_500) == pytest.approx(500 / seconds)
+
+
+def test_no_samples_are_written_where_none_are_wanted(start: Start) -> None:
+    outcome = start(log__sample_tokens=0)
+    assert outcome.samples == ()
+    assert "sample" not in {line["kind"] for line in read_lines(outcome.run.metrics)}
 
 
 def test_another_thread_count_or_precision_resumes_with_a_warning(

@@ -32,6 +32,7 @@ BENCHES = {
     "train": "training",
     "attention": "attention",
     "original": "original",
+    "startup": "startup",
     "lattice": "lattice",
 }
 """Name of a bench to its module in ``cllm.bench``."""

@@ -151,16 +151,20 @@ def _emit(result: dict[str, Any], out: Path | None, array: np.ndarray) -> None:
 
     import numpy as np
 
+    from cllm.core.atomic import clear_errors
+
     if out is not None and out.suffix == ".npy":
         if array.dtype == object:
             raise ValueError(f"{out}: integers beyond int64 do not fit a .npy file; use .json")
-        np.save(out, array)
+        with clear_errors(out):
+            np.save(out, array)
         return
     text = json.dumps(result, default=_plain)
     if out is None:
         typer.echo(text)
     elif out.suffix == ".json":
-        out.write_text(text + "\n", encoding="utf-8")
+        with clear_errors(out):
+            out.write_text(text + "\n", encoding="utf-8")
     else:
         raise ValueError(f"{out}: --out takes a name that ends in .npy or .json")
 

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from cllm.cli.terminal import printable
+
 
 def train(
     data: Annotated[
@@ -101,7 +103,7 @@ def train(
         typer.echo(line)
     if not quiet:
         for number, text in enumerate(outcome.samples, 1):
-            typer.echo(f"\nsample {number}:\n{text}")
+            typer.echo(f"\nsample {number}:\n{printable(text)}")
         typer.echo("")
     typer.echo(f"run: {outcome.run.path}")
     typer.echo(f"report: {outcome.run.report}")

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cllm.cli.terminal import printable
+
 RunPath = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run directory, or one of its checkpoints.")
 ]
@@ -26,6 +28,10 @@ def evaluate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")] = False,
 ) -> None:
     """Score held-out text in bits per byte (less is better)."""
+    from cllm.core.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
     from cllm.api import load
     from cllm.training.progress import open_progress
 
@@ -54,6 +60,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
 ) -> None:
     """Let a model write on from a prompt."""
+    from cllm.core.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
     from cllm.api import load
     from cllm.infer.sampling import Sampling
 
@@ -62,7 +72,7 @@ def generate(
     )
     pieces = load(run).stream(prompt, sampling)
     first = next(pieces, "")  # what is wrong shows before the prompt is echoed
-    typer.echo(prompt + first, nl=False)
+    typer.echo(printable(prompt + first), nl=False)
     for piece in pieces:
-        typer.echo(piece, nl=False)
+        typer.echo(printable(piece), nl=False)
     typer.echo("")

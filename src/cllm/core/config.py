@@ -44,7 +44,7 @@ class DataConfig(Section):
     split: Literal["auto", "document", "block"] = "auto"
     """Split by whole documents or by contiguous blocks; ``auto`` takes blocks where documents are few."""
     near_duplicates: Literal["report", "drop", "off"] = "report"
-    """What to do with documents of validation and test that nearly repeat one of training."""
+    """Training text that nearly repeats held-out text: report it, drop it from training, or look away."""
 
     @field_validator("paths")
     @classmethod

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -100,7 +101,30 @@ def cannot_compile() -> str | None:
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
         return f"Python's header {header.name} is missing (install the python3-dev package)"
+    if sys.platform == "linux" and not _compiler_works():
+        return f"the C++ compiler {cpp_compiler()} failed on a small OpenMP program"
     return None
+
+
+@cache
+def _compiler_works() -> bool:
+    """Whether the compiler makes a library of the kind that Inductor asks of it (GNU's options)."""
+    program = "#include <omp.h>\n#include <vector>\nint f() { return omp_get_max_threads(); }\n"
+    with tempfile.TemporaryDirectory() as place:
+        made = Path(place) / "trial.so"
+        options = ["-shared", "-fPIC", "-fopenmp", "-x", "c++", "-", "-o", str(made)]
+        try:
+            subprocess.run(
+                [str(cpp_compiler()), *options],
+                input=program,
+                text=True,
+                capture_output=True,
+                check=True,
+                timeout=60,
+            )
+        except (OSError, subprocess.SubprocessError):
+            return False
+        return made.is_file()
 
 
 def torch_version() -> str:

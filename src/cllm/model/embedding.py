@@ -1,6 +1,6 @@
 """The token table.
 
-Every kind of table offers ``embed(ids)``, ``logits(h, rows=None)``, ``table()`` and ``after_step()``.
+Every kind of table offers ``embed(ids)``, ``logits(h)`` and ``table()``.
 """
 
 from __future__ import annotations
@@ -44,14 +44,10 @@ class DenseEmbedding(nn.Module):
         """Vectors of ``ids``: (…,) -> (…, D)."""
         return functional.embedding(ids, self.weight)
 
-    def logits(self, h_nd: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Scores (N, V) of hidden vectors (N, D), or (N, len(rows)) for some rows of the table."""
-        table = self.weight if rows is None else self.weight[rows]
-        return h_nd @ table.T
+    def logits(self, h_nd: Tensor) -> Tensor:
+        """Scores (N, V) of hidden vectors (N, D)."""
+        return h_nd @ self.weight.T
 
     def table(self) -> Tensor:
         """The (V, D) table itself."""
         return self.weight
-
-    def after_step(self) -> None:
-        """Called after each optimizer step, for kinds that cache a product; a dense table has none."""

@@ -43,11 +43,6 @@ class BatchSource:
             )
         self._block = lru_cache(maxsize=2)(self._permuted_block)
 
-    @property
-    def batches_per_epoch(self) -> float:
-        """Batches after which every window was seen once."""
-        return self.windows_per_epoch / self.batch_size
-
     def epoch(self, index: int) -> float:
         """Epochs (with fraction) that are over when batch ``index`` begins."""
         return index * self.batch_size / self.windows_per_epoch

@@ -23,6 +23,8 @@ from cllm.model.transformer import flops_per_token
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BF16_PAYS = 1.5
 """bf16 products must be this many times faster than fp32 ones to be worth their rounding and casts."""
+COMPILE_SHARE = 0.4
+"""Of a time budget, what cold compilation may take: the compiled step is at least twice as fast."""
 LOGITS_AT_ONCE = 256 * 2**20
 """Bytes of logits above which head and loss are computed in chunks of a quarter of that."""
 MATMUL_CONTEXT = 512
@@ -46,10 +48,10 @@ class Choices:
         return [f"{key} {reason}" for key, reason in self.reasons.items()]
 
 
-def choose(config: Config, *, steps_known: bool = True) -> Choices:
+def choose(config: Config, *, seconds: float | None = None) -> Choices:
     """Resolve what is ``auto`` in ``config.train``. ``model.vocab_size`` must be known.
 
-    With ``steps_known`` false (a time budget chooses them later), compiling is taken to pay. Raises
+    ``seconds`` is a time budget, which will choose the steps; without one, they are known. Raises
     ``UserError`` or ``UsageError`` where what was asked for is not to be had.
     """
     choices = Choices(config)
@@ -61,7 +63,7 @@ def choose(config: Config, *, steps_known: bool = True) -> Choices:
     assert isinstance(choices.config.train.threads, int)
     with _threads(choices.config.train.threads):
         _choose_dtype(choices)
-        _choose_compile(choices, steps_known)
+        _choose_compile(choices, seconds)
     _choose_attention(choices)
     _choose_chunk(choices)
     return choices
@@ -142,7 +144,7 @@ def _choose_dtype(choices: Choices) -> None:
         choices.settle("dtype", "bf16" if gain >= BF16_PAYS else "fp32", why)
 
 
-def _choose_compile(choices: Choices, steps_known: bool) -> None:
+def _choose_compile(choices: Choices, seconds: float | None) -> None:
     train = choices.config.train
     if train.compile == "off":
         return
@@ -158,8 +160,14 @@ def _choose_compile(choices: Choices, steps_known: bool) -> None:
     if obstacle:
         choices.settle("compile", "off", obstacle)
         return
-    saved, cost = _compile_gain(choices.config), compile_seconds(choices.config)
-    if saved > cost or not steps_known:
+    cost = compile_seconds(choices.config)
+    if seconds is not None:
+        pays = cost <= seconds * COMPILE_SHARE
+        why = f"compiling takes up to {cost:.0f} s of {seconds:,.0f}"
+        choices.settle("compile", "on" if pays else "off", why)
+        return
+    saved = _compile_gain(choices.config)
+    if saved > cost:
         choices.settle("compile", "on", f"saves about {saved:,.0f} s for {cost:.0f} s of compiling")
     else:
         why = f"the run is short: it would save about {saved:.0f} s and cost {cost:.0f} s"

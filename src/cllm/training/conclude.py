@@ -45,14 +45,16 @@ def conclude(trainer: Trainer, state: str) -> Outcome:
     scores: dict[str, Evaluation | None] = {}
     for split in ("validation", "test"):
         scores[split] = trainer.evaluate(split) if getattr(dataset, split) is not None else None
-    tokens = max(trainer.config.log.sample_tokens, 1)
-    texts = sample_texts(trainer.model, dataset.tokenizer, count=SAMPLES, tokens=tokens)
+    length = trainer.config.log.sample_tokens
+    texts: list[str] = []
+    if length:
+        texts = sample_texts(trainer.model, dataset.tokenizer, count=SAMPLES, tokens=length)
     # Written last and together, so that a run killed above and resumed has these lines once.
     if (test := scores["test"]) is not None:
         trainer.metrics.write(at, "test", **test.to_json())
         trainer.board.scalars(at, {"test/bpb": test.bpb, "test/loss": test.loss})
     for text in texts:
-        trainer.metrics.write(at, "sample", prompt="", text=text)
+        trainer.metrics.write(at, "sample", prompt="", text=text, final=True)
     return Outcome(
         run=run,
         state=state,

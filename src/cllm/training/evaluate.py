@@ -10,7 +10,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from cllm.text.batches import evaluation_windows
+from cllm.model.norms import BatchNorm
+from cllm.text.batches import IGNORED, evaluation_windows
 from cllm.text.packed import PackedTokens
 
 
@@ -70,18 +71,26 @@ def norm_mode_gap(
     device: str,
     batches: int = 8,
 ) -> float:
-    """Loss in eval mode minus loss in training mode, in nats per token, over the first full batches.
+    """Loss with batch norm in eval mode minus that in training mode, in nats per token.
 
-    Batch norm uses running averages in the one and the batch's own statistics in the other.
+    It uses running averages in the one and the batch's own statistics in the other. All else stays in
+    eval mode; the first ``batches`` that no padding fills are scored (the first one in any case).
     """
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    full = (len(tokens) - 1) // (context * batch_size)
     difference, count = 0.0, 0
-    for ids, targets in islice(evaluation_windows(tokens, context, batch_size), batches):
-        if (targets == -100).any() and count:
-            break  # the padded end would enter the batch's statistics
-        for mode, sign in ((False, 1.0), (True, -1.0)):
-            model.train(mode)
-            difference += sign * _one(summed_loss, ids, targets, device)
-        count += int((targets != -100).sum())
+    windows = evaluation_windows(tokens, context, batch_size)
+    was_training = model.training
+    model.eval()
+    try:
+        for ids, targets in islice(windows, min(batches, max(full, 1))):
+            for mode, sign in ((False, 1.0), (True, -1.0)):
+                for norm in norms:
+                    norm.train(mode)
+                difference += sign * _one(summed_loss, ids, targets, device)
+            count += int((targets != IGNORED).sum())
+    finally:
+        model.train(was_training)
     return difference / max(count, 1)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cllm.core.config import TrainConfig
-from cllm.text.batches import BatchSource
+from cllm.text.batches import IGNORED, BatchSource
 
 MicroBatches = list[tuple[Tensor, Tensor]]
 
@@ -22,4 +22,4 @@ def micro_batches(source: BatchSource, train: TrainConfig, at: int) -> MicroBatc
 
 def target_count(batches: MicroBatches) -> int:
     """Targets that the loss counts on."""
-    return sum(int((targets != -100).sum()) for _, targets in batches)
+    return sum(int((targets != IGNORED).sum()) for _, targets in batches)

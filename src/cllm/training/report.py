@@ -131,8 +131,10 @@ def _picture(path: Path) -> str:
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:
-    """The samples of the last step that has any."""
-    last = [line for line in samples if line["step"] == samples[-1]["step"]]
+    """What the finished model wrote; of one still in training, the samples of the last step."""
+    final = [line for line in samples if line.get("final")]
+    known = final or samples
+    last = [line for line in known if line["step"] == known[-1]["step"]]
     parts = []
     for line in last:
         prompt = f", prompt {line['prompt']!r}" if line.get("prompt") else ""

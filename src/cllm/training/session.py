@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ from cllm.core.settings import load_config, merge, parse_setting, to_toml
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
 from cllm.store.draft import Draft
-from cllm.store.metrics import MetricsLog
+from cllm.store.metrics import MetricsLog, read_columns
 from cllm.store.run import RunDirectory
-from cllm.store.steps import discard_after
+from cllm.store.steps import discard_after, locate
 from cllm.text.corpus import prepare
 from cllm.text.dataset import Dataset, load_prepared
 from cllm.text.tokenizer import Tokenizer
@@ -69,7 +70,7 @@ def start(
         reuse = Tokenizer.load(parent.tokenizer) if parent is not None else None
         dataset = _prepare(config, draft.run.data, reuse, progress)
         dataset.tokenizer.save(draft.run.tokenizer)
-        config = _resolve(config, dataset, progress, steps_known=seconds is None)
+        config = _resolve(config, dataset, progress, seconds=seconds)
         model, step = build(config)
         if from_run is not None:
             _adopt(Path(from_run), model, step)
@@ -94,14 +95,19 @@ def resume(path: Path | str, settings: Sequence[str], progress: Progress) -> Out
     for key in changes:
         if not key.startswith(RESUMABLE):
             raise UsageError(f"{key} cannot change on resume; only train.* and log.* can")
+        if key == "train.optimizer" and changes[key] != config.train.optimizer:
+            raise UsageError(
+                f"{key} cannot change on resume: the state of {config.train.optimizer} is not its; "
+                "use --from to start another run from these weights"
+            )
     config = merge(config, changes)
     saved = checkpoints.load(Path(path))
     state = run.status().state
     # Killed while it was scored and reported on, a run has all its steps and still goes on.
+    if state in ("finished", "stopped early") and not run.report.is_file():
+        write_report(run.path)  # it was killed while it wrote this
+        progress.say(f"the missing report was written: {run.report}")
     if saved.step >= config.train.steps and state in ("finished", "stopped early"):
-        if not run.report.is_file():  # it was killed while it wrote the report
-            write_report(run.path)
-            progress.say(f"the missing report was written: {run.report}")
         raise UsageError(
             f"{run.path} has all its {config.train.steps} steps; to train on, add "
             "--set train.steps=N with a larger N"
@@ -119,7 +125,8 @@ def resume(path: Path | str, settings: Sequence[str], progress: Progress) -> Out
     for text in differences(saved, config.train):
         progress.warn(f"{text}: training goes on, but not to the same bits")
     progress.say(f"resuming {run.path} at step {standing.step}")
-    return _train(config, run, dataset, model, step, standing, progress)
+    newest = saved.step if locate(Path(path))[1] is None else None
+    return _train(config, run, dataset, model, step, standing, progress, newest)
 
 
 def build(config: Config) -> tuple[Transformer, TrainStep]:
@@ -152,15 +159,22 @@ def _train(
     step: TrainStep,
     standing: Standing,
     progress: Progress,
+    newest: int | None = None,
 ) -> Outcome:
-    """Fit, score, sample and report, holding the run's lock."""
+    """Fit, score, sample and report, holding the run's lock.
+
+    ``newest``: the step that must still be the run's newest once the lock is held.
+    """
     resume_from = standing.step or None
-    board = open_board(run.tensorboard, enabled=config.log.tensorboard, resume_from=resume_from)
-    with (
-        run.training(from_step=standing.step, say=progress.say) as session,
-        MetricsLog(run.metrics, resume_from=resume_from) as metrics,
-        board,
-    ):
+    with ExitStack() as stack:
+        session = stack.enter_context(run.training(from_step=standing.step, say=progress.say))
+        if newest is not None and run.steps()[-1] != newest:
+            raise UserError(f"{run.path} was trained on meanwhile; call --resume again")
+        metrics = stack.enter_context(MetricsLog(run.metrics, resume_from=resume_from))
+        # Opened under the lock: its first event hides those of a later step, even another process's.
+        enabled = config.log.tensorboard
+        board = open_board(run.tensorboard, enabled=enabled, resume_from=resume_from)
+        stack.enter_context(board)
         trainer = Trainer(
             config=config,
             run=run,
@@ -183,7 +197,7 @@ def _train(
             session.end("diverged", str(error), warnings=progress.warnings)
             raise
         outcome = conclude(trainer, state)
-        facts = _last_facts(standing, outcome)
+        facts = _last_facts(run, standing, outcome)
         if state == "finished":
             session.end("finished", warnings=progress.warnings, **facts)
         else:
@@ -192,12 +206,14 @@ def _train(
     return outcome
 
 
-def _last_facts(standing: Standing, outcome: Outcome) -> dict[str, Any]:
+def _last_facts(run: RunDirectory, standing: Standing, outcome: Outcome) -> dict[str, Any]:
+    rates = read_columns(run.metrics, "train").get("time.tokens_per_second", [])
     return {
         "step": standing.step,
         "tokens": standing.tokens,
         "train_seconds": round(standing.train_seconds, 3),
-        "tokens_per_second": round(standing.tokens / max(standing.train_seconds, 1e-9), 1),
+        # The median: compilation falls into the first reading, and a busy machine into some.
+        "tokens_per_second": round(median(rates[1:] or rates), 1) if rates else None,
         "validation_bpb": outcome.validation.bpb if outcome.validation else None,
         "test_bpb": outcome.test.bpb if outcome.test else None,
     }
@@ -242,7 +258,7 @@ def _as_one(advance: Callable[[float], None]) -> Callable[[str, float], None]:
 
 
 def _resolve(
-    config: Config, dataset: Dataset, progress: Progress, *, steps_known: bool = True
+    config: Config, dataset: Dataset, progress: Progress, *, seconds: float | None = None
 ) -> Config:
     """The configuration with vocabulary and machine settled; each choice is told."""
     size = dataset.tokenizer.vocab_size
@@ -253,7 +269,7 @@ def _resolve(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer's {size}; "
             "leave it out"
         )
-    choices = choose(config, steps_known=steps_known)
+    choices = choose(config, seconds=seconds)
     busy = is_busy()
     if busy:
         progress.warn(f"{busy}: training will be slower than this machine can do")

@@ -84,7 +84,7 @@ def _perhaps_compiled(function: F, compiled: bool) -> F:
         return function
     options = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
     found = torch.compile(  # type: ignore[call-overload]
-        function, dynamic=False, isolate_recompiles=True, options=options
+        function, dynamic=False, fullgraph=True, isolate_recompiles=True, options=options
     )
     return cast(F, found)
 
@@ -177,10 +177,15 @@ class TrainStep:
         return total * share, flat * numbers[1]
 
     def evaluate(self, ids_bt: Tensor, targets_bt: Tensor) -> Tensor:
-        """Summed loss in nats of one batch; the model's own mode (train or eval) holds."""
+        """Summed loss in nats of one batch; the model must be in eval mode, as it was compiled for."""
+        assert not self.model.training
         with torch.no_grad():
-            function = self._summed_loss if self.model.training else self._loss
-            return function(ids_bt, targets_bt)
+            return self._loss(ids_bt, targets_bt)
+
+    def evaluate_eagerly(self, ids_bt: Tensor, targets_bt: Tensor) -> Tensor:
+        """The same without compiled code, in whatever mode the model's parts are."""
+        with torch.no_grad():
+            return self._summed_loss(ids_bt, targets_bt)
 
     def _parameters(self) -> dict[str, Tensor]:
         views = self.arena.layout.views(self.arena.compute)

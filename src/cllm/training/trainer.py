@@ -70,7 +70,7 @@ class Trainer:
         train, standing = self.config.train, self.standing
         self.model.train()
         with self.progress.training(train.steps, standing.step) as show:
-            clock = _Clock()
+            clock = _Clock(standing.tokens)
             if 0 < train.patience <= standing.stale:
                 return "stopped early"  # and was killed before it was concluded
             while standing.step < train.steps:
@@ -157,13 +157,12 @@ class Trainer:
         if self.config.model.norm == "batchnorm":
             extra["mode_gap"] = norm_mode_gap(
                 self.model,
-                self.step.evaluate,
+                self.step.evaluate_eagerly,
                 tokens,
                 context=self.config.model.context,
                 batch_size=train.batch_size,
                 device=train.device,
             )
-            self.model.train()
         self.metrics.write(standing.step, "validation", **result.to_json(), **extra)
         self._log_validation(result, extra)
         improved = result.bpb < standing.best_bpb
@@ -257,9 +256,9 @@ class Trainer:
 class _Clock:
     """Seconds of steps alone, and tokens a second since the last reading."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int) -> None:
         self._begin = time.perf_counter()
-        self._seconds, self._tokens_then = 0.0, -1
+        self._seconds, self._tokens_then = 0.0, tokens
 
     def start_lap(self) -> None:
         self._begin = time.perf_counter()
@@ -271,8 +270,8 @@ class _Clock:
         return seconds
 
     def rate(self, tokens: int) -> float:
-        """Tokens a second since the last call (from the start: since the first step began)."""
-        done = tokens - max(self._tokens_then, 0)
+        """Tokens a second since the last call (the first time: since the clock was made)."""
+        done = tokens - self._tokens_then
         speed = done / self._seconds if self._seconds else 0.0
         self._tokens_then, self._seconds = tokens, 0.0
         return speed
