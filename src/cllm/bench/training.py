@@ -98,7 +98,7 @@ def run(options: Options) -> Result:
         headline=[
             {key: row[key] for key in ("contestant", "tokens/s", "÷ (c)")}
             for row in rows
-            if row["contestant"] in (*PEERS, OURS)
+            if row["contestant"] in (*PEERS, *TUNED, OURS)
         ],
     )
 
