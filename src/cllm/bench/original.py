@@ -115,7 +115,7 @@ def run(options: Options) -> Result:
         ),
     ]
     return Result(
-        bench="original",
+        bench="original-ladder" if options.ladder else "original",
         rows=rows,
         claims=claims,
         notes=notes,

@@ -9,6 +9,7 @@ A step whose loss or gradient is not finite changes nothing but its counters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -50,6 +51,10 @@ def clip_factor(norm: Tensor, loss: Tensor, unscale: Tensor, clip: float) -> Ten
     An operator of its own, so that Inductor computes it once and not again for each element of the
     update that it is fused into; four divisions an element were a third of a small model's step.
     """
+    if norm.device.type == "cpu":  # plain numbers are quicker than six tiny operations
+        size, usable = float(norm), math.isfinite(norm) and math.isfinite(loss)
+        share = min(clip / (size + 1e-6), 1.0) if clip > 0 else 1.0
+        return torch.tensor([float(unscale) * share, float(usable)], dtype=norm.dtype)
     factor = unscale * (clip / (norm + 1e-6)).clamp_max(1.0) if clip > 0 else unscale
     finite = torch.isfinite(norm) & torch.isfinite(loss)
     return torch.stack([factor, finite.to(factor.dtype)])
