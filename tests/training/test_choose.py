@@ -81,8 +81,10 @@ def test_without_a_compiler_it_is_eager_or_refused(machine: Machine) -> None:
 def test_attention_paths(machine: Machine) -> None:
     compiled = {"train__compile": "on"}
     assert chosen(**compiled).train.attention == "matmul"
-    assert chosen(**compiled, model__context=MATMUL_CONTEXT * 2).train.attention == "sdpa"
-    assert chosen(train__compile="off").train.attention == "sdpa"
+    assert chosen(**compiled, model__context=MATMUL_CONTEXT["on"] * 2).train.attention == "sdpa"
+    assert chosen(train__compile="off").train.attention == "matmul"
+    long = MATMUL_CONTEXT["off"] * 2
+    assert chosen(train__compile="off", model__context=long).train.attention == "sdpa"
     for path in ("matmul", "sdpa"):
         assert chosen(**compiled, train__attention=path).train.attention == path
 

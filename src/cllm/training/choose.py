@@ -27,8 +27,9 @@ COMPILE_SHARE = 0.4
 """Of a time budget, what cold compilation may take: the compiled step is at least twice as fast."""
 LOGITS_AT_ONCE = 256 * 2**20
 """Bytes of logits above which head and loss are computed in chunks of a quarter of that."""
-MATMUL_CONTEXT = 512
-"""Longest context for which compiled explicit attention beats the fused kernel on a CPU."""
+MATMUL_CONTEXT = {"on": 1024, "off": 512}
+"""Longest context, compiled or not, for which explicit attention was measured to beat the fused kernel
+on a CPU (``docs/results/attention.md``)."""
 
 
 @dataclass
@@ -196,13 +197,13 @@ def _choose_attention(choices: Choices) -> None:
         return
     if train.device != "cpu":
         choices.settle("attention", "sdpa", f"the fused kernel of {train.device}")
-    elif train.compile == "off":
-        choices.settle("attention", "sdpa", "fewer passes where nothing is compiled")
-    elif context <= MATMUL_CONTEXT:
-        why = f"compiled matrix products are faster up to context {MATMUL_CONTEXT}"
+        return
+    longest = MATMUL_CONTEXT[train.compile]
+    if context <= longest:
+        why = f"explicit matrix products are faster here up to context {longest}"
         choices.settle("attention", "matmul", why)
     else:
-        why = f"context {context} > {MATMUL_CONTEXT}: its score matrices cost more than they save"
+        why = f"context {context} > {longest}: its score matrices cost more than they save"
         choices.settle("attention", "sdpa", why)
 
 
