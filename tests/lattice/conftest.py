@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 
 import numpy as np
@@ -21,6 +24,16 @@ def _covariance(n: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     samples = rng.standard_normal((4 * n, n)) * np.exp(rng.standard_normal(n))
     return np.linalg.cholesky(np.cov(samples @ rng.standard_normal((n, n)), rowvar=False))
+
+
+@pytest.fixture(scope="session")
+def ends() -> Callable[[str], None]:
+    """Runs code in a process of its own that must end well, and soon: fplll cannot be interrupted."""
+
+    def run(code: str) -> None:
+        subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
+
+    return run
 
 
 @pytest.fixture

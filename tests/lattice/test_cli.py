@@ -39,6 +39,9 @@ def test_cvp_and_svp(basis, tmp_path, rng):
     found = run("cvp", basis, tmp_path / "targets.npy", "--method", "exact")
     expected = lattice.closest(np.load(basis), T, "exact")
     np.testing.assert_allclose(found["distances"], expected.distances)
+    np.save(tmp_path / "long.npy", T.astype(np.longdouble))
+    long = run("cvp", basis, tmp_path / "long.npy", "--method", "exact")
+    assert long["distances"] == found["distances"]
     found = run("svp", basis)
     assert found["is_exact"]
     assert found["norm"] == pytest.approx(lattice.shortest(np.load(basis)).norm)
@@ -77,6 +80,11 @@ def test_plots_are_written_as_png_and_svg(basis, tmp_path):
         (["reduce", "BASIS", "--out", "here.txt"], r"here.txt.*\.npy or \.json"),
         (["reduce", "TEXT"], "not a .npy file"),
         (["cvp", "BASIS", "BASIS", "--method", "magic"], "method"),
+        (["reduce", "ZIP"], "not a .npy file"),
+        (["cvp", "BASIS", "BASIS", "--out", "here.txt", "--beams", "0"], r"\.npy or \.json"),
+        (["svp", "absent.npy", "--out", "here"], r"\.npy or \.json"),
+        (["plot", "ulam", "--count", "0"], "--count"),
+        (["plot", "ulam", "--count", "9", "--out", "/nodir/x"], "cannot write /nodir/x"),
         (["plot", "magic"], "kind"),
         (["plot", "plane"], "source"),
         (["plot", "plane", "BASIS"], r"\(2, 2\).*\(12, 12\)"),
@@ -85,7 +93,9 @@ def test_plots_are_written_as_png_and_svg(basis, tmp_path):
 )
 def test_mistakes_are_user_errors(basis, tmp_path, arguments, message):
     (tmp_path / "text.npy").write_text("no array")
+    (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04 and no archive")
     names = {"BASIS": str(basis), "TEXT": str(tmp_path / "text.npy")}
+    names["ZIP"] = str(tmp_path / "zip.npy")
     result = runner.invoke(app, [names.get(a, a) for a in arguments])
     assert isinstance(result.exception, UserError)
     with pytest.raises(UserError, match=message):

@@ -163,6 +163,29 @@ def test_certified_answers_are_exact_and_not_all_are_certified(q_ary, rng):
         np.testing.assert_allclose(found.distances[certified], exact.distances[certified])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_certified_in_single_precision_is_closest(method):
+    """Coefficients in the millions leave float32 no digits for the distance."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        B = lattice.reduce(rng.standard_normal((2, 2))).basis
+        T = (rng.uniform(-4e6, 4e6, (200, 2)) @ B).astype(np.float32)
+        found = lattice.closest(B, T, method)
+        # The true distances, from coefficients and targets that float64 holds.
+        distances = np.linalg.norm(T - found.coefficients.astype(float) @ B, axis=1)
+        best = lattice.closest(B, T.astype(float), "exact").distances
+        assert (distances <= best + 1e-6)[found.is_certified].all()
+
+
+def test_single_precision_still_certifies_what_it_can(rng):
+    B = lattice.reduce(rng.standard_normal((8, 8))).basis.astype(np.float32)
+    X = rng.integers(-20, 21, (100, 8))
+    for method in METHODS[1:]:
+        found = lattice.closest(B, (X @ B).astype(np.float32), method)
+        assert found.is_certified.all()
+        assert (found.coefficients == X).all()
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(-3, 0), st.integers(0, 3))
 def test_box_bounds(seed, n, low, high):
@@ -200,7 +223,11 @@ def test_kinds_and_dtypes(dtype, rng):
         assert found.is_certified.dtype == torch.bool
         as_array = lattice.closest(B, T.numpy(), method)
         assert isinstance(as_array.points, np.ndarray)
+        long = lattice.closest(B, T.numpy().astype(np.longdouble), method)
+        assert long.points.dtype == np.float64
         assert (as_array.coefficients == found.coefficients.numpy()).all()
+    bases = torch.eye(5, dtype=torch.bfloat16), np.eye(5, dtype=np.longdouble)
+    assert [lattice.closest(b, T[0]).points.shape for b in bases] == [(1, 5), (1, 5)]
     assert lattice.closest(B, T[0]).points.shape == (1, 5)
     assert lattice.closest(B, T[:0]).points.shape == (0, 5)
 
@@ -244,6 +271,8 @@ def test_bad_targets(targets, message):
         ({"bounds": (1, 0)}, r"\(3,\).*row 0"),
         ({"bounds": ([0, 0], 1)}, r"\(3,\)"),
         ({"bounds": (0.5, 1)}, "integers"),
+        ({"bounds": 3}, "bounds must"),
+        ({"bounds": (0, 10**400)}, "bounds must"),
         ({"bounds": (0, np.inf)}, "finite"),
     ],
 )

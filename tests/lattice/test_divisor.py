@@ -33,6 +33,8 @@ def test_is_prime():
     table = set(lattice.primes_below(5000).tolist())
     assert [n for n in range(5000) if lattice.is_prime(n)] == sorted(table)
     assert lattice.is_prime(LARGEST_PRIME)
+    assert lattice.is_prime(np.int64(LARGEST_PRIME))
+    assert lattice.factor(np.int64(3 * 5003)) == {3: 1, 5003: 1}
     # Strong pseudoprimes to the first three and the first nine primes (OEIS A014233).
     assert not lattice.is_prime(25326001)
     assert not lattice.is_prime(3825123056546413051)

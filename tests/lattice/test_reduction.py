@@ -1,13 +1,21 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm import lattice
-from cllm.lattice.integers import to_integers
-from cllm.lattice.modular import PRIMES, determinant_mod, first_dependent_row, is_unimodular
+from cllm.lattice.integers import to_float, to_integers
+from cllm.lattice.modular import (
+    PRIMES,
+    determinant_mod,
+    first_dependent_row,
+    is_unimodular,
+    product_equals,
+)
 from cllm.lattice.precision import ladder, mpfr_precision
-from cllm.lattice.verify import certify, precise_reducedness, reducedness
+from cllm.lattice.verify import Certificate, certify, precise_reducedness, reducedness
 
 METHODS = ("lll", "deep", "seysen", "bkz", "hkz")
 
@@ -107,7 +115,11 @@ def test_stronger_methods_find_better_bases(q_ary):
 
 
 def test_hkz_first_vectors_are_shortest_of_every_projection(q_ary):
-    basis = lattice.reduce(q_ary(16, 101, 5), "hkz").basis
+    for seed, delta in itertools.product(range(6), (0.5, 0.99)):
+        _check_hkz(lattice.reduce(q_ary(16, 101, seed), "hkz", delta).basis)
+
+
+def _check_hkz(basis: np.ndarray) -> None:
     _, squared = lattice.gram_schmidt(basis)
     L, _ = np.linalg.qr(basis.T.astype(float))
     projected = (L.T @ basis.T).T
@@ -117,8 +129,8 @@ def test_hkz_first_vectors_are_shortest_of_every_projection(q_ary):
         assert (found == 0).all()
 
 
-def test_precision_steps_up_where_double_is_short():
-    """A knapsack basis with 1400-bit weights has μ far beyond what double can hold apart."""
+def test_knapsack_weights_beyond_doubles_range():
+    """1400-bit weights: squared norms that only rows with exponents of their own can hold."""
     rng = np.random.default_rng(0)
     n = 12
     rows = np.zeros((n, n + 1), dtype=object)
@@ -126,7 +138,7 @@ def test_precision_steps_up_where_double_is_short():
         rows[i, i] = 1
         rows[i, n] = int.from_bytes(rng.bytes(175), "little")
     result = lattice.reduce(rows)
-    assert result.basis.dtype == np.int64 or result.basis.dtype == object
+    assert result.certificate.holds(0.99)
     assert (exact_product(result.transform, rows) == result.basis.astype(object)).all()
     assert is_unimodular(result.transform)
 
@@ -223,6 +235,46 @@ def test_scaling_is_exact_where_it_is_cheap_and_enough_where_it_is_not(rng):
     assert moved <= 2 * np.sqrt(20) * 2.0**-32 / np.log(2)
 
 
+@pytest.mark.parametrize("factor", [1e-20, 1e-30, 1e-40])
+def test_one_row_of_another_scale_keeps_its_bits(rng, factor):
+    """A computed σ_min is right to eps·σ_max only, so it cannot say how many bits such a row needs."""
+    B = rng.standard_normal((6, 6))
+    B[2] *= factor
+    scaled = to_integers(B)
+    shifted = np.array([[int(x) / 2**scaled.bits for x in row] for row in scaled.rows])
+    assert np.abs(lattice.profile(shifted) - lattice.profile(B)).max() <= 2 * np.sqrt(6) * 2.0**-32
+    for method in ("lll", "hkz"):
+        assert lattice.reduce(B, method).certificate.holds(0.99)
+
+
+@pytest.mark.parametrize("method", ["bkz", "hkz"])
+@pytest.mark.parametrize("exponent", [300, 1000])
+def test_blocks_end_on_rows_of_very_different_lengths(ends, method, exponent):
+    code = f"""
+        from cllm import lattice
+        gap = 2**{2 * exponent}
+        rows = [[3 * gap, gap, 0, 0], [gap, 2 * gap, 0, 0], [0, 0, 2, 1], [0, 0, 1, 3]]
+        result = lattice.reduce(rows, {method!r})
+        assert result.certificate.holds(0.99), result.certificate
+        assert sorted(sum(x * x for x in row) for row in result.basis.tolist())[:2] == [5, 5]
+    """
+    ends(code)
+
+
+def test_a_measure_that_is_not_a_number_is_a_fault():
+    nan = float("nan")
+    for max_mu, lovasz in ((nan, 1.0), (0.1, nan)):
+        proof = Certificate(product_exact=True, unimodular=True, max_mu=max_mu, lovasz=lovasz)
+        assert not proof.holds(0.99)
+
+
+def test_the_least_int64_is_large():
+    least = np.array([[-(2**63)]])
+    assert to_float(least, 0)[0, 0] == -(2.0**63)
+    assert product_equals(np.array([[-1]]), least, np.array([[2**63]], dtype=object))
+    assert not product_equals(np.array([[-1]]), least, least)
+
+
 def test_time_limit_is_reported(q_ary):
     result = lattice.reduce(q_ary(60, 1009, 0), "bkz", block_size=30, max_seconds=1e-9)
     assert not result.finished
@@ -248,6 +300,11 @@ def test_bad_arguments(arguments, message):
 def test_hkz_is_refused_beyond_its_dimension():
     with pytest.raises(ValueError, match=r"\(80, 80\).*bkz"):
         lattice.reduce(np.eye(80), "hkz")
+
+
+def test_seysen_refuses_rows_that_double_cannot_hold_together():
+    with pytest.raises(ValueError, match=r"\(2, 2\).*seysen"):
+        lattice.reduce([[1, 0], [0, 2**600]], "seysen")
 
 
 def test_one_row():

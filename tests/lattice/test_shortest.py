@@ -83,6 +83,32 @@ def test_float_basis():
     assert found.norm == pytest.approx(np.hypot(1.5 - 1.4, 0.2))
 
 
+@pytest.mark.parametrize("basis", ["[[2**600, 0], [0, 1]]", "[[1e300, 0.0], [0.0, 1e-300]]"])
+def test_rows_of_very_different_lengths_end(ends, basis):
+    ends(f"""
+        from cllm import lattice
+        B = {basis}
+        found = lattice.shortest(B)
+        assert found.is_exact
+        assert found.vector.tolist() in (B[1], [-x for x in B[1]])
+    """)
+
+
+@pytest.mark.parametrize("a", [10**5, 10**17, 10**40])
+def test_exact_beyond_double(a):
+    """The two rows' lengths agree to all of double's digits."""
+    B = [[2 * a, 0], [a + 1, 1726 * a // 1000]]
+    found = lattice.shortest(B)
+    shortest = min(
+        (2 * a * x + (a + 1) * y) ** 2 + (1726 * a // 1000 * y) ** 2
+        for x in range(-3, 4)
+        for y in range(-3, 4)
+        if (x, y) != (0, 0)
+    )
+    assert found.is_exact
+    assert sum(int(x) ** 2 for x in found.vector) == shortest
+
+
 def test_refusals(q_ary):
     with pytest.raises(ValueError, match=r"\(80, 80\).*bkz"):
         lattice.shortest(q_ary(80, 1009, 0))
@@ -90,3 +116,5 @@ def test_refusals(q_ary):
         lattice.shortest(np.eye(3), "magic")
     with pytest.raises(ValueError, match="row 1"):
         lattice.shortest([[1, 2], [2, 4]])
+    with pytest.raises(ValueError, match=r"\(2, 2\).*float64"):
+        lattice.shortest([[10**400, 0], [0, 10**400]])

@@ -125,6 +125,8 @@ def test_refusals():
             lattice.ulam(bad)
     with pytest.raises(ValueError, match=r"\(1,\)"):
         lattice.ulam_number(np.array([2**31]), np.array([0]))
+    with pytest.raises(ValueError, match=r"\(1,\)"):
+        lattice.ulam_number(np.array([-(2**63)]), np.array([0]))
     with pytest.raises(ValueError, match=r"\(2,\)"):
         lattice.golden(np.array([1, -1]))
     with pytest.raises(ValueError, match=r"\(1,\)"):

@@ -37,6 +37,7 @@ def reduce_command(
 
         from cllm import lattice
 
+        _check_out(out)
         B = _load(file)
         result = lattice.reduce(B, method, delta, block_size)
         measures = {
@@ -66,6 +67,7 @@ def cvp(
 
         from cllm import lattice
 
+        _check_out(out)
         result = lattice.closest(_load(file), _load(targets), method, K=beams)
         _emit({"method": method, **asdict(result)}, out, result.points)
 
@@ -83,6 +85,7 @@ def svp(
 
         from cllm import lattice
 
+        _check_out(out)
         result = lattice.shortest(_load(file), method, block_size)
         _emit({"method": method, **asdict(result)}, out, result.vector)
 
@@ -101,8 +104,11 @@ def plot(
 ) -> None:
     """Draw a profile, a plane lattice, the Ulam spiral or a divisor lattice."""
     with _user_errors():
+        from cllm.core.atomic import clear_errors
         from cllm.lattice import FactorCache, plots
 
+        if count < 1:
+            raise ValueError(f"--count must be at least 1, got {count}")
         if kind not in ("profile", "plane", "ulam", "divisors"):
             raise ValueError(f"kind must be profile, plane, ulam or divisors, got {kind!r}")
         if kind != "ulam" and source is None:
@@ -116,7 +122,9 @@ def plot(
         else:
             B = _load(Path(str(source)))
             figure = plots.plot_profile(B) if kind == "profile" else plots.plot_plane(B)
-        for path in plots.save(figure, out):
+        with clear_errors(out):
+            written = plots.save(figure, out)
+        for path in written:
             typer.echo(path)
 
 
@@ -131,14 +139,22 @@ def _user_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+def _check_out(out: Path | None) -> None:
+    """Before anything is computed: a slip in the name should not cost the result."""
+    if out is not None and out.suffix not in (".npy", ".json"):
+        raise ValueError(f"{out}: --out takes a name that ends in .npy or .json")
+
+
 def _load(path: Path) -> np.ndarray:
+    import zipfile
+
     import numpy as np
 
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a .npy file of numbers ({error})") from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path}: an archive; expected one array in a .npy file")
@@ -162,11 +178,9 @@ def _emit(result: dict[str, Any], out: Path | None, array: np.ndarray) -> None:
     text = json.dumps(result, default=_plain)
     if out is None:
         typer.echo(text)
-    elif out.suffix == ".json":
+    else:
         with clear_errors(out):
             out.write_text(text + "\n", encoding="utf-8")
-    else:
-        raise ValueError(f"{out}: --out takes a name that ends in .npy or .json")
 
 
 def _plain(value: Any) -> Any:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from cllm.lattice.precision import log_squared_norms, segments
+
 # Full enumeration of a block is cheaper than preprocessing and pruning it up to about this size.
 FULL_BLOCK = 30
 PREPROCESS_BLOCK = 20
+# Beyond this size a block that spans its whole segment is pruned like any other.
+FULL_LIMIT = 50
 
 
 def bkz(M: Any, lll: Any, delta: float, block: int, max_seconds: float | None) -> bool:
@@ -15,30 +19,46 @@ def bkz(M: Any, lll: Any, delta: float, block: int, max_seconds: float | None) -
 
     Ends when a tour changes nothing, when the profile's slope has not fallen for five tours (the
     early abort of Chen & Nguyen, Asiacrypt 2011), or after the tour in which ``max_seconds`` pass.
-    A block that spans the whole basis gives HKZ, and is then neither pruned nor aborted.
+    A block that spans the whole basis gives HKZ, and is then not aborted, nor pruned up to
+    ``FULL_LIMIT`` rows. Rows separated by a gap (``segments``) are reduced apart.
 
     Returns:
         False if the time limit ended it.
     """
+    started = time.perf_counter()
+    finished = True
+    for low, high in segments(log_squared_norms(M)):
+        if high - low > 1:
+            limit = None if max_seconds is None else started + max_seconds
+            finished &= _tours(M, lll, delta, min(block, high - low), (low, high), limit)
+    # A segment's tours leave the rows after it unreduced against it.
+    lll()
+    return finished
+
+
+def _tours(
+    M: Any, lll: Any, delta: float, block: int, rows: tuple[int, int], limit: float | None
+) -> bool:
+    """Tours of the rows [low, high) until they settle, or after the one in which ``limit`` passes."""
     from fpylll import BKZ
 
-    whole = block >= M.d
+    low, high = rows
+    whole = block >= high - low and block <= FULL_LIMIT
     param = BKZ.Param(block, strategies=_strategies(block, prune=not whole), delta=delta)
     tours = BKZ.Reduction(M, lll, param)
-    started = time.perf_counter()
     best, stalled = float("inf"), 0
     while True:
-        settled = tours.tour(0, param, 0, M.d)
+        settled = tours.tour(0, param, low, high)
         if isinstance(settled, tuple):
             settled = settled[0]
         if settled:
             return True
-        slope = -M.get_current_slope(0, M.d)
+        slope = -M.get_current_slope(low, high)
         stalled = 0 if slope < best else stalled + 1
         best = min(best, slope)
         if stalled >= 5 and not whole:
             return True
-        if max_seconds is not None and time.perf_counter() - started > max_seconds:
+        if limit is not None and time.perf_counter() > limit:
             return False
 
 

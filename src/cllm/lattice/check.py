@@ -18,7 +18,9 @@ def as_basis(B: Any, name: str = "basis") -> np.ndarray:
         ValueError: not a matrix, empty, not numbers, or not finite; the message has the shape.
     """
     if isinstance(B, torch.Tensor):
-        B = B.detach().cpu().numpy()
+        B = B.detach().cpu()
+        # NumPy has no bfloat16.
+        B = (B.double() if B.is_floating_point() else B).numpy()
     try:
         array = np.asarray(B)
     except ValueError as error:
@@ -80,8 +82,10 @@ def as_targets(targets: Any, dimension: int, name: str = "targets") -> torch.Ten
         array = np.asarray(targets)
         if array.dtype.kind not in "fiu":
             raise ValueError(f"{name} of shape {array.shape} must hold real numbers")
-        if array.dtype.kind != "f":
+        if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+            # torch has no long double.
             array = array.astype(np.float64)
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
         if not array.flags.writeable or not array.flags.c_contiguous:
             array = array.copy()
         targets = torch.from_numpy(array)

@@ -16,6 +16,8 @@ METHODS = ("rounding", "nearest-plane", "k-best", "exact")
 
 # Beams that give exact enumeration its first radius.
 START_BEAMS = 16
+# Share of ½·min‖b*_i‖ that the rounding error of an enumerated answer may reach.
+SAFE = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +28,11 @@ class Closest:
         coefficients: (m, n) integers, int64 for float64 targets and int32 for float32.
         points: (m, d) = coefficients @ B, in the targets' dtype.
         distances: (m,) Euclidean, in the basis's unit.
-        is_certified: (m,) True where the point is proved to be closest: by enumeration, or because
-            the distance is below ½·min‖b*_i‖ ≤ λ1/2. Then no other lattice point, in a box or out of
-            it, is as near.
+        is_certified: (m,) True where the point is proved to be closest. Without enumeration, because
+            the distance with a bound of its rounding error is below ½·min‖b*_i‖ ≤ λ1/2: then every
+            other lattice point, in a box or out of it, is farther. By ``exact``, because the search
+            (of the box, where there is one) found no nearer point, up to that rounding error; others
+            may be as near. It is False where the error is not far below ½·min‖b*_i‖.
     """
 
     coefficients: Any
@@ -84,10 +88,9 @@ def closest(
     distances = torch.linalg.vector_norm(T - points, dim=1)
     _refuse_overflow(X, distances, T)
     integers = X.to(torch.int32 if T.dtype == torch.float32 else torch.int64)
-    if method == "exact":
-        certified = torch.ones(len(T), dtype=torch.bool)
-    else:
-        certified = distances < 0.5 * float(torch.diagonal(fr.L).min())
+    half = 0.5 * float(torch.diagonal(fr.L).min())
+    error = _rounding_error(fr, T, X)
+    certified = error < SAFE * half if method == "exact" else distances.double() + error < half
     return Closest(
         coefficients=back(integers, targets),
         points=back(points, targets),
@@ -96,12 +99,27 @@ def closest(
     )
 
 
+def _rounding_error(fr: Frame, T: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+    """A bound (m,) float64 of what rounding moved each distance by.
+
+    Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1: an inner product of
+    length n errs by at most n·u·Σ|x||b| to first order; the basis's own rounding, the difference and
+    the norm add a few u more. The norm of these bounds over the d coordinates bounds the distance's.
+    """
+    unit = float(torch.finfo(T.dtype).eps)
+    n, d = fr.basis.shape
+    size = torch.linalg.vector_norm(T, dim=1).double()
+    # ‖|X||B|‖ ≤ Σ|x_i|‖b_i‖: one pass where the product would double the work.
+    size += (X.abs() @ torch.linalg.vector_norm(fr.basis, dim=1)).double()
+    return (n + d + 8) * unit * size
+
+
 def _box(bounds: tuple[Any, Any] | None, n: int) -> tuple[np.ndarray, np.ndarray] | None:
     if bounds is None:
         return None
     try:
         low, high = (np.broadcast_to(np.asarray(b), (n,)).astype(np.float64) for b in bounds)
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"bounds must be two scalars or arrays of shape ({n},)") from error
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise ValueError(f"bounds of shape ({n},) must be finite")

@@ -30,8 +30,8 @@ def to_integers(B: np.ndarray) -> IntegerBasis:
 
     An integer basis, and a float basis whose entries are integers, are taken as they are. Another
     float basis is multiplied by 2^bits, with bits the smaller of (a) what represents every entry
-    exactly and (b) log2(½√(nd)/σ_min) + KEPT_BITS. By (b) the rounding ΔB has
-    ‖ΔB‖_F/σ_min ≤ 2^-KEPT_BITS =: ε; every leading sub-basis has at least that smallest singular
+    exactly and (b) log2(½√(nd)/σ_min) + KEPT_BITS, or (a) where σ_min is within rounding of 0. By
+    (b) the rounding ΔB has ‖ΔB‖_F/σ_min ≤ 2^-KEPT_BITS =: ε; every leading sub-basis has at least that smallest singular
     value (interlacing), and |log det(I+E)| ≤ √n‖E‖_F to first order, so log‖b*_i‖ moves by ≤ 2√n·ε.
     """
     if B.dtype.kind != "f":
@@ -39,9 +39,11 @@ def to_integers(B: np.ndarray) -> IntegerBasis:
     exact_bits = _fraction_bits(B)
     if exact_bits <= 0:
         return IntegerBasis(rows=_round_shifted(B, 0), bits=0, exact=True)
-    smallest = float(np.linalg.svd(B, compute_uv=False)[-1])
+    singular = np.linalg.svd(B, compute_uv=False)
+    largest, smallest = float(singular[0]), float(singular[-1])
     needed = exact_bits
-    if smallest > 0:
+    # Below some eps·σ_max a computed σ_min is rounding, and no guide.
+    if smallest > 2**10 * np.finfo(np.float64).eps * largest * max(B.shape):
         spread = 0.5 * math.sqrt(B.size)
         needed = math.ceil(math.log2(spread) - math.log2(smallest)) + KEPT_BITS
     bits = min(exact_bits, needed)
@@ -80,6 +82,11 @@ def _shift(value: int, bits: int) -> int:
     return (value + half) >> -bits
 
 
+def magnitude(rows: np.ndarray) -> int:
+    """max |entry|: NumPy's abs of the least int64 is negative."""
+    return max(abs(int(rows.max())), abs(int(rows.min())))
+
+
 def narrow(rows: np.ndarray) -> np.ndarray:
     """int64 where every entry fits, otherwise unchanged (Python ints)."""
     if rows.dtype == np.int64:
@@ -91,7 +98,7 @@ def narrow(rows: np.ndarray) -> np.ndarray:
 
 def to_float(rows: np.ndarray, bits: int) -> np.ndarray:
     """rows · 2^-bits in float64, each entry correctly rounded."""
-    if rows.dtype == np.int64 and np.abs(rows).max() < 2**53:
+    if rows.dtype == np.int64 and magnitude(rows) < 2**53:
         return np.ldexp(rows.astype(np.float64), -bits)
     scale = 1 << max(bits, 0)
     up = 1 << max(-bits, 0)

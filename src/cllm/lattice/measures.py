@@ -49,10 +49,11 @@ def gaussian_heuristic(B: Any) -> float:
     """Expected length of a shortest vector: the radius of the ball whose volume is the determinant,
     (det·Γ(n/2+1))^{1/n}/√π, in the basis's unit."""
     logs = log_norms(B)
-    return math.exp(_log_gaussian_heuristic(float(logs.sum()), len(logs)))
+    return math.exp(log_gaussian_heuristic(float(logs.sum()), len(logs)))
 
 
-def _log_gaussian_heuristic(log_det: float, n: int) -> float:
+def log_gaussian_heuristic(log_det: float, n: int) -> float:
+    """``gaussian_heuristic``'s natural logarithm from that of the determinant."""
     return (log_det + math.lgamma(n / 2 + 1)) / n - 0.5 * math.log(math.pi)
 
 

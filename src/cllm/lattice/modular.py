@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from cllm.lattice.integers import magnitude, to_fplll
+
 # The two largest primes below 2^31: products of residues fit int64.
 PRIMES = (2147483647, 2147483629)
 
@@ -71,10 +73,6 @@ def product_equals(U: np.ndarray, B: np.ndarray, R: np.ndarray) -> bool:
     2^63 that is equality. Otherwise GMP multiplies.
     """
     n = U.shape[1]
-    if U.dtype == B.dtype == R.dtype == np.int64:
-        bound = n * float(np.abs(U).max()) * float(np.abs(B).max())
-        if bound < 2.0**62:
-            return bool(np.array_equal(U @ B, R))
-    from cllm.lattice.integers import to_fplll
-
+    if U.dtype == B.dtype == R.dtype == np.int64 and n * magnitude(U) * magnitude(B) < 2**62:
+        return bool(np.array_equal(U @ B, R))
     return bool(to_fplll(U) * to_fplll(B) == to_fplll(R))

@@ -70,6 +70,7 @@ def smallest_factors(limit: int) -> np.ndarray:
 def is_prime(n: int) -> bool:
     """Whether n is prime; exact for n < 2^64 (Miller–Rabin with the first twelve primes as bases:
     Sorenson & Webster, "Strong pseudoprimes to twelve prime bases", Math. Comp. 2017)."""
+    n = int(n)
     bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
     if n < 2:
         return False
@@ -99,7 +100,7 @@ def factor(n: int) -> dict[int, int]:
     Raises:
         ValueError: n out of range.
     """
-    check_range(n)
+    n = check_range(n)
     found: dict[int, int] = {}
     for p in _SMALL:
         while n % p == 0:

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from cllm.lattice.check import as_basis, positive_int
-from cllm.lattice.integers import IntegerBasis, from_fplll, narrow, to_float, to_fplll, to_integers
+from cllm.lattice.integers import (
+    IntegerBasis,
+    from_fplll,
+    magnitude,
+    narrow,
+    to_float,
+    to_fplll,
+    to_integers,
+)
 from cllm.lattice.modular import first_dependent_row
 from cllm.lattice.precision import ROW_EXPONENT_BITS, ladder, mpfr_precision
 from cllm.lattice.verify import Certificate, certify
@@ -19,6 +27,9 @@ METHODS = ("lll", "deep", "seysen", "bkz", "hkz")
 
 # HKZ enumerates every projected block up to the whole dimension without pruning.
 HKZ_LIMIT = 50
+# A block's first vector is replaced by one that is shorter by this factor, squared, or more: δ is
+# where LLL stops, and HKZ asks for the shortest vectors themselves.
+HKZ_DELTA = 0.999999
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +79,7 @@ def reduce(
             and dual shortened together, Seysen 1993: it gives up the Lovász condition, and the bench
             finds no gain in rounding); ``bkz`` with blocks of ``block_size`` (Schnorr & Euchner
             1994, with the early abort of Chen & Nguyen's BKZ 2.0, 2011); ``hkz`` (Korkine &
-            Zolotarev: every projected first vector is shortest).
+            Zolotarev: every projected first vector is shortest, to a factor √``HKZ_DELTA``).
         delta: Lovász factor, in (0.25, 1).
         block_size: for ``bkz``, 2 to n (larger is taken as n).
         max_seconds: for ``bkz``, stop after the tour in which this time has passed.
@@ -156,7 +167,7 @@ def _scaled(array: np.ndarray) -> IntegerBasis:
 
 
 def _bit_length(rows: np.ndarray) -> int:
-    return max(abs(int(rows.max())), abs(int(rows.min()))).bit_length()
+    return magnitude(rows).bit_length()
 
 
 def _precision_errors() -> tuple[type[Exception], ...]:
@@ -189,7 +200,7 @@ def _run(
     stronger: dict[str, Callable[[], bool]] = {
         "deep": lambda: _deep(M, lll, delta),
         "bkz": lambda: _bkz(M, lll, delta, block, max_seconds),
-        "hkz": lambda: _bkz(M, lll, delta, len(rows), None),
+        "hkz": lambda: _bkz(M, lll, HKZ_DELTA, len(rows), None),
     }
     if method in stronger and len(rows) > 1:
         finished = stronger[method]()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cllm.lattice.integers import narrow, to_float
+from cllm.lattice.integers import magnitude, narrow, to_float
 
 # A gain below this share of the measure is rounding, and could be taken back for ever.
 _LEAST_GAIN = 1e-9
@@ -18,8 +18,18 @@ def seysen(transform: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndar
 
     Returns:
         ``(transform, rows)`` after the same integer steps.
+
+    Raises:
+        ValueError: the reduced rows are too ill-conditioned for double.
     """
-    steps = _steps(to_float(rows, max(abs(int(x)).bit_length() for x in rows.flat)))
+    floats = to_float(rows, magnitude(rows).bit_length())
+    # Double inverts a Gram matrix up to a condition number of about 1/eps, the basis's squared.
+    if not np.linalg.cond(floats) < np.finfo(np.float64).eps ** -0.5:
+        raise ValueError(
+            f"basis of shape {rows.shape} has rows too different in length for seysen, which works"
+            " on the Gram matrix in double: use method='lll'"
+        )
+    steps = _steps(floats)
     transform, rows = transform.astype(object), rows.astype(object)
     for i, j, factor in steps:
         transform[j] += factor * transform[i]

@@ -10,7 +10,8 @@ import numpy as np
 
 from cllm.lattice.check import as_basis, positive_int
 from cllm.lattice.integers import narrow, to_float, to_fplll, to_integers
-from cllm.lattice.measures import gaussian_heuristic
+from cllm.lattice.measures import log_gaussian_heuristic, log_norms
+from cllm.lattice.precision import segments
 from cllm.lattice.reduction import Reduction, reduce
 
 METHODS = ("exact", "bkz")
@@ -18,6 +19,12 @@ METHODS = ("exact", "bkz")
 # Unpruned enumeration of a random lattice stays under a minute on one core up to here
 # (`cllm bench lattice` times it); every further dimension costs about half as much again.
 EXACT_LIMIT = 54
+
+# Vectors of nearly the shortest length that are compared exactly, and how near is near (squared).
+CANDIDATES = 64
+SLACK = 1e-9
+# Squared lengths below this are whole numbers that the enumeration's doubles keep apart.
+DISTINCT = 2**40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +36,10 @@ class Shortest:
         coefficients: (n,) on the caller's basis, exact integers: ``coefficients @ B == vector``.
         norm: Euclidean length in the basis's unit.
         ratio: ``norm`` over the Gaussian heuristic of λ1.
-        is_exact: True where enumeration proved that nothing is shorter.
+        is_exact: True where enumeration proved that nothing is shorter. Over the integers that is
+            literal, except that more than ``CANDIDATES`` vectors within a relative ``SLACK`` of each
+            other and longer than doubles tell apart leave it False. A float basis is taken as
+            rounded for its reduction: nothing is shorter by more than a relative 1e-9.
     """
 
     vector: np.ndarray
@@ -50,7 +60,8 @@ def shortest(B: Any, method: str = "exact", block_size: int = 30) -> Shortest:
         block_size: of the BKZ reduction.
 
     Raises:
-        ValueError: malformed or rank-deficient basis, or a dimension beyond ``exact``.
+        ValueError: malformed or rank-deficient basis, or a dimension beyond ``exact``, or a norm
+            beyond float64.
     """
     array = as_basis(B)
     if method not in METHODS:
@@ -65,27 +76,34 @@ def shortest(B: Any, method: str = "exact", block_size: int = 30) -> Shortest:
     if n == 1:
         return _result(array, array[0], np.array([1]), is_exact=True)
     reduction = reduce(array, method="bkz", block_size=max(2, min(block_size, n)))
-    row = np.zeros(n, dtype=np.int64)
-    row[_shortest_row(reduction)] = 1
+    row, proved = np.zeros(n, dtype=np.int64), False
+    first = _shortest_row(reduction)
+    row[first] = 1
     if method == "exact":
-        row = _enumerate(reduction, row)
+        row, proved = _enumerate(reduction, first)
     vector = (row.astype(object) @ reduction.basis.astype(object)).astype(array.dtype)
     coefficients = row.astype(object) @ reduction.transform.astype(object)
-    return _result(reduction.basis, vector, coefficients, is_exact=method == "exact")
+    return _result(reduction.basis, vector, coefficients, is_exact=proved)
 
 
 def _result(
     basis: np.ndarray, vector: np.ndarray, coefficients: np.ndarray, is_exact: bool
 ) -> Shortest:
     floats, shift = _float_units(vector[None, :])
-    norm = math.ldexp(float(np.linalg.norm(floats)), shift)
-    floats, shift = _float_units(basis)
-    heuristic = math.ldexp(gaussian_heuristic(floats), shift)
+    length = float(np.linalg.norm(floats))
+    try:
+        norm = math.ldexp(length, shift)
+    except OverflowError as error:
+        raise ValueError(
+            f"the shortest vector of a basis of shape {basis.shape} is longer than float64 holds:"
+            " divide the basis by a common factor"
+        ) from error
+    heuristic = log_gaussian_heuristic(float(_log_norms(basis).sum()), len(basis))
     return Shortest(
         vector=vector,
         coefficients=narrow(coefficients),
         norm=norm,
-        ratio=norm / heuristic,
+        ratio=math.exp(math.log(length) + shift * math.log(2) - heuristic),
         is_exact=is_exact,
     )
 
@@ -99,22 +117,58 @@ def _float_units(rows: np.ndarray) -> tuple[np.ndarray, int]:
     return to_float(rows, shift), shift
 
 
+def _row_units(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every row as float64 near 1 in a unit of its own, and the logarithms of the units (n,)."""
+    pairs = [_float_units(row[None, :]) for row in rows]
+    return np.concatenate([x for x, _ in pairs]), np.array([s * math.log(2) for _, s in pairs])
+
+
+def _log_norms(rows: np.ndarray) -> np.ndarray:
+    """ln‖b*_i‖ of rows of any range."""
+    floats, units = _row_units(rows)
+    return log_norms(floats) + units
+
+
 def _shortest_row(reduction: Reduction) -> int:
-    return int(np.linalg.norm(_float_units(reduction.basis)[0], axis=1).argmin())
+    floats, units = _row_units(reduction.basis)
+    return int((np.log(np.linalg.norm(floats, axis=1)) + units).argmin())
 
 
-def _enumerate(reduction: Reduction, row: np.ndarray) -> np.ndarray:
-    """Coefficients on the reduced basis of a vector strictly shorter than ``row``'s, if one exists."""
+def _enumerate(reduction: Reduction, first: int) -> tuple[np.ndarray, bool]:
+    """Coefficients on the reduced basis of a shortest vector, and whether that is proved.
+
+    Row ``first`` gives the radius. fplll's distances are doubles, so everything within a relative
+    ``SLACK`` of it is listed and compared over the integers.
+    """
     from fpylll import GSO, Enumeration, EnumerationError
 
-    floats, _ = _float_units(reduction.basis)
+    basis = reduction.basis
+    start = np.zeros(len(basis), dtype=np.int64)
+    start[first] = 1
+    # A vector no longer than the first row has no coefficient beyond the first segment.
+    head = segments(_log_norms(basis))[0][1]
+    rows = basis[:head]
+    floats, _ = _float_units(rows)
     scaled = to_integers(floats)
     gso = GSO.Mat(to_fplll(scaled.rows), float_type="d")
     gso.update_gso()
-    bound = math.ldexp(float(np.sum((row @ floats) ** 2)), 2 * scaled.bits)
+    bound = math.ldexp(float(np.sum(floats[first] ** 2)), 2 * scaled.bits)
     try:
-        # The relative slack keeps out the vector itself under double rounding.
-        found = Enumeration(gso).enumerate(0, len(row), bound * (1 - 1e-9), 0)
+        listed = Enumeration(gso, nr_solutions=CANDIDATES).enumerate(
+            0, head, bound * (1 + SLACK), 0
+        )
     except EnumerationError:
-        return row
-    return np.array(found[0][1]).astype(np.int64)
+        listed = []
+    found = [np.rint(x).astype(np.int64) for _, x in listed]
+    padded = [np.pad(x, (0, len(basis) - head)) for x in found]
+    exact = [[int(x) for x in row] for row in rows] if rows.dtype.kind != "f" else scaled.rows
+    lengths = [_squared(x[:head], exact) for x in (start, *padded)]
+    best = lengths.index(min(lengths))
+    # A full list may have cut off a vector that doubles cannot tell from those it kept.
+    proved = len(found) < CANDIDATES or min(lengths) < DISTINCT
+    return (start, *padded)[best], proved
+
+
+def _squared(x: np.ndarray, rows: Any) -> int:
+    vector = x.astype(object) @ np.array(rows, dtype=object)
+    return int(sum(int(v) * int(v) for v in vector))

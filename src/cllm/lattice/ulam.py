@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from cllm.lattice.integers import magnitude
+
 LIMIT = 2**62
 # Below this a correctly rounded square root never rounds up to the next integer.
 _EXACT_ROOT = 2**52
@@ -78,9 +80,10 @@ def ulam_number(x: Any, y: Any) -> np.ndarray:
     """
     x, y = np.broadcast_arrays(_integers(x, "x"), _integers(y, "y"))
     x, y = x.astype(np.int64), y.astype(np.int64)
-    ring = np.maximum(np.abs(x), np.abs(y))
-    if ring.size and int(ring.max()) > 2**30:
+    # Before the absolute values: that of the least int64 is negative.
+    if x.size and max(magnitude(x), magnitude(y)) > 2**30:
         raise ValueError(f"coordinates of shape {x.shape} must be at most 2^30 in size")
+    ring = np.maximum(np.abs(x), np.abs(y))
     square = 4 * ring * ring
     bottom = square + 3 * ring + x
     left = square + ring - y

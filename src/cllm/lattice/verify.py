@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from cllm.lattice.gso import lq
-from cllm.lattice.integers import to_float, to_fplll
+from cllm.lattice.integers import magnitude, to_float, to_fplll
 from cllm.lattice.modular import is_unimodular, product_equals
-from cllm.lattice.precision import mpfr_precision
+from cllm.lattice.precision import log_squared_norms, mpfr_precision
 
 # fplll works with η = 0.51 (its LLL_DEF_ETA); the slack is for the rounding of both sides' GSO.
 ETA = 0.51
@@ -33,14 +32,15 @@ class Certificate:
 
     def faults(self, delta: float, reduced: bool = True) -> str:
         """One line that says which conditions fail; empty where all hold."""
+        # Written so that NaN, which no comparison holds for, is a fault.
         found = []
         if not self.product_exact:
             found.append("transform @ B differs from the basis")
         if not self.unimodular:
             found.append("the transform is not unimodular")
-        if reduced and self.max_mu > ETA + SLACK:
+        if reduced and not self.max_mu <= ETA + SLACK:
             found.append(f"max |mu| is {self.max_mu:.4f}")
-        if reduced and self.lovasz < delta - SLACK:
+        if reduced and not self.lovasz >= delta - SLACK:
             found.append(f"Lovász holds at {self.lovasz:.4f} only, not {delta}")
         return "; ".join(found)
 
@@ -54,7 +54,7 @@ def certify(
     ``delta``, from MPFR with room for every bit: rows of very different lengths need it.
     """
     max_mu, lovasz = reducedness(reduced)
-    if max_mu > ETA + SLACK or lovasz < delta - SLACK:
+    if not (max_mu <= ETA + SLACK and lovasz >= delta - SLACK):
         max_mu, lovasz = precise_reducedness(reduced)
     return Certificate(
         product_exact=product_equals(transform, rows, reduced),
@@ -74,7 +74,9 @@ def reducedness(rows: np.ndarray) -> tuple[float, float]:
     except ValueError:
         return np.inf, 0.0
     diagonal = np.diagonal(L)
-    return _summary(L / diagonal, diagonal**2)
+    with np.errstate(over="ignore"):
+        steps = (diagonal[1:] / diagonal[:-1]) ** 2
+    return _summary(L / diagonal, steps)
 
 
 def precise_reducedness(rows: np.ndarray) -> tuple[float, float]:
@@ -89,18 +91,17 @@ def precise_reducedness(rows: np.ndarray) -> tuple[float, float]:
         mu = np.eye(n)
         for i in range(n):
             mu[i, :i] = [gso.get_mu(i, j) for j in range(i)]
-        pairs = [gso.get_r_exp(i, i) for i in range(n)]
-    top = max(exponent for _, exponent in pairs)
-    squared = np.array([math.ldexp(r, exponent - top) for r, exponent in pairs])
-    return _summary(mu, squared)
+        steps = np.diff(log_squared_norms(gso))
+    return _summary(mu, np.exp(np.minimum(steps, 700.0)))
 
 
-def _summary(mu: np.ndarray, squared: np.ndarray) -> tuple[float, float]:
+def _summary(mu: np.ndarray, steps: np.ndarray) -> tuple[float, float]:
+    """From μ and the ‖b*_{i+1}‖²/‖b*_i‖²."""
     if len(mu) == 1:
         return 0.0, 1.0
-    ratio = squared[1:] / squared[:-1] + np.diagonal(mu, -1) ** 2
-    return float(np.abs(np.tril(mu, -1)).max()), min(1.0, float(ratio.min()))
+    ratio = steps + np.diagonal(mu, -1) ** 2
+    return float(np.abs(np.tril(mu, -1)).max()), float(np.minimum(1.0, ratio.min()))
 
 
 def _bit_length(rows: np.ndarray) -> int:
-    return max(abs(int(rows.max())), abs(int(rows.min()))).bit_length()
+    return magnitude(rows).bit_length()
