@@ -107,11 +107,10 @@ BAD = [
     (np.array([[1j, 2]]), r"\(1, 2\)"),
     ([[1, 2], [3]], "different lengths"),
     ([[10**400]], r"\(1, 1\).*beyond float64"),
-    ([[2**70, 0.5]], r"\(1, 2\)"),
 ]
 
 
-@pytest.mark.parametrize(("B", "message"), BAD[:-1])
+@pytest.mark.parametrize(("B", "message"), BAD)
 @pytest.mark.parametrize(
     "function", [lattice.gram_schmidt, lattice.profile, lattice.dual, lattice.determinant]
 )

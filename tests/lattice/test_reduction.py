@@ -286,7 +286,8 @@ def test_time_limit_is_reported(q_ary):
     [
         ({"method": "magic"}, "method"),
         ({"delta": 1.0}, "delta"),
-        ({"delta": 0.2}, "delta"),
+        ({"delta": 0.26}, "delta"),
+        ({"delta": float("nan")}, "delta"),
         ({"block_size": 1}, "block_size"),
         ({"block_size": 2.5}, "block_size"),
         ({"max_seconds": 0}, "max_seconds"),

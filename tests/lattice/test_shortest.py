@@ -109,6 +109,11 @@ def test_exact_beyond_double(a):
     assert sum(int(x) ** 2 for x in found.vector) == shortest
 
 
+def test_a_ball_too_full_is_refused_before_it_is_listed():
+    with pytest.raises(ValueError, match="more than 1000"):
+        lattice.coefficients_in_ball([[1.0]], 1e15, limit=1000)
+
+
 def test_refusals(q_ary):
     with pytest.raises(ValueError, match=r"\(80, 80\).*bkz"):
         lattice.shortest(q_ary(80, 1009, 0))

@@ -1,3 +1,5 @@
+from decimal import Decimal, localcontext
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -85,6 +87,16 @@ def test_golden_spiral_is_evenly_spread():
     gaps = np.linalg.norm(points[:, None] - points[None], axis=2) + 9 * np.eye(2000)
     assert gaps.min() > 0.9
     assert gaps[:1800].min(axis=1).max() < 2.0
+
+
+@pytest.mark.parametrize("n", [1, 12345, 2**32 - 1, 10**10, 2**36])
+def test_golden_angles_of_large_numbers(n):
+    with localcontext() as context:
+        context.prec = 60
+        turns = Decimal(n) * (3 - Decimal(5).sqrt()) / 2 % 1
+    angle = 2 * np.pi * float(turns)
+    place = np.sqrt(n) * np.array([np.cos(angle), np.sin(angle)])
+    np.testing.assert_allclose(np.array(lattice.golden(n)), place, atol=1e-3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -9,7 +9,8 @@ import numpy as np
 
 from cllm.lattice.ulam import _integers
 
-GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
+# round(2^64·(3-√5)/2): the golden angle in turns.
+_GOLDEN_TURN = np.uint64(0x61C8864680B583EA)
 
 # Interleaving two coordinates of 31 bits fills 62.
 _COORDINATE_LIMIT = 2**31
@@ -26,10 +27,12 @@ _SPREAD = (
 def golden(n: Any) -> tuple[np.ndarray, np.ndarray]:
     """Phyllotaxis: n ≥ 0 at radius √n and angle n·π(3-√5) (Vogel, Math. Biosciences 44, 1979).
 
-    Every point has about area π; float64 (x, y) of n's shape.
+    Every point has about area π; float64 (x, y) of n's shape, right to 0.001 up to n = 2^36. Beyond, the
+    error grows as n^1.5.
     """
     n = _checked(n, "n", 2**53)
-    angle = np.mod(n * GOLDEN_ANGLE, 2 * math.pi)
+    # Products of uint64 wrap, which leaves the fraction of a turn in all its 64 bits.
+    angle = (n.astype(np.uint64) * _GOLDEN_TURN) * (2 * math.pi / 2**64)
     radius = np.sqrt(n)
     return radius * np.cos(angle), radius * np.sin(angle)
 

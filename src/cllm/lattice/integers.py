@@ -31,8 +31,9 @@ def to_integers(B: np.ndarray) -> IntegerBasis:
     An integer basis, and a float basis whose entries are integers, are taken as they are. Another
     float basis is multiplied by 2^bits, with bits the smaller of (a) what represents every entry
     exactly and (b) log2(½√(nd)/σ_min) + KEPT_BITS, or (a) where σ_min is within rounding of 0. By
-    (b) the rounding ΔB has ‖ΔB‖_F/σ_min ≤ 2^-KEPT_BITS =: ε; every leading sub-basis has at least that smallest singular
-    value (interlacing), and |log det(I+E)| ≤ √n‖E‖_F to first order, so log‖b*_i‖ moves by ≤ 2√n·ε.
+    (b) the rounding ΔB has ‖ΔB‖_F/σ_min ≤ 2^-KEPT_BITS =: ε; every leading sub-basis has at least that
+    smallest singular value (interlacing), and |log det(I+E)| ≤ √n‖E‖_F to first order, so log‖b*_i‖
+    moves by ≤ 2√n·ε.
     """
     if B.dtype.kind != "f":
         return IntegerBasis(rows=B, bits=0, exact=True)

@@ -21,7 +21,7 @@ from cllm.lattice.integers import (
 )
 from cllm.lattice.modular import first_dependent_row
 from cllm.lattice.precision import ROW_EXPONENT_BITS, ladder, mpfr_precision
-from cllm.lattice.verify import Certificate, certify
+from cllm.lattice.verify import ETA, Certificate, certify
 
 METHODS = ("lll", "deep", "seysen", "bkz", "hkz")
 
@@ -80,7 +80,7 @@ def reduce(
             finds no gain in rounding); ``bkz`` with blocks of ``block_size`` (Schnorr & Euchner
             1994, with the early abort of Chen & Nguyen's BKZ 2.0, 2011); ``hkz`` (Korkine &
             Zolotarev: every projected first vector is shortest, to a factor √``HKZ_DELTA``).
-        delta: Lovász factor, in (0.25, 1).
+        delta: Lovász factor, in (0.2601, 1). HKZ enumerates with ``HKZ_DELTA`` whatever it is.
         block_size: for ``bkz``, 2 to n (larger is taken as n).
         max_seconds: for ``bkz``, stop after the tour in which this time has passed.
 
@@ -138,8 +138,9 @@ def _check(
     n = len(array)
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    if not 0.25 < delta < 1:
-        raise ValueError(f"delta must lie in (0.25, 1), got {delta!r}")
+    # L² asks for δ > η² (Nguyen & Stehlé 2009, theorem 2).
+    if not ETA**2 < delta < 1:
+        raise ValueError(f"delta must lie in ({ETA**2:.4f}, 1), got {delta!r}")
     if positive_int(block_size, "block_size") < 2:
         raise ValueError("block_size must be at least 2")
     if max_seconds is not None and not max_seconds > 0:

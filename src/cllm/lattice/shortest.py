@@ -17,7 +17,7 @@ from cllm.lattice.reduction import Reduction, reduce
 METHODS = ("exact", "bkz")
 
 # Unpruned enumeration of a random lattice stays under a minute on one core up to here
-# (`cllm bench lattice` times it); every further dimension costs about half as much again.
+# (`cllm bench lattice` times it); time grows exponentially with the dimension.
 EXACT_LIMIT = 54
 
 # Vectors of nearly the shortest length that are compared exactly, and how near is near (squared).
