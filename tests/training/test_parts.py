@@ -77,7 +77,7 @@ def test_the_gap_between_modes_is_eval_minus_training_loss() -> None:
     gap = norm_mode_gap(model, loss, stream_of(100), context=8, batch_size=2, device="cpu")
     assert gap == pytest.approx(0.5)
     assert model.training
-    assert norm.training is False
+    assert norm.training
 
 
 def test_a_step_takes_its_own_micro_batches(fast: dict) -> None:

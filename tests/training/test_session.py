@@ -262,7 +262,7 @@ def test_a_finished_run_is_not_resumed_but_for_more_steps(start: Start, told: Re
     [
         ("data.validation=0.2", "cannot change on resume; only train.* and log.* can"),
         ("model.d_ff=32", "cannot change on resume; only train.* and log.* can"),
-        ("train.optimizer=sgd", "belongs to another model or optimizer than run.toml says"),
+        ("train.optimizer=sgd", "train.optimizer cannot change on resume"),
         ("train.lrr=1", "unknown setting 'train.lrr' (did you mean 'train.lr'?)"),
         ("train.device=cuda", "finds no such device"),
     ],
