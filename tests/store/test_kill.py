@@ -66,4 +66,15 @@ def test_kill_at_random_moments(run: RunDirectory, savers: subprocess.Popen[str]
     assert interrupted_saves > 0, "no kill fell into a save: the test has tested nothing"
     with run.training():  # opening it cleans what the kills left
         assert not list(run.checkpoints.glob(f"{PREFIX}*"))
+        # A kill between a save and its pruning leaves one too many, which the next save prunes.
+        last = checkpoint.load(run.path)
+        checkpoint.save(
+            run.path,
+            last.step + 1,
+            weights=last.weights,
+            optimizer=last.optimizer,
+            state=last.state,
+            keep_last=2,
+            best=False,
+        )
         assert len(run.steps()) <= 3
