@@ -204,3 +204,20 @@ def environ(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@pytest.fixture(scope="session")
+def incidence_of() -> Callable[[int, int], Any]:
+    """Makes a (tokens, pieces) incidence: three different pieces a token, the token's own among them."""
+
+    def make(tokens: int, pieces: int) -> Any:
+        import numpy as np
+        from scipy import sparse
+
+        token = np.arange(tokens)[:, None]
+        columns = np.sort((token + np.array([0, pieces // 4, pieces // 2])) % pieces, axis=1)
+        offsets = 3 * np.arange(tokens + 1)
+        ones = np.ones(columns.size)
+        return sparse.csr_matrix((ones, columns.ravel(), offsets), shape=(tokens, pieces))
+
+    return make

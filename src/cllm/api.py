@@ -207,8 +207,8 @@ class Run:
 
         def summed_loss(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
-                hidden = model.hidden(ids).flatten(0, 1)
-                return cross_entropy_sum(hidden, model.output.table(), targets.flatten(), chunk)
+                hidden = model.output.contract(model.hidden(ids).flatten(0, 1))
+                return cross_entropy_sum(hidden, model.output.core(), targets.flatten(), chunk)
 
         windows = -(-(len(tokens) - 1) // context)
         with progress.stage("evaluating", windows) as advance:

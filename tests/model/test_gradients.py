@@ -13,7 +13,7 @@ from torch.nn import functional
 from cllm.core.config import EmbeddingConfig, ModelConfig
 from cllm.model.attention import Attention, rotary_tables
 from cllm.model.cross_entropy import IGNORE, cross_entropy_sum, linear_cross_entropy
-from cllm.model.embedding import DenseEmbedding, add_rows
+from cllm.model.embedding import Embedding, add_rows
 from cllm.model.mlp import MLPS
 from cllm.model.norms import NORMS
 from cllm.model.transformer import Block, Transformer
@@ -84,7 +84,7 @@ def test_whole_model(positions: str, tied: bool) -> None:
 
 def test_add_rows_is_the_transpose_of_a_look_up() -> None:
     ids = torch.tensor([1, 4, 4, 2, 1, 0])
-    embedding = DenseEmbedding(5, 3, EmbeddingConfig()).double()
+    embedding = Embedding(5, 3, EmbeddingConfig()).double()
     embedding.start(torch.Generator().manual_seed(1))
     rows = torch.randn(6, 3, dtype=torch.float64)
     (grad,) = torch.autograd.grad((embedding.embed(ids) * rows).sum(), embedding.weight)

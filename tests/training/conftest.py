@@ -19,6 +19,8 @@ from cllm.training.feed import MicroBatches
 from cllm.training.optimizer import OPTIMIZERS
 from cllm.training.step import TrainStep
 
+PIECES = 31
+"""Pieces of a composed table in tests; each of the 23 tokens has three."""
 SHAPE = {
     "d_model": 16,
     "n_layers": 2,
@@ -36,7 +38,7 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def step_of() -> Callable[..., TrainStep]:
+def step_of(incidence_of: Callable[[int, int], Any]) -> Callable[..., TrainStep]:
     """Makes an eager step: fields of the model by their names, of training as ``train={…}``."""
 
     def make(
@@ -52,6 +54,8 @@ def step_of() -> Callable[..., TrainStep]:
         """``dtype``: of the arithmetic; ``master``: of the weights (float64 or float32)."""
         config = TrainConfig(**train or {})
         model = Transformer(ModelConfig(**SHAPE | fields), attention)
+        if model.config.embedding.is_composed:
+            model.set_incidence(incidence_of(SHAPE["vocab_size"], PIECES))
         model.start(5)
         default = torch.float64 if dtype == torch.float64 else torch.float32
         model.to(master or default)

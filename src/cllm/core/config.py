@@ -80,10 +80,55 @@ class TokenizerConfig(Section):
 class EmbeddingConfig(Section):
     """The token table."""
 
-    kind: Literal["dense"] = "dense"
-    """A learned vector for each token."""
+    kind: Literal["dense", "reduced", "composed", "composed+reduced"] = "dense"
+    """A vector for each token; coordinates of ``rank``; sums of the vectors of a token's pieces; both."""
+    rank: PositiveInt | None = None
+    """``reduced``: coordinates of a token; none means half of ``model.d_model``."""
+    own_vectors: bool = True
+    """``composed``: a token is one of its own pieces."""
+    pieces: PositiveInt | None = None
+    """``composed``: number of different pieces; none means what the tokenizer gives."""
+    nonzeros: PositiveInt | None = None
+    """``composed``: pieces of all tokens together; none means what the tokenizer gives."""
+    lattice: Literal["none", "z", "e8", "reduced"] = "none"
+    """Train with coordinates snapped to integers, to E8, or to the basis's lattice by nearest plane."""
+    lattice_step: Annotated[float, Field(gt=0)] = 0.01
+    """What one step of that lattice is worth."""
+    reduction: Literal["none", "lll", "bkz", "hkz"] = "none"
+    """``reduced``: lattice reduction of the basis; the table stays the same."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the random start."""
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether there is a basis."""
+        return self.kind.endswith("reduced")
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether tokens are sums of pieces."""
+        return self.kind.startswith("composed")
+
+    def rank_of(self, width: int) -> int:
+        """Coordinates of a token in a model of ``width``."""
+        if not self.is_reduced:
+            return width
+        return self.rank if self.rank is not None else max(width // 2, 1)
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> Self:
+        if not self.is_reduced:
+            for name, given in (
+                ("rank", self.rank is not None),
+                ("reduction", self.reduction != "none"),
+                ("lattice = 'reduced'", self.lattice == "reduced"),
+            ):
+                if given:
+                    raise ValueError(
+                        f"model.embedding.{name} needs a basis: set model.embedding.kind = 'reduced' or "
+                        "'composed+reduced'"
+                    )
+        return self
 
 
 class ModelConfig(Section):
@@ -146,6 +191,16 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.n_heads = {self.n_heads} is not a multiple of model.n_kv_heads = "
                 f"{self.kv_heads}; choose a divisor of n_heads"
+            )
+        rank = self.embedding.rank_of(self.d_model)
+        if rank > self.d_model:
+            raise ValueError(
+                f"model.embedding.rank = {rank} is above model.d_model = {self.d_model}; lower it"
+            )
+        if self.embedding.lattice == "e8" and rank % 8:
+            raise ValueError(
+                f"model.embedding.lattice = 'e8' takes eight coordinates at a time, and a token has {rank}; "
+                "choose a multiple of 8"
             )
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(

@@ -34,7 +34,7 @@ def stream(
     """
     if not len(ids):
         raise UserError("the prompt has no tokens; give at least one (the end token begins a text)")
-    context, device = model.config.context, model.embedding.table().device
+    context, device = model.config.context, model.embedding.weight.device
     generator = torch.Generator().manual_seed(sampling.seed)
     seen = list(ids)
     cache, unread = _fresh(model, seen[-context:])
@@ -62,4 +62,4 @@ def stream(
 
 
 def _fresh(model: Transformer, ids: list[int]) -> tuple[KeyValueCache, list[int]]:
-    return KeyValueCache(model.config, 1, model.embedding.table()), ids
+    return KeyValueCache(model.config, 1, model.embedding.weight), ids

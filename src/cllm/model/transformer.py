@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cllm.core.config import ModelConfig
 from cllm.model.attention import Attention, KeyValueCache, rotary_tables
-from cllm.model.embedding import DenseEmbedding
+from cllm.model.embedding import Embedding
 from cllm.model.mlp import MLPS
 from cllm.model.norms import (
     BatchNorm,
@@ -65,7 +66,7 @@ class Transformer(nn.Module):
         super().__init__()
         assert config.vocab_size is not None, "the vocabulary's size is resolved before the model"
         self.config = config
-        self.embedding = DenseEmbedding(config.vocab_size, config.d_model, config.embedding)
+        self.embedding = Embedding(config.vocab_size, config.d_model, config.embedding)
         self.positions: nn.Parameter | None = None
         if config.positions == "learned":
             self.positions = nn.Parameter(torch.empty(config.context, config.d_model))
@@ -74,9 +75,9 @@ class Transformer(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         self.layers = nn.ModuleList(Block(config, i, attention) for i in range(config.n_layers))
         self.norm = make_norm(config)
-        self.head: DenseEmbedding | None = None
+        self.head: Embedding | None = None
         if not config.tie_embeddings:
-            self.head = DenseEmbedding(config.vocab_size, config.d_model, config.embedding)
+            self.head = Embedding(config.vocab_size, config.d_model, config.embedding)
         for name, module in self.named_modules():
             if isinstance(module, BatchNorm):
                 module.name = name
@@ -89,7 +90,7 @@ class Transformer(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         for name, module in self.named_modules():
-            if isinstance(module, DenseEmbedding):
+            if isinstance(module, Embedding):
                 module.start(generator)
             elif isinstance(module, nn.Linear):
                 depth = math.sqrt(2 * self.config.n_layers) if name.endswith(".out") else 1.0
@@ -99,15 +100,31 @@ class Transformer(nn.Module):
         if self.positions is not None:
             nn.init.normal_(self.positions, std=0.02, generator=generator)
 
+    def set_incidence(self, matrix_vp: sparse.csr_matrix) -> None:
+        """Tell composed tables which pieces (columns) make up each token (rows).
+
+        Raises ``ValueError`` where the matrix is not of the configured size.
+        """
+        for table in self.tables.values():
+            assert table.incidence is not None, "only composed tables have pieces"
+            table.incidence.set(matrix_vp)
+            table.after_step()
+
     @property
-    def output(self) -> DenseEmbedding:
+    def output(self) -> Embedding:
         """The table that scores tokens: the input's own where the two are tied."""
         return self.embedding if self.head is None else self.head
 
     @property
+    def tables(self) -> dict[str, Embedding]:
+        """The token tables by name, the one that is input and output once."""
+        found = {"embedding": self.embedding}
+        return found if self.head is None else found | {"head": self.head}
+
+    @property
     def output_name(self) -> str:
-        """The name of that table's parameter."""
-        return "embedding.weight" if self.head is None else "head.weight"
+        """The name of the table that scores."""
+        return "embedding" if self.head is None else "head"
 
     def hidden(
         self,
@@ -165,7 +182,8 @@ def flops_per_token(config: ModelConfig, context: int | None = None) -> int:
     """
     assert config.vocab_size is not None
     length = context or config.context
-    head = config.vocab_size * config.d_model
+    rank = config.embedding.rank_of(config.d_model)
+    head = config.vocab_size * rank + (rank * config.d_model if config.embedding.is_reduced else 0)
     widths = {"swiglu": 3, "gelu": 2}[config.mlp] * config.d_ff
     projections = 2 * config.n_heads + 2 * config.kv_heads
     layer = config.d_model * (projections * config.head_dim + widths)

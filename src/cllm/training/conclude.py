@@ -41,7 +41,7 @@ def conclude(trainer: Trainer, state: str) -> Outcome:
     if at != standing.step:
         best = checkpoints.load(run.path, "best", with_optimizer=False)
         trainer.model.load_state_dict(best.weights)
-        trainer.step.arena.refresh()
+        trainer.step.refresh()
     scores: dict[str, Evaluation | None] = {}
     for split in ("validation", "test"):
         scores[split] = trainer.evaluate(split) if getattr(dataset, split) is not None else None

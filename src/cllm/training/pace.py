@@ -77,4 +77,4 @@ def _undone(model: Transformer, step: TrainStep) -> Iterator[None]:
     finally:
         for tensor, kept in zip(live, before, strict=True):
             tensor.copy_(kept)
-        arena.refresh()
+        step.refresh()

@@ -285,7 +285,7 @@ def _adopt(parent: Path, model: Transformer, step: TrainStep) -> None:
     if {name: tensor.shape for name, tensor in weights.items()} != wanted:
         raise UserError(f"{parent} has another shape of model; leave out the model.* settings")
     model.load_state_dict(weights)
-    step.arena.refresh()
+    step.refresh()
 
 
 def _fit_to_time(

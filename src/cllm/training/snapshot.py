@@ -93,6 +93,7 @@ def restore(checkpoint: Checkpoint, model: Transformer, step: TrainStep) -> Stan
     for name, tensor in checkpoint.weights.items():
         if name in buffers:
             buffers[name].copy_(tensor)
+    step.refresh()
     scaled = checkpoint.state["environment"]["dtype"] == "fp16"
     for name, value in checkpoint.optimizer["counters"].items():
         # A run that changes to or from fp16 on resume begins with the loss scale of its own.

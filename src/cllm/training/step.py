@@ -26,21 +26,22 @@ from cllm.model.transformer import Transformer
 from cllm.training.arena import Arena
 from cllm.training.optimizer import OPTIMIZERS
 
-INPUT = "model.embedding.weight"
+INPUT = "embedding"
 LOSS_SCALE_START = 2.0**14
 LOSS_SCALE_PATIENCE = 500
 """Steps without overflow after which fp16's loss scale is doubled."""
 
 
 class _Trunk(nn.Module):
-    """The model between its two tables, for ``functional_call``."""
+    """The model between the cores of its two tables, for ``functional_call``."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, vectors_btd: Tensor, statistics: Statistics) -> Tensor:
-        return self.model.trunk(vectors_btd, statistics=statistics)
+    def forward(self, coordinates_btr: Tensor, statistics: Statistics) -> Tensor:
+        vectors_btd = self.model.embedding.expand(coordinates_btr)
+        return self.model.output.contract(self.model.trunk(vectors_btd, statistics=statistics))
 
 
 @torch.library.custom_op("cllm::clip_factor", mutates_args=())
@@ -118,7 +119,13 @@ class TrainStep:
         self.counters = {name: torch.zeros(()) for name in names}
         self.counters["loss_scale"].fill_(LOSS_SCALE_START if self.scaling else 1.0)
         self._trunk = _Trunk(model)
-        self._output = f"model.{model.output_name}"
+        self._tables, self._output = model.tables, model.output_name
+        self._cores = {
+            name: table.core().detach().to(arena.compute.dtype, copy=True)
+            for name, table in self._tables.items()
+            if table.computes_core
+        }
+        self.core_uses = {"computed": len(self._cores), "read": 0}
         self._norms = {m.name: m for m in model.modules() if isinstance(m, BatchNorm)}
         self._running = [buffer for norm in self._norms.values() for buffer in norm.buffers()]
         self._whole = _perhaps_compiled(self._whole_step, compiled)
@@ -139,11 +146,39 @@ class TrainStep:
             for ids, y in batches:
                 total += self._part(ids, y, numbers)
             loss, norm, applied = self._end(self.arena.grad, total, numbers, before)
+        self._weights_changed(len(batches))
         figures = torch.stack([loss, norm, applied]).tolist()
         self._count(bool(figures[2]))
         return StepResult(
             loss=figures[0] / max(targets, 1), grad_norm=figures[1], applied=bool(figures[2])
         )
+
+    def refresh(self) -> None:
+        """Make everything that follows from the weights theirs again, after a change from outside."""
+        self.arena.refresh()
+        for table in self._tables.values():
+            if table.incidence is not None:
+                table.incidence.transpose()
+        self._compute_cores()
+        self._weights_changed(0)
+
+    def _compute_cores(self) -> None:
+        """Pieces summed and coordinates snapped, once for all that an optimizer step reads of them."""
+        masters = self.arena.layout.views(self.arena.weights)
+        for name, kept in self._cores.items():
+            made = self._tables[name].core_of(*_factors(masters, name))
+            kept.copy_(made)
+
+    def _weights_changed(self, batches: int) -> None:
+        for table in self._tables.values():
+            table.after_step()
+        self.core_uses["computed"] += len(self._cores)
+        # Each micro-batch looks its tokens up in the input's core and scores them with the output's.
+        self.core_uses["read"] += 2 * batches if self._cores else 0
+
+    def _core(self, name: str, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The core (V, r) of a table, in the arithmetic's precision."""
+        return self._cores[name] if name in self._cores else parameters[f"model.{name}.weight"]
 
     def _numbers(self, share: float, lr: float) -> Tensor:
         """What changes from step to step, computed once here rather than for each element there:
@@ -198,36 +233,40 @@ class TrainStep:
 
     def _summed_loss(self, ids_bt: Tensor, targets_bt: Tensor) -> Tensor:
         parameters = self._parameters()
-        vectors = functional.embedding(ids_bt, parameters[INPUT])
-        hidden = torch.func.functional_call(self._trunk, parameters, (vectors, []))
-        table = parameters[self._output]
-        return cross_entropy_sum(hidden.flatten(0, 1), table, targets_bt.flatten(), self.chunk)
+        coordinates = functional.embedding(ids_bt, self._core(INPUT, parameters))
+        hidden = torch.func.functional_call(self._trunk, parameters, (coordinates, []))
+        core = self._core(self._output, parameters)
+        return cross_entropy_sum(hidden.flatten(0, 1), core, targets_bt.flatten(), self.chunk)
 
     def _backward(self, ids_bt: Tensor, targets_bt: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Summed loss, and the flat gradient of ``scale`` times it."""
 
         def trunk(
-            parameters: dict[str, Tensor], vectors: Tensor
+            parameters: dict[str, Tensor], coordinates: Tensor
         ) -> tuple[Tensor, dict[str, Tensor]]:
             statistics: Statistics = []
-            hidden = torch.func.functional_call(self._trunk, parameters, (vectors, statistics))
+            hidden = torch.func.functional_call(self._trunk, parameters, (coordinates, statistics))
             return hidden.flatten(0, 1), dict(statistics)  # vjp takes names as keys only
 
         parameters = self._parameters()
-        vectors = functional.embedding(ids_bt, parameters[INPUT])
+        core = self._core(INPUT, parameters)
+        coordinates = functional.embedding(ids_bt, core)
         hidden, pull, statistics = torch.func.vjp(  # type: ignore[misc]
-            trunk, parameters, vectors, has_aux=True
+            trunk, parameters, coordinates, has_aux=True
         )
-        loss, hidden_grad, table_grad = linear_cross_entropy(
-            hidden, parameters[self._output], targets_bt.flatten(), scale, self.chunk
+        scoring = self._core(self._output, parameters)
+        loss, hidden_grad, scoring_grad = linear_cross_entropy(
+            hidden, scoring, targets_bt.flatten(), scale, self.chunk
         )
-        # The tables' gradients are added here rather than by autograd, each in a fixed order.
-        grads, vectors_grad = pull(hidden_grad)
+        # The cores' gradients are added here rather than by autograd, each in a fixed order.
+        grads, coordinates_grad = pull(hidden_grad)
         looked_up = add_rows(
-            wide(vectors_grad.flatten(0, 1)), ids_bt.flatten(), parameters[INPUT].shape[0]
+            wide(coordinates_grad.flatten(0, 1)), ids_bt.flatten(), core.shape[0]
         )
-        grads[self._output] = table_grad
-        grads[INPUT] = looked_up + table_grad if self._output == INPUT else looked_up
+        cores = {self._output: scoring_grad}
+        cores[INPUT] = looked_up + scoring_grad if self._output == INPUT else looked_up
+        for name, grad in cores.items():
+            grads[f"model.{name}.weight"] = self._tables[name].pull(grad)
         self._observe(statistics)
         named = {name.removeprefix("model."): grad for name, grad in grads.items()}
         return loss, self.arena.layout.flatten(named, self.arena.weights.dtype)
@@ -272,4 +311,10 @@ class TrainStep:
             running.copy_(torch.where(finite, running, kept))
         if arena.compute is not arena.weights:
             arena.compute.copy_(arena.weights)
+        self._compute_cores()
         return loss, norm, apply
+
+
+def _factors(parameters: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight and basis of a table among flat views."""
+    return parameters[f"{name}.weight"], parameters.get(f"{name}.basis")
