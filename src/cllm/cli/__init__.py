@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cllm import __version__
-from cllm.cli import bench, config, lattice, runs, tokenizer, train, use
+from cllm.cli import bench, config, lattice, reduce, runs, tokenizer, train, use
 from cllm.core.errors import UserError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train.train)
+app.command()(reduce.reduce)
 app.command("eval")(use.evaluate)
 app.command()(use.generate)
 app.command()(config.info)

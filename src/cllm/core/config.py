@@ -199,8 +199,8 @@ class ModelConfig(Section):
             )
         if self.embedding.lattice == "e8" and rank % 8:
             raise ValueError(
-                f"model.embedding.lattice = 'e8' takes eight coordinates at a time, and a token has {rank}; "
-                "choose a multiple of 8"
+                f"model.embedding.lattice = 'e8' takes eight coordinates at a time, and a token has "
+                f"{rank}; choose a multiple of 8"
             )
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(

@@ -19,9 +19,7 @@ def sum_rows(
     with which the gradient is the same operation and its order of additions as fixed.
     """
     # One operator that Inductor does not look into, as for `add_rows`.
-    return functional.embedding_bag(
-        indices, table, offsets, mode="sum", include_last_offset=True
-    )
+    return functional.embedding_bag(indices, table, offsets, mode="sum", include_last_offset=True)
 
 
 @sum_rows.register_fake

@@ -45,6 +45,7 @@ def write_report(run_dir: Path) -> Path:
         _headline(status, lines),
         _section("Results", _results(lines)),
         _section("What was trained", _what(run, status, config, lines)),
+        _section("Token table", _token_table(status.facts.get("table", {}))),
         _section("Corpus", _table(_pairs(status.facts.get("corpus", {})))),
         _section("Machine and time", _machine(status)),
         _section("Course", "\n\n".join(_picture(path) for path in plots)),
@@ -112,9 +113,30 @@ def _what(
     return _table((name, value) for name, value in rows if value not in (None, ""))
 
 
+def _token_table(facts: Mapping[str, Any]) -> str:
+    rows: list[tuple[str, Any]] = [
+        ("kind", facts.get("kind")),
+        ("rank", facts.get("rank")),
+        ("numbers", facts.get("numbers")),
+        ("share of a dense table's", facts.get("of_dense")),
+        ("energy that half the width retains", facts.get("retained_at_half")),
+    ]
+    for key, figures in facts.items():
+        if isinstance(figures, dict):
+            shortest = "λ1" if figures["shortest_is_exact"] else "shortest vector found"
+            text = (
+                f"defect 2^{figures['log2_defect']}, profile {figures['profile_first']} to "
+                f"{figures['profile_last']} (log2), {shortest} {figures['shortest']:.4g}"
+            )
+            rows.append((key, text))
+    rows.append(("computed core kept, bytes", facts.get("core_bytes")))
+    rows.append(("read without computing it again", facts.get("core_hit_rate")))
+    return _table((name, value) for name, value in rows if value is not None)
+
+
 def _machine(status: Status) -> str:
     rows = _pairs(status.facts.get("machine", {}))
-    if "tokens_per_second" in status.facts:
+    if status.facts.get("tokens_per_second") is not None:
         rows.append(("speed", f"{status.facts['tokens_per_second']:,.0f} tokens/s"))
     if "train_seconds" in status.facts:
         rows.append(("training time", duration(status.facts["train_seconds"])))

@@ -42,6 +42,7 @@ from cllm.training.progress import Progress
 from cllm.training.report import write_report
 from cllm.training.snapshot import Standing, differences, restore
 from cllm.training.step import TrainStep
+from cllm.training.tables import reduce_bases, table_facts
 from cllm.training.trainer import DivergedError, Trainer
 
 RESUMABLE = ("train.", "log.")
@@ -74,13 +75,17 @@ def start(
         model, step = build(config)
         if from_run is not None:
             _adopt(Path(from_run), model, step)
+        elif config.model.embedding.reduction != "none":
+            for line in reduce_bases(model, config.model.embedding.reduction):
+                progress.say(line)
+            step.refresh()
         if seconds is not None:
             left = seconds - (time.monotonic() - began)
             config = _fit_to_time(config, dataset, model, step, left, progress)
         draft.run.write_config(to_toml(config))
         run = draft.commit()
     run.note(**first_facts(config, dataset, command, parent))
-    return _train(config, run, load_prepared(run.data), model, step, Standing(), progress)
+    return train_run(config, run, load_prepared(run.data), model, step, Standing(), progress)
 
 
 def resume(path: Path | str, settings: Sequence[str], progress: Progress) -> Outcome:
@@ -93,6 +98,10 @@ def resume(path: Path | str, settings: Sequence[str], progress: Progress) -> Out
     config = load_config(run.config)
     changes = dict(map(parse_setting, settings))
     for key in changes:
+        if key.startswith("model.embedding."):
+            raise UsageError(
+                f"{key} cannot change on resume; `cllm reduce` makes a run with another kind of table"
+            )
         if not key.startswith(RESUMABLE):
             raise UsageError(f"{key} cannot change on resume; only train.* and log.* can")
         if key == "train.optimizer" and changes[key] != config.train.optimizer:
@@ -126,7 +135,7 @@ def resume(path: Path | str, settings: Sequence[str], progress: Progress) -> Out
         progress.warn(f"{text}: training goes on, but not to the same bits")
     progress.say(f"resuming {run.path} at step {standing.step}")
     newest = saved.step if locate(Path(path))[1] is None else None
-    return _train(config, run, dataset, model, step, standing, progress, newest)
+    return train_run(config, run, dataset, model, step, standing, progress, newest)
 
 
 def build(config: Config) -> tuple[Transformer, TrainStep]:
@@ -151,7 +160,7 @@ def build(config: Config) -> tuple[Transformer, TrainStep]:
     return model, TrainStep(model, arena, train, chunk=train.loss_chunk, compiled=compiled)
 
 
-def _train(
+def train_run(
     config: Config,
     run: RunDirectory,
     dataset: Dataset,
@@ -160,10 +169,12 @@ def _train(
     standing: Standing,
     progress: Progress,
     newest: int | None = None,
+    fit: bool = True,
 ) -> Outcome:
     """Fit, score, sample and report, holding the run's lock.
 
-    ``newest``: the step that must still be the run's newest once the lock is held.
+    ``newest``: the step that must still be the run's newest once the lock is held. ``fit``: False to
+    score the weights as they are.
     """
     resume_from = standing.step or None
     with ExitStack() as stack:
@@ -190,14 +201,17 @@ def _train(
         discard_after(run.path, standing.step)
         if standing.step == 0:
             trainer.save(best=False)  # so that a kill at any moment leaves something to resume
+        state = "finished"
         try:
             with Interrupt() as interrupt:
-                state = trainer.fit(interrupt)
+                if fit:
+                    state = trainer.fit(interrupt)
         except DivergedError as error:
             session.end("diverged", str(error), warnings=progress.warnings)
             raise
         outcome = conclude(trainer, state)
         facts = _last_facts(run, standing, outcome)
+        facts["table"] = table_facts(model, step, config)
         if state == "finished":
             session.end("finished", warnings=progress.warnings, **facts)
         else:
@@ -283,7 +297,10 @@ def _adopt(parent: Path, model: Transformer, step: TrainStep) -> None:
     weights = checkpoints.load_weights(parent)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if {name: tensor.shape for name, tensor in weights.items()} != wanted:
-        raise UserError(f"{parent} has another shape of model; leave out the model.* settings")
+        raise UserError(
+            f"{parent} has another shape of model; leave out the model.* settings (`cllm reduce` makes a "
+            "run with another kind of table)"
+        )
     model.load_state_dict(weights)
     step.refresh()
 

@@ -100,7 +100,8 @@ class TrainStep:
 
     ``counters`` holds, as scalar tensors on the CPU: ``applied`` steps, ``skipped`` steps, ``in_row``
     skipped ones since the last applied, and for fp16 the ``loss_scale`` and the ``calm`` steps since it
-    changed.
+    changed. ``cores`` holds, by table, the cores that are computed rather than learned; ``core_uses``
+    counts how often they were ``computed`` and ``read``.
     """
 
     def __init__(
@@ -120,12 +121,12 @@ class TrainStep:
         self.counters["loss_scale"].fill_(LOSS_SCALE_START if self.scaling else 1.0)
         self._trunk = _Trunk(model)
         self._tables, self._output = model.tables, model.output_name
-        self._cores = {
+        self.cores = {
             name: table.core().detach().to(arena.compute.dtype, copy=True)
             for name, table in self._tables.items()
             if table.computes_core
         }
-        self.core_uses = {"computed": len(self._cores), "read": 0}
+        self.core_uses = {"computed": len(self.cores), "read": 0}
         self._norms = {m.name: m for m in model.modules() if isinstance(m, BatchNorm)}
         self._running = [buffer for norm in self._norms.values() for buffer in norm.buffers()]
         self._whole = _perhaps_compiled(self._whole_step, compiled)
@@ -165,20 +166,20 @@ class TrainStep:
     def _compute_cores(self) -> None:
         """Pieces summed and coordinates snapped, once for all that an optimizer step reads of them."""
         masters = self.arena.layout.views(self.arena.weights)
-        for name, kept in self._cores.items():
+        for name, kept in self.cores.items():
             made = self._tables[name].core_of(*_factors(masters, name))
             kept.copy_(made)
 
     def _weights_changed(self, batches: int) -> None:
         for table in self._tables.values():
             table.after_step()
-        self.core_uses["computed"] += len(self._cores)
+        self.core_uses["computed"] += len(self.cores)
         # Each micro-batch looks its tokens up in the input's core and scores them with the output's.
-        self.core_uses["read"] += 2 * batches if self._cores else 0
+        self.core_uses["read"] += 2 * batches if self.cores else 0
 
     def _core(self, name: str, parameters: Mapping[str, Tensor]) -> Tensor:
         """The core (V, r) of a table, in the arithmetic's precision."""
-        return self._cores[name] if name in self._cores else parameters[f"model.{name}.weight"]
+        return self.cores[name] if name in self.cores else parameters[f"model.{name}.weight"]
 
     def _numbers(self, share: float, lr: float) -> Tensor:
         """What changes from step to step, computed once here rather than for each element there:
@@ -260,9 +261,7 @@ class TrainStep:
         )
         # The cores' gradients are added here rather than by autograd, each in a fixed order.
         grads, coordinates_grad = pull(hidden_grad)
-        looked_up = add_rows(
-            wide(coordinates_grad.flatten(0, 1)), ids_bt.flatten(), core.shape[0]
-        )
+        looked_up = add_rows(wide(coordinates_grad.flatten(0, 1)), ids_bt.flatten(), core.shape[0])
         cores = {self._output: scoring_grad}
         cores[INPUT] = looked_up + scoring_grad if self._output == INPUT else looked_up
         for name, grad in cores.items():

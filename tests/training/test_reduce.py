@@ -1,0 +1,171 @@
+"""A run with its table reduced: what is retained, what stays the same, and that training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cllm
+from cllm.api import Run
+from cllm.core.config import Config
+from cllm.core.errors import UsageError, UserError
+from cllm.core.settings import load_config
+from cllm.store import checkpoint
+from cllm.training import session
+from cllm.training.progress import Silent
+from cllm.training.reduce import reduce_run
+
+Reduce = Callable[..., Run]
+
+
+class Recorder(Silent):
+    """Keeps what would be shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def told() -> Recorder:
+    """What was said."""
+    return Recorder()
+
+
+@pytest.fixture
+def reduced(isolated: Path, told: Recorder) -> Reduce:
+    """Reduces a run into the directory ``name``."""
+
+    def run(path: Path, name: str = "reduced", **options: Any) -> Run:
+        return cllm.load(reduce_run(path, told, out=isolated / name, **options).run.path)
+
+    return run
+
+
+def test_the_table_is_the_best_of_its_rank_and_all_else_stays(
+    trained: Path, reduced: Reduce, told: Recorder
+) -> None:
+    before, after = cllm.load(trained), reduced(trained, rank=16)
+    table = before.model.embedding.table().detach()
+    values = torch.linalg.svdvals(table.double()).square()
+    lost = (after.model.embedding.table().detach() - table).square().sum()
+    assert lost.item() == pytest.approx(values[16:].sum().item(), rel=1e-4)
+    assert any("rank 16 of 64 retains" in line for line in told.said)
+    for name, tensor in after.model.state_dict().items():
+        if not name.startswith("embedding."):
+            assert torch.equal(tensor, before.model.state_dict()[name])
+    assert after.config.model.embedding.rank == 16
+    assert after.directory.status().state == "finished"
+    # What was scored at once is what a later evaluation finds.
+    found = after.evaluate(split="validation").bpb
+    assert found == pytest.approx(after.directory.status().facts["validation_bpb"], rel=1e-6)
+    assert "Token table" in after.report.read_text(encoding="utf-8")
+
+
+def test_a_share_to_retain_chooses_the_rank(trained: Path, reduced: Reduce) -> None:
+    embedding = reduced(trained, retain=0.9).model.embedding
+    table = cllm.load(trained).model.embedding.table().detach()
+    kept = embedding.table().detach().square().sum() / table.square().sum()
+    assert kept >= 0.9
+    values = torch.linalg.svdvals(table.double()).square()
+    assert values[: embedding.basis.shape[0] - 1].sum() / values.sum() < 0.9
+
+
+def test_lattice_reduction_of_a_trained_basis_changes_no_score(
+    isolated: Path, corpus: Path, reduced: Reduce, told: Recorder, config_of: Callable[..., Config]
+) -> None:
+    config = config_of(
+        data__paths=(str(corpus),), model__embedding__kind="reduced", model__embedding__rank=12
+    )
+    path = session.start(config, told, out=isolated / "run").run.path
+    first = cllm.load(path)
+    assert first.directory.status().facts["table"]["rank"] == 12
+    again = reduced(path, reduction="lll")
+    torch.testing.assert_close(
+        again.model.embedding.table(), first.model.embedding.table(), rtol=1e-4, atol=1e-5
+    )
+    assert again.evaluate().bpb == pytest.approx(first.evaluate().bpb, rel=1e-5)
+    assert any("orthogonality defect 2^" in line for line in told.said)
+
+
+def test_training_goes_on_in_the_reduced_space(trained: Path, reduced: Reduce) -> None:
+    start, end = reduced(trained, "start", rank=8), reduced(trained, "end", rank=8, then_train=20)
+    assert end.config.train.steps == 20
+    assert end.evaluate().bpb < start.evaluate().bpb
+    saved = checkpoint.load(end.path)
+    shapes = {name: moments.shape for name, moments in saved.optimizer["moments"]["mean"].items()}
+    vocab = end.config.model.vocab_size
+    assert shapes["embedding.weight"] == (vocab, 8)
+    assert shapes["embedding.basis"] == (8, 64)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "reduced", "rank": 12, "lattice": "reduced", "lattice_step": 0.02},
+        {"kind": "dense", "lattice": "e8"},
+    ],
+    ids=["reduced", "e8"],
+)
+def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
+    changes: dict[str, Any],
+    isolated: Path,
+    corpus: Path,
+    told: Recorder,
+    config_of: Callable[..., Config],
+    assert_same_run: Callable[[Path, Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fields = {f"model__embedding__{name}": value for name, value in changes.items()}
+    config = config_of(data__paths=(str(corpus),), **fields)
+    straight = session.start(config, told, out=isolated / "straight").run.path
+    saved = session.Trainer.save
+
+    def interrupted(trainer: session.Trainer, *, best: bool) -> None:
+        saved(trainer, best=best)
+        if trainer.standing.step == 4:
+            raise RuntimeError("pulled the plug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.Trainer, "save", interrupted)
+        with pytest.raises(RuntimeError, match="plug"):
+            session.start(config, told, out=isolated / "stopped")
+    session.resume(isolated / "stopped", (), told)
+    assert_same_run(isolated / "stopped", straight)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, UsageError, "no basis yet: give --rank N or --retain SHARE"),
+        ({"rank": 8, "retain": 0.5}, UsageError, "not both"),
+        ({"retain": 1.5}, UsageError, "share to retain"),
+        ({"rank": 65}, UsageError, "rank = 65 is above model.d_model = 64"),
+        ({"rank": 60, "reduction": "hkz"}, UserError, "50 are in reach; use bkz"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_leaves_nothing(
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    trained: Path,
+    reduced: Reduce,
+    isolated: Path,
+) -> None:
+    with pytest.raises(error, match=message):
+        reduced(trained, **options)
+    assert not (isolated / "reduced").exists()
+
+
+def test_another_kind_on_a_resume_is_refused_and_reduce_is_named(trained: Path) -> None:
+    with pytest.raises(UsageError, match="`cllm reduce` makes a run with another kind"):
+        session.resume(trained, ["model.embedding.kind=reduced"], Silent())
+    kind = load_config(trained / "run.toml").model.embedding.kind
+    assert kind == "dense"
