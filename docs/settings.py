@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cllm.core.config import Config, Section
+from cllm.core.config import Config
 from cllm.core.presets import PRESETS
+from cllm.core.section import Section
 from cllm.core.settings import explain, merge
 from cllm.model.transformer import parameter_count
 

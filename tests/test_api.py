@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import cllm
-from cllm.core.config import Config, ModelConfig
+from cllm.core.config import Config
+from cllm.core.model_config import ModelConfig
 from cllm.core.settings import build
 from cllm.infer.sampling import Sampling
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cllm.core.config import Config, ModelConfig, known_keys, require_known
+from cllm.core.config import Config, known_keys, require_known
 from cllm.core.errors import UsageError
+from cllm.core.model_config import ModelConfig
 from cllm.core.presets import PRESETS, preset_fields
 from cllm.core.settings import build
 

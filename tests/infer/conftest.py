@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cllm.core.config import ModelConfig
+from cllm.core.model_config import ModelConfig
 from cllm.model.transformer import Transformer
 
 SHAPE = {"d_model": 16, "n_layers": 2, "n_heads": 4, "d_ff": 24, "context": 12, "vocab_size": 31}

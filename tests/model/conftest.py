@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cllm.core.config import ModelConfig
+from cllm.core.model_config import ModelConfig
 from cllm.model.transformer import Transformer
 
 SMALL = {

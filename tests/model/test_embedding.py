@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch.autograd import gradcheck
 
-from cllm.core.config import EmbeddingConfig, ModelConfig
+from cllm.core.model_config import EmbeddingConfig, ModelConfig
 from cllm.lattice import E8
 from cllm.model.embedding import Embedding
 from cllm.model.factors import best_factors, rank_for, retained, spectrum

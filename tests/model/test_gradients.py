@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.nn import functional
 
-from cllm.core.config import EmbeddingConfig, ModelConfig
+from cllm.core.model_config import EmbeddingConfig, ModelConfig
 from cllm.model.attention import Attention, rotary_tables
 from cllm.model.cross_entropy import IGNORE, cross_entropy_sum, linear_cross_entropy
 from cllm.model.embedding import Embedding, add_rows

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cllm.core.config import ModelConfig
+from cllm.core.model_config import ModelConfig
 from cllm.core.presets import PRESETS
 from cllm.model.attention import KeyValueCache, rotary_tables, rotate
 from cllm.model.norms import NORMS, BatchNorm, Statistics

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from cllm.core.config import Config, ModelConfig, TrainConfig
+from cllm.core.config import Config, TrainConfig
+from cllm.core.model_config import ModelConfig
 from cllm.model.cross_entropy import IGNORE
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint

@@ -10,24 +10,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cllm.core.errors import UsageError
-
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-
-
-class Section(BaseModel):
-    """A frozen section of the configuration; unknown keys are refused."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,  # no setting means anything there
-    )
+from cllm.core.model_config import ModelConfig
+from cllm.core.section import Fraction, NonNegative, PositiveInt, Section
 
 
 class DataConfig(Section):
@@ -75,139 +62,6 @@ class TokenizerConfig(Section):
     """At most this many bytes of the training split are sampled to train the tokenizer."""
     special_tokens: tuple[str, ...] = ()
     """Further special tokens beside the end token ``<|endoftext|>``."""
-
-
-class EmbeddingConfig(Section):
-    """The token table."""
-
-    kind: Literal["dense", "reduced", "composed", "composed+reduced"] = "dense"
-    """A vector for each token; coordinates of ``rank``; sums of the vectors of a token's pieces; both."""
-    rank: PositiveInt | None = None
-    """``reduced``: coordinates of a token; none means half of ``model.d_model``."""
-    own_vectors: bool = True
-    """``composed``: a token is one of its own pieces."""
-    pieces: PositiveInt | None = None
-    """``composed``: number of different pieces; none means what the tokenizer gives."""
-    nonzeros: PositiveInt | None = None
-    """``composed``: pieces of all tokens together; none means what the tokenizer gives."""
-    lattice: Literal["none", "z", "e8", "reduced"] = "none"
-    """Train with coordinates snapped to integers, to E8, or to the basis's lattice by nearest plane."""
-    lattice_step: Annotated[float, Field(gt=0)] = 0.01
-    """What one step of that lattice is worth."""
-    reduction: Literal["none", "lll", "bkz", "hkz"] = "none"
-    """``reduced``: lattice reduction of the basis; the table stays the same."""
-    init_std: Annotated[float, Field(gt=0)] = 0.02
-    """Standard deviation of the random start."""
-
-    @property
-    def is_reduced(self) -> bool:
-        """Whether there is a basis."""
-        return self.kind.endswith("reduced")
-
-    @property
-    def is_composed(self) -> bool:
-        """Whether tokens are sums of pieces."""
-        return self.kind.startswith("composed")
-
-    def rank_of(self, width: int) -> int:
-        """Coordinates of a token in a model of ``width``."""
-        if not self.is_reduced:
-            return width
-        return self.rank if self.rank is not None else max(width // 2, 1)
-
-    @model_validator(mode="after")
-    def _fits_kind(self) -> Self:
-        if not self.is_reduced:
-            for name, given in (
-                ("rank", self.rank is not None),
-                ("reduction", self.reduction != "none"),
-                ("lattice = 'reduced'", self.lattice == "reduced"),
-            ):
-                if given:
-                    raise ValueError(
-                        f"model.embedding.{name} needs a basis: set model.embedding.kind = 'reduced' or "
-                        "'composed+reduced'"
-                    )
-        return self
-
-
-class ModelConfig(Section):
-    """Shape and parts of the network; the defaults are Llama's."""
-
-    preset: str | None = None
-    """A size by name (see ``cllm.core.presets``); fields given beside it win."""
-    d_model: PositiveInt = 128
-    """Width of the residual stream."""
-    n_layers: PositiveInt = 4
-    """Blocks of attention and feed-forward."""
-    n_heads: PositiveInt = 4
-    """Attention heads; they share ``d_model``."""
-    n_kv_heads: PositiveInt | None = None
-    """Key/value heads for grouped-query attention; none means ``n_heads``."""
-    d_ff: PositiveInt = 384
-    """Inner width of the feed-forward part."""
-    context: PositiveInt = 128
-    """Tokens of one window."""
-    vocab_size: PositiveInt | None = None
-    """Rows of the token table; none means the tokenizer's size."""
-    norm: Literal["rmsnorm", "layernorm", "batchnorm"] = "rmsnorm"
-    """Normalisation before each part (see ``docs/model.md``)."""
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
-    """Added to the variance before its root."""
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
-    """Feed-forward part."""
-    positions: Literal["rope", "learned"] = "rope"
-    """Rotary positions, or a learned table of ``context`` rows."""
-    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
-    """Base of the rotary frequencies."""
-    tie_embeddings: bool = True
-    """One table for input and output."""
-    embedding_dropout: Fraction = 0.0
-    """Share of the embeddings' entries set to zero in training."""
-    attention_dropout: Fraction = 0.0
-    """The same for attention weights."""
-    residual_dropout: Fraction = 0.0
-    """The same for what each part adds to the residual stream."""
-    embedding: EmbeddingConfig = EmbeddingConfig()
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.d_model // self.n_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Key/value heads, resolved."""
-        return self.n_kv_heads or self.n_heads
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.d_model % self.n_heads:
-            raise ValueError(
-                f"model.d_model = {self.d_model} is not a multiple of model.n_heads = {self.n_heads}; "
-                "change one of them"
-            )
-        if self.n_heads % self.kv_heads:
-            raise ValueError(
-                f"model.n_heads = {self.n_heads} is not a multiple of model.n_kv_heads = "
-                f"{self.kv_heads}; choose a divisor of n_heads"
-            )
-        rank = self.embedding.rank_of(self.d_model)
-        if rank > self.d_model:
-            raise ValueError(
-                f"model.embedding.rank = {rank} is above model.d_model = {self.d_model}; lower it"
-            )
-        if self.embedding.lattice == "e8" and rank % 8:
-            raise ValueError(
-                f"model.embedding.lattice = 'e8' takes eight coordinates at a time, and a token has "
-                f"{rank}; choose a multiple of 8"
-            )
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(
-                f"rotary positions need an even head width, not {self.head_dim}; change model.d_model "
-                "or model.n_heads, or set model.positions = 'learned'"
-            )
-        return self
 
 
 class TrainConfig(Section):

@@ -14,9 +14,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cllm.core.config import Config, Section, known_keys, require_known
+from cllm.core.config import Config, known_keys, require_known
 from cllm.core.errors import UsageError, UserError
 from cllm.core.presets import preset_fields
+from cllm.core.section import Section
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

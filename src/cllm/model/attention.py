@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cllm.core.config import ModelConfig
+from cllm.core.model_config import ModelConfig
 
 
 def rotary_tables(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tensor]:

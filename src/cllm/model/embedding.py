@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cllm.core.config import EmbeddingConfig
+from cllm.core.model_config import EmbeddingConfig
 from cllm.model.factors import best_factors, piece_vectors
 from cllm.model.incidence import Incidence
 from cllm.model.snap import Snap

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cllm.core.config import ModelConfig
+from cllm.core.model_config import ModelConfig
 from cllm.model.norms import wide
 
 

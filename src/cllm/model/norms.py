@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cllm.core.config import ModelConfig
+from cllm.core.model_config import ModelConfig
 
 Statistics = list[tuple[str, Tensor]]
 """Batch statistics of one forward pass: (name of the running average, its new observation)."""

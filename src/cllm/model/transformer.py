@@ -13,7 +13,7 @@ from scipy import sparse
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cllm.core.config import ModelConfig
+from cllm.core.model_config import ModelConfig
 from cllm.model.attention import Attention, KeyValueCache, rotary_tables
 from cllm.model.embedding import Embedding
 from cllm.model.mlp import MLPS
