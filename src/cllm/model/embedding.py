@@ -33,12 +33,17 @@ class DenseEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, width: int, config: EmbeddingConfig) -> None:
         super().__init__()
-        self.init_std = config.init_std
+        self.init_std = config.start_std
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
 
     def start(self, generator: torch.Generator) -> None:
         """Fill the table with its random start."""
         nn.init.normal_(self.weight, std=self.init_std, generator=generator)
+
+    def set_table(self, table_vd: Tensor) -> None:
+        """Begin with the (V, D) ``table_vd``."""
+        with torch.no_grad():
+            self.weight.copy_(table_vd)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Vectors of ``ids``: (…,) -> (…, D)."""

@@ -41,6 +41,7 @@ from cllm.training.pace import measure_pace
 from cllm.training.progress import Progress
 from cllm.training.report import write_report
 from cllm.training.snapshot import Standing, differences, restore
+from cllm.training.start_tables import start_tables
 from cllm.training.step import TrainStep
 from cllm.training.trainer import DivergedError, Trainer
 
@@ -74,6 +75,11 @@ def start(
         model, step = build(config)
         if from_run is not None:
             _adopt(Path(from_run), model, step)
+            if config.model.embedding.init != "normal":
+                progress.say("model.embedding.init is left aside: --from gives the weights")
+        else:
+            start_tables(config, dataset, model, progress)
+            step.arena.refresh()
         if seconds is not None:
             left = seconds - (time.monotonic() - began)
             config = _fit_to_time(config, dataset, model, step, left, progress)
