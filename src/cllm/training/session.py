@@ -41,6 +41,7 @@ from cllm.training.pace import measure_pace
 from cllm.training.progress import Progress
 from cllm.training.report import write_report
 from cllm.training.snapshot import Standing, differences, restore
+from cllm.training.start_tables import start_tables
 from cllm.training.step import TrainStep
 from cllm.training.tables import reduce_bases, table_facts
 from cllm.training.trainer import DivergedError, Trainer
@@ -75,9 +76,11 @@ def start(
         model, step = build(config)
         if from_run is not None:
             _adopt(Path(from_run), model, step)
-        elif config.model.embedding.reduction != "none":
-            for line in reduce_bases(model, config.model.embedding.reduction):
-                progress.say(line)
+        else:
+            start_tables(config, dataset, model, progress)
+            if config.model.embedding.reduction != "none":
+                for line in reduce_bases(model, config.model.embedding.reduction):
+                    progress.say(line)
             step.refresh()
         if seconds is not None:
             left = seconds - (time.monotonic() - began)

@@ -1,0 +1,85 @@
+"""A token table that begins with what the corpus says: PPMI of a window, factored by a truncated SVD.
+
+Words that occur in like contexts have like vectors from the first step on (Levy & Goldberg, "Neural
+Word Embedding as Implicit Matrix Factorization", 2014; Levy, Goldberg & Dagan, "Improving Distributional
+Similarity with Lessons Learned from Word Embeddings", 2015).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse import linalg
+
+CONTEXT_EXPONENT = 0.75
+"""Contexts are counted to this power, which takes weight from rare ones (Levy et al. 2015)."""
+SINGULAR_EXPONENT = 0.5
+"""Power of the singular values that the table keeps: 0.5 shares them between tokens and contexts."""
+
+
+def ppmi(
+    counts: sparse.csr_array, *, exponent: float = CONTEXT_EXPONENT, shift: float = 0.0
+) -> sparse.csr_array:
+    """Positive pointwise mutual information of (V, V) counts, float64, in nats.
+
+    max(log(p(i, j) / (p(i) p_e(j))) − shift, 0) with p_e(j) ∝ (Σ_i counts[i, j])^exponent; ``shift`` is
+    log k of k negative samples. Pairs never seen have 0.
+    """
+    found = counts.tocoo()
+    rows, columns = counts.sum(axis=1), counts.sum(axis=0) ** exponent
+    share = columns / max(columns.sum(), 1e-300)
+    values = np.log(found.data / (rows[found.row] * share[found.col])) - shift
+    kept = values > 0
+    places = (found.row[kept], found.col[kept])
+    return sparse.coo_array((values[kept], places), shape=counts.shape).tocsr()
+
+
+def truncated_svd(
+    matrix: sparse.csr_array, rank: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The ``rank`` largest singular triplets, fewer if the matrix is smaller: U (m, r), S (r,) falling,
+    V (n, r).
+
+    Deterministic: ARPACK begins with a vector drawn from ``seed``, and the largest entry of each column
+    of U is positive.
+    """
+    smaller = min(matrix.shape)
+    if rank < smaller // 2:
+        begin = np.random.default_rng(seed).standard_normal(smaller)
+        left, values, right = linalg.svds(matrix, k=rank, v0=begin, solver="arpack")
+    else:  # ARPACK finds at most all but one, and slowly where it is most of them
+        left, values, right = np.linalg.svd(matrix.toarray(), full_matrices=False)
+    order = np.argsort(-values, kind="stable")[:rank]
+    left, values, right = left[:, order], values[order], right[order].T
+    largest = np.abs(left).argmax(axis=0)
+    signs = np.where(left[largest, np.arange(len(values))] < 0, -1.0, 1.0)
+    return left * signs, values, right * signs
+
+
+def corpus_table(
+    following: sparse.csr_array,
+    width: int,
+    *,
+    std: float,
+    seed: int,
+    singular_exponent: float = SINGULAR_EXPONENT,
+) -> np.ndarray:
+    """A (V, ``width``) float32 table of root mean square ``std``, from counts of what follows what.
+
+    ``following``: (V, V), as ``cllm.text.cooccurrence`` counts. What comes after a token and what comes
+    before it are contexts of two kinds, the two halves of a (V, 2V) PPMI matrix: a model has to predict in
+    one direction. Rows are U·S^``singular_exponent`` of its SVD. Tokens never seen get a random row, and
+    columns beyond the matrix's rank random values, both drawn from ``seed`` with standard
+    deviation ``std``.
+    """
+    random = np.random.default_rng(seed)
+    table = random.standard_normal((following.shape[0], width)) * std
+    before_and_after = sparse.hstack([ppmi(following), ppmi(following.T.tocsr())], format="csr")
+    left, values, _ = truncated_svd(before_and_after, width, seed)
+    within = values > values[0] * 1e-10 if len(values) and values[0] > 0 else values > 0
+    left, values = left[:, within], values[within]
+    seen = np.flatnonzero(np.abs(left).sum(axis=1) > 0)
+    if len(seen):
+        rows = left[seen] * values**singular_exponent
+        table[np.ix_(seen, np.arange(len(values)))] = rows * (std / np.sqrt(np.mean(rows**2)))
+    return table.astype(np.float32)
