@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from cllm.core.config import Config
 from cllm.core.errors import UsageError, UserError
 from cllm.core.settings import load_config
 from cllm.store import checkpoint
+from cllm.store.metrics import read_lines
 from cllm.training import session
 from cllm.training.progress import Silent
 from cllm.training.reduce import reduce_run
@@ -169,3 +171,53 @@ def test_another_kind_on_a_resume_is_refused_and_reduce_is_named(trained: Path) 
         session.resume(trained, ["model.embedding.kind=reduced"], Silent())
     kind = load_config(trained / "run.toml").model.embedding.kind
     assert kind == "dense"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "composed"},
+        {"kind": "composed", "own_vectors": False, "init": "corpus"},
+        {"kind": "composed+reduced", "rank": 8, "init": "corpus", "lattice": "z"},
+    ],
+    ids=str,
+)
+def test_a_composed_run_trains_loads_and_resumes_to_the_same_bits(
+    changes: dict[str, Any],
+    isolated: Path,
+    corpus: Path,
+    told: Recorder,
+    config_of: Callable[..., Config],
+    assert_same_run: Callable[[Path, Path], None],
+) -> None:
+    fields = {f"model__embedding__{name}": value for name, value in changes.items()}
+    config = config_of(data__paths=(str(corpus),), **fields)
+    straight = session.start(config, told, out=isolated / "straight").run
+    losses = [line["loss"] for line in read_lines(straight.metrics) if line["kind"] == "train"]
+    assert losses[-1] < losses[0]
+    run = cllm.load(straight.path)
+    assert run.evaluate().bpb == pytest.approx(straight.status().facts["validation_bpb"], rel=1e-6)
+    embedding = run.model.embedding
+    own = changes.get("own_vectors", True)
+    assert (embedding.weight.shape[0] < embedding.incidence.tokens) is not own
+    facts = straight.status().facts["table"]
+    assert facts["core_hit_rate"] > 0
+    halted = session.start(config, told, out=isolated / "halted").run.path
+    shutil.rmtree(halted / "checkpoints" / "step-00000012")
+    for link in ("best", "last"):
+        (halted / "checkpoints" / link).unlink()
+        (halted / "checkpoints" / link).symlink_to("step-00000008")
+    session.resume(halted, (), told)
+    assert_same_run(halted, straight.path)
+
+
+def test_pieces_are_the_tokenizers_and_no_others(
+    isolated: Path, corpus: Path, told: Recorder, config_of: Callable[..., Config]
+) -> None:
+    config = config_of(
+        data__paths=(str(corpus),),
+        model__embedding__kind="composed",
+        model__embedding__pieces=7,
+    )
+    with pytest.raises(UsageError, match=r"pieces = 7, but this tokenizer gives \d+; leave it out"):
+        session.start(config, told, out=isolated / "run")

@@ -38,6 +38,7 @@ from cllm.training.conclude import Outcome, conclude, first_facts
 from cllm.training.interrupt import Interrupt
 from cllm.training.optimizer import OPTIMIZERS
 from cllm.training.pace import measure_pace
+from cllm.training.pieces import resolve_pieces
 from cllm.training.progress import Progress
 from cllm.training.report import write_report
 from cllm.training.snapshot import Standing, differences, restore
@@ -286,6 +287,8 @@ def _resolve(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer's {size}; "
             "leave it out"
         )
+    if config.model.embedding.is_composed:
+        config = resolve_pieces(config, dataset.tokenizer)
     choices = choose(config, seconds=seconds)
     busy = is_busy()
     if busy:

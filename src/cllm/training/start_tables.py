@@ -10,6 +10,7 @@ from cllm.model.crystal_start import crystal_table, merge_pieces
 from cllm.model.transformer import Transformer
 from cllm.text.cooccurrence import cooccurrence, harmonic_weights, token_counts
 from cllm.text.dataset import Dataset
+from cllm.training.pieces import incidence_of
 from cllm.training.progress import Progress
 
 WINDOW = 4
@@ -20,6 +21,8 @@ def start_tables(config: Config, dataset: Dataset, model: Transformer, progress:
     """Give the model's tables the start that ``config.model.embedding.init`` asks for, from the training
     split alone. A head of its own begins with the same table as the input."""
     embedding = config.model.embedding
+    if embedding.is_composed:
+        model.set_incidence(incidence_of(dataset.tokenizer, config))
     if embedding.init == "normal":
         return
     assert config.model.vocab_size is not None
