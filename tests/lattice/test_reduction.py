@@ -161,9 +161,9 @@ def test_a_failed_verification_steps_up_and_in_the_end_raises(monkeypatch, q_ary
 
     real, seen = reduction._run, []
 
-    def broken(rows, method, delta, block, float_type, max_seconds):
+    def broken(rows, method, delta, block, float_type, deadline):
         seen.append(float_type)
-        U, R, done = real(rows, method, delta, block, float_type, max_seconds)
+        U, R, done = real(rows, method, delta, block, float_type, deadline)
         if float_type == "d":
             R = R.copy()
             R[0, 0] += 1
@@ -275,10 +275,13 @@ def test_the_least_int64_is_large():
     assert not product_equals(np.array([[-1]]), least, least)
 
 
-def test_time_limit_is_reported(q_ary):
-    result = lattice.reduce(q_ary(60, 1009, 0), "bkz", block_size=30, max_seconds=1e-9)
+@pytest.mark.parametrize("method", ["deep", "bkz", "hkz"])
+def test_time_limit_is_reported(q_ary, method):
+    B = q_ary(50, 1009, 0)
+    result = lattice.reduce(B, method, block_size=30, max_seconds=1e-9)
     assert not result.finished
     assert result.certificate.holds(0.99)
+    assert lattice.reduce(q_ary(12, 101, 0), method, max_seconds=600).finished
 
 
 @pytest.mark.parametrize(
@@ -291,6 +294,8 @@ def test_time_limit_is_reported(q_ary):
         ({"block_size": 1}, "block_size"),
         ({"block_size": 2.5}, "block_size"),
         ({"max_seconds": 0}, "max_seconds"),
+        ({"max_seconds": float("nan")}, "max_seconds"),
+        ({"max_seconds": 1, "method": "seysen"}, "seysen cannot be stopped"),
     ],
 )
 def test_bad_arguments(arguments, message):
