@@ -17,9 +17,7 @@ NODE_LIMIT = 1e9
 BKZ_DIMENSION = 30
 
 
-def expected_nodes(
-    log_norms: np.ndarray, radius: float, widths: np.ndarray | None = None
-) -> float:
+def expected_nodes(log_norms: np.ndarray, radius: float, widths: np.ndarray | None = None) -> float:
     """Nodes of a full enumeration within ``radius`` by the Gaussian heuristic,
     Σ_k V_k(radius)/∏_{i>n-k}‖b*_i‖ (Hanrot & Stehlé, Crypto 2007, section 4).
 
