@@ -139,6 +139,16 @@ def test_exact_is_equivariant_and_the_basis_does_not_matter(q_ary, rng):
     np.testing.assert_allclose(plain.coefficients @ B, plain.points)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.sampled_from(METHODS[:3]))
+def test_every_method_is_equivariant_by_lattice_points(seed, n, method):
+    B, T = basis_and_targets(seed, n)
+    X = np.random.default_rng(seed).integers(-9, 10, (len(T), n))
+    plain, moved = (lattice.closest(B, targets, method) for targets in (T, T + X @ B))
+    # Rounding may decide a tie, or two beams of nearly one distance, either way.
+    np.testing.assert_allclose(moved.points - X @ B, plain.points, atol=1e-6)
+
+
 def test_planted_point_is_found_and_certified(q_ary, rng):
     B = lattice.reduce(q_ary(40, 1009, 1)).basis
     X = rng.integers(-50, 51, (200, 40))
@@ -316,6 +326,8 @@ def test_chunks_do_not_matter(rng):
         (np.array([[0.0, np.nan, 1.0]]), r"\(1, 3\).*NaN"),
         (np.array([[0.0, np.inf, 1.0]]), r"\(1, 3\).*infinity"),
         (np.array([["a", "b", "c"]]), r"\(1, 3\)"),
+        ([[1.0, 2.0, 3.0], [1.0]], "different lengths"),
+        (1.0, r"\(m, 3\).*\(\)"),
         (np.full((2, 3), 1e300), r"\(2, 3\).*float64"),
         (np.full((2, 3), 1e9, dtype=np.float32), r"\(2, 3\).*float32"),
     ],

@@ -171,7 +171,7 @@ def _scaled(array: np.ndarray) -> IntegerBasis:
             f"basis of shape {array.shape} is rank deficient: row {row} depends on the rows before"
             " it"
         )
-    return IntegerBasis(rows=narrow(scaled.rows), bits=scaled.bits, exact=scaled.exact)
+    return IntegerBasis(rows=narrow(scaled.rows), bits=scaled.bits)
 
 
 def _bit_length(rows: np.ndarray) -> int:
