@@ -41,8 +41,8 @@ def orthogonality_defect(B: Any, log: bool = False) -> float:
     Raises:
         ValueError: as for ``determinant``.
     """
-    rows = np.log(_row_norms(B))
-    defect = max(0.0, float(rows.sum() - log_norms(B).sum()))
+    total = float(log_norms(B).sum())
+    defect = max(0.0, float(np.log(_row_norms(B)).sum()) - total)
     return defect if log else _exp(defect, B, "orthogonality defect", "ask for log=True")
 
 
@@ -51,7 +51,7 @@ def root_hermite_factor(B: Any) -> float:
     (Gama & Nguyen, "Predicting lattice reduction", Eurocrypt 2008)."""
     logs = log_norms(B)
     n = len(logs)
-    return _exp((float(logs[0]) - float(logs.mean())) / n, B, "root Hermite factor", SCALE)
+    return math.exp((float(logs[0]) - float(logs.mean())) / n)
 
 
 def gaussian_heuristic(B: Any) -> float:
