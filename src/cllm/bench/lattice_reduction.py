@@ -19,8 +19,8 @@ def covariance_lattice(n: int, seed: int = 0) -> np.ndarray:
 
 
 def q_ary(n: int, q: int, seed: int) -> np.ndarray:
-    """A random q-ary lattice of determinant q^(n/2), the rows of q first: fplll's LLL takes several
-    times as long where they come last."""
+    """A random q-ary lattice of determinant q^(n/2), the rows of q first: fplll's LLL takes far
+    longer, and leaves double precision in 256 dimensions, where they come last."""
     rng = np.random.default_rng(seed)
     k = n // 2
     basis = np.eye(n, dtype=np.int64)
