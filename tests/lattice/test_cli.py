@@ -47,6 +47,22 @@ def test_cvp_and_svp(basis, tmp_path, rng):
     assert found["norm"] == pytest.approx(lattice.shortest(np.load(basis)).norm)
 
 
+def test_a_time_limit_is_flagged(tmp_path, q_ary):
+    basis = tmp_path / "large.npy"
+    np.save(basis, q_ary(60, 1009, 0))
+    for command in (["reduce", basis, "--block-size", 30], ["svp", basis]):
+        arguments = [*map(str, command), "--method", "bkz", "--max-seconds", "1e-9"]
+        result = runner.invoke(app, arguments, catch_exceptions=False)
+        assert result.exit_code == 0
+        assert json.loads(result.stdout)["finished"] is False
+        assert "stopped by --max-seconds" in result.stderr
+    found = run("reduce", basis, "--method", "bkz", "--block-size", 2, "--max-seconds", 600)
+    assert found["finished"] is True
+    result = runner.invoke(app, ["reduce", str(basis), "--max-seconds", "5"])
+    assert isinstance(result.exception, UserError)
+    assert "lll cannot be stopped" in str(result.exception)
+
+
 def test_out(basis, tmp_path):
     for name in ("reduced.npy", "reduced.json"):
         result = runner.invoke(app, ["reduce", str(basis), "--out", str(tmp_path / name)])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial import cKDTree
 
 from cllm import lattice
 from cllm.lattice.closest import METHODS
@@ -139,6 +140,16 @@ def test_exact_is_equivariant_and_the_basis_does_not_matter(q_ary, rng):
     np.testing.assert_allclose(plain.coefficients @ B, plain.points)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.sampled_from(METHODS[:3]))
+def test_every_method_is_equivariant_by_lattice_points(seed, n, method):
+    B, T = basis_and_targets(seed, n)
+    X = np.random.default_rng(seed).integers(-9, 10, (len(T), n))
+    plain, moved = (lattice.closest(B, targets, method) for targets in (T, T + X @ B))
+    # Rounding may decide a tie, or two beams of nearly one distance, either way.
+    np.testing.assert_allclose(moved.points - X @ B, plain.points, atol=1e-6)
+
+
 def test_planted_point_is_found_and_certified(q_ary, rng):
     B = lattice.reduce(q_ary(40, 1009, 1)).basis
     X = rng.integers(-50, 51, (200, 40))
@@ -200,6 +211,68 @@ def test_box_bounds(seed, n, low, high):
             np.testing.assert_allclose(found.distances, expected)
 
 
+def count_boxed_nodes(L, y, low, high, radius) -> int:
+    """All partial coefficient vectors in the box within the radius, level by level."""
+    X, count = np.zeros((1, 0)), 0
+    values = np.arange(low, high + 1)
+    for k in range(len(L) - 1, -1, -1):
+        X = np.column_stack([np.tile(values, len(X)), np.repeat(X, len(values), axis=0)])
+        X = X[np.linalg.norm(y[k:] - X @ L[k:, k:], axis=1) <= radius]
+        count += len(X)
+    return count
+
+
+@pytest.mark.parametrize(("n", "high", "spread"), [(12, 15, 1.0), (14, 3, 1.0), (10, 3, 3.0)])
+def test_expected_nodes_of_a_boxed_search_are_near_the_true_number(n, high, spread):
+    """Inside the box the heuristic is right; outside, where it is not, probing is."""
+    from cllm.lattice.boxed import _probe, expected_boxed_nodes
+    from cllm.lattice.gso import lq
+
+    rng = np.random.default_rng(n)
+    heuristic, probed, true = [], [], []
+    for _ in range(8):
+        L, _ = lq(lattice.reduce(rng.standard_normal((n, n))).basis)
+        y = (high / 2 * (1 + spread * rng.uniform(-1, 1, (1, n)))) @ L
+        low, top = np.zeros(n), np.full(n, float(high))
+        start = lattice.closest(L, y, bounds=(0, high)).coefficients.astype(float)
+        radius = np.linalg.norm(y - start @ L, axis=1)
+        true.append(count_boxed_nodes(L, y[0], 0, high, radius[0]))
+        heuristic.append(expected_boxed_nodes(L, y, low, top, start))
+        probed.append(_probe(L, y, low, top, radius)[0])
+    ratio = np.log2(np.array(probed) / true)
+    assert np.abs(ratio).max() < 1
+    ratio = np.log2(np.array(heuristic) / true)
+    assert ratio.min() > -1
+    assert spread > 1 or ratio.max() < 1.5
+
+
+def test_exact_in_a_box_is_refused_where_it_cannot_end(rng):
+    B = lattice.reduce(rng.standard_normal((64, 64))).basis
+    T = rng.uniform(-8, 7, (5, 64)) @ B
+    with pytest.raises(ValueError, match=r"dimension 64.*about \d\.\de\+\d+ nodes.*k-best"):
+        lattice.closest(B, T, "exact", bounds=(-8, 7))
+    # The same box around lattice points: there is nothing to search.
+    found = lattice.closest(B, np.rint(rng.uniform(-8, 7, (5, 64))) @ B, "exact", bounds=(-8, 7))
+    assert (found.distances < 1e-9).all()
+
+
+def test_exact_in_a_box_is_not_refused_for_targets_outside_it(rng):
+    """The ball around such a target is large, but little of it is in the box."""
+    from cllm.lattice.boxed import NODE_LIMIT
+    from cllm.lattice.enumeration import expected_nodes
+
+    B = lattice.reduce(rng.standard_normal((12, 12))).basis
+    T = (1.5 + 4 * rng.uniform(-1, 1, (2, 12))) @ B
+    found = lattice.closest(B, T, "exact", bounds=(0, 3))
+    start = lattice.closest(B, T, "k-best", bounds=(0, 3)).distances.max()
+    logs = lattice.profile(B) * np.log(2)
+    assert expected_nodes(logs, start, np.full(12, 4)) > NODE_LIMIT
+    X = np.array(list(itertools.product(range(4), repeat=6)))
+    tail, head = X @ B[6:], X @ B[:6]
+    for target, distance in zip(T, found.distances, strict=True):
+        assert distance == pytest.approx(cKDTree(head).query(target - tail)[0].min())
+
+
 def test_beams_in_a_box_are_worth_it(rng):
     """A four-level grid under a correlated metric, the case of weight rounding."""
     samples = rng.standard_normal((24, 8)) @ rng.standard_normal((8, 400))
@@ -253,6 +326,8 @@ def test_chunks_do_not_matter(rng):
         (np.array([[0.0, np.nan, 1.0]]), r"\(1, 3\).*NaN"),
         (np.array([[0.0, np.inf, 1.0]]), r"\(1, 3\).*infinity"),
         (np.array([["a", "b", "c"]]), r"\(1, 3\)"),
+        ([[1.0, 2.0, 3.0], [1.0]], "different lengths"),
+        (1.0, r"\(m, 3\).*\(\)"),
         (np.full((2, 3), 1e300), r"\(2, 3\).*float64"),
         (np.full((2, 3), 1e9, dtype=np.float32), r"\(2, 3\).*float32"),
     ],

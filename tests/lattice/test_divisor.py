@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cllm import lattice
 from cllm.lattice.primes import smallest_factors
-from cllm.lattice.similarity import bits
+from cllm.lattice.similarity import log_values
 
 LARGEST_PRIME = 2**63 - 25
 positive = st.integers(1, 2**63 - 1)
@@ -108,7 +108,7 @@ def test_similarity_of_two_batches_and_of_codes_beyond_any_integer():
     assert got[2, 0] == 0
     assert got[0, 0] == pytest.approx(np.log(p[:100]).sum() / np.log(p).sum())
     assert lattice.similarity(huge)[2, 2] == 1
-    assert bits(huge)[1] == pytest.approx(math.log2(math.prod(p[:100])) * 2)
+    assert log_values(huge)[1] == pytest.approx(math.log(math.prod(p[:100])) * 2)
     with pytest.raises(ValueError, match=r"code 0 of 3.*2\^63"):
         huge.values()
     with pytest.raises(ValueError, match="code 1 of 2"):
@@ -167,6 +167,19 @@ def test_refusals():
         lattice.primes_below(2**40)
     with pytest.raises(ValueError, match="at least 1"):
         lattice.nth_prime(0)
+    with pytest.raises(ValueError, match="beyond the limit"):
+        lattice.nth_prime(10**12)
+    with pytest.raises(ValueError, match=r"2\^64"):
+        lattice.is_prime(2**64)
+    for function in (lattice.nth_prime, lattice.nth_primes, lattice.primes_below, lattice.is_prime):
+        for bad in (2.5, "7", None, True):
+            with pytest.raises(ValueError, match="integer"):
+                function(bad)
+    for bad in (1.5, 0, 2**70):
+        with pytest.raises(ValueError, match=r"integer|2\^63"):
+            lattice.Codes.from_factors([{2: bad}])
+    with pytest.raises(ValueError, match="integer"):
+        lattice.FactorCache(10.5)
     with pytest.raises(ValueError, match="negative"):
         lattice.nth_primes(-1)
     with pytest.raises(ValueError, match="not prime"):

@@ -79,10 +79,30 @@ def test_measures_of_a_diagonal_basis():
 
 def test_measures_know_no_overflow(rng):
     B = rng.standard_normal((200, 200)) * 1e30
-    assert lattice.determinant(B) == np.inf
+    with pytest.raises(ValueError, match=r"\(200, 200\).*log=True"):
+        lattice.determinant(B)
     assert np.isfinite(lattice.determinant(B, log=True))
     assert lattice.orthogonality_defect(B, log=True) > 0
     assert np.isfinite(lattice.mean_ratio_db(B * 1e150))
+
+
+@pytest.mark.parametrize(
+    ("function", "B"),
+    [
+        (lattice.gram_schmidt, np.eye(2) * 1e200),
+        (lattice.gram_schmidt, np.eye(2) * 1e-200),
+        (lattice.profile, np.full((1, 2), 1.7e308)),
+        (lattice.determinant, np.eye(4) * 1e-100),
+        # 39 rows of length 1 that stand out of the first by 1e-12 each.
+        (lattice.orthogonality_defect, np.eye(40) * 1e-12 + np.eye(1, 40)),
+        (lattice.gaussian_heuristic, np.eye(200) * 1.7e308),
+        (lattice.dual, np.eye(2) * 1e-310),
+    ],
+)
+def test_what_float64_cannot_hold_is_refused(function, B):
+    shape = np.shape(B)
+    with pytest.raises(ValueError, match=rf"\({shape[0]}, {shape[1]}\).*float64"):
+        function(B)
 
 
 def test_mean_ratio_is_zero_only_for_a_flat_profile(rng):
@@ -112,8 +132,43 @@ BAD = [
 
 @pytest.mark.parametrize(("B", "message"), BAD)
 @pytest.mark.parametrize(
-    "function", [lattice.gram_schmidt, lattice.profile, lattice.dual, lattice.determinant]
+    "function",
+    [
+        *(lattice.gram_schmidt, lattice.profile, lattice.dual, lattice.determinant),
+        *(lattice.orthogonality_defect, lattice.root_hermite_factor, lattice.mean_ratio_db),
+        lattice.gaussian_heuristic,
+        lambda B: lattice.coefficients_in_ball(B, 1.0),
+        lambda B: lattice.closest(B, np.zeros((1, 2))),
+    ],
 )
 def test_bad_input_is_refused_with_its_shape(function, B, message):
+    with pytest.raises(ValueError, match=message):
+        function(B)
+
+
+SINGULAR = [([[1.0, 2.0], [2.0, 4.0]], 1), ([[1, 0], [0, 1], [1, 1]], 2), ([[0, 0], [0, 1]], 0)]
+
+
+@pytest.mark.parametrize(("B", "row"), SINGULAR)
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(lattice.gram_schmidt, lattice.profile, lattice.dual, lattice.determinant),
+        *(lattice.orthogonality_defect, lattice.root_hermite_factor, lattice.mean_ratio_db),
+        *(lattice.gaussian_heuristic, lattice.reduce, lattice.shortest),
+        lambda B: lattice.coefficients_in_ball(B, 1.0),
+        lambda B: lattice.closest(B, np.zeros((1, 2))),
+        lambda B: lattice.closest(B, np.zeros((1, 2)), "exact"),
+    ],
+)
+def test_the_first_dependent_row_is_named_everywhere(function, B, row):
+    shape = np.shape(B)
+    with pytest.raises(ValueError, match=rf"\({shape[0]}, {shape[1]}\).*row {row} depends"):
+        function(B)
+
+
+@pytest.mark.parametrize(("B", "message"), BAD[:-1])
+@pytest.mark.parametrize("function", [lattice.reduce, lattice.shortest])
+def test_reduction_refuses_bad_input_with_its_shape(function, B, message):
     with pytest.raises(ValueError, match=message):
         function(B)

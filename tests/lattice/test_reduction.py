@@ -161,9 +161,9 @@ def test_a_failed_verification_steps_up_and_in_the_end_raises(monkeypatch, q_ary
 
     real, seen = reduction._run, []
 
-    def broken(rows, method, delta, block, float_type, max_seconds):
+    def broken(rows, method, delta, block, float_type, deadline):
         seen.append(float_type)
-        U, R, done = real(rows, method, delta, block, float_type, max_seconds)
+        U, R, done = real(rows, method, delta, block, float_type, deadline)
         if float_type == "d":
             R = R.copy()
             R[0, 0] += 1
@@ -222,15 +222,17 @@ def test_dependent_rows_are_named(q_ary):
 
 def test_scaling_is_exact_where_it_is_cheap_and_enough_where_it_is_not(rng):
     half = to_integers(np.array([[0.5, 1.25], [3.0, -0.75]]))
-    assert (half.bits, half.exact) == (2, True)
+    assert half.bits == 2
     assert half.rows.tolist() == [[2, 5], [12, -3]]
     mixed = lattice.reduce([[-1, 2**63], [3, 2]])
     assert abs(exact_determinant(mixed.basis)) == 2 + 3 * 2**63
     assert to_integers(np.array([[3.0, 2.0**80]])).rows.tolist() == [[3, 2**80]]
     B = rng.standard_normal((20, 20)) @ np.diag(np.geomspace(1, 1e-10, 20))
     scaled = to_integers(B)
-    assert not scaled.exact
+    # Far fewer than the bits that would represent every entry.
+    assert 0 < scaled.bits < 100
     shifted = np.array(scaled.rows, dtype=float) * 2.0**-scaled.bits
+    assert (shifted != B).any()
     moved = np.abs(lattice.profile(shifted) - lattice.profile(B)).max()
     assert moved <= 2 * np.sqrt(20) * 2.0**-32 / np.log(2)
 
@@ -275,10 +277,13 @@ def test_the_least_int64_is_large():
     assert not product_equals(np.array([[-1]]), least, least)
 
 
-def test_time_limit_is_reported(q_ary):
-    result = lattice.reduce(q_ary(60, 1009, 0), "bkz", block_size=30, max_seconds=1e-9)
+@pytest.mark.parametrize("method", ["deep", "bkz", "hkz"])
+def test_time_limit_is_reported(q_ary, method):
+    B = q_ary(50, 1009, 0)
+    result = lattice.reduce(B, method, block_size=30, max_seconds=1e-9)
     assert not result.finished
     assert result.certificate.holds(0.99)
+    assert lattice.reduce(q_ary(12, 101, 0), method, max_seconds=600).finished
 
 
 @pytest.mark.parametrize(
@@ -291,6 +296,8 @@ def test_time_limit_is_reported(q_ary):
         ({"block_size": 1}, "block_size"),
         ({"block_size": 2.5}, "block_size"),
         ({"max_seconds": 0}, "max_seconds"),
+        ({"max_seconds": float("nan")}, "max_seconds"),
+        ({"max_seconds": 1, "method": "seysen"}, "seysen cannot be stopped"),
     ],
 )
 def test_bad_arguments(arguments, message):

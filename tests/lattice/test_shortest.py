@@ -73,6 +73,8 @@ def test_bkz_is_flagged_as_an_approximation(q_ary):
     found = lattice.shortest(B, "bkz", block_size=20)
     assert not found.is_exact
     assert 0.9 < found.ratio < 1.6
+    assert found.finished
+    assert not lattice.shortest(B, "bkz", block_size=20, max_seconds=1e-9).finished
     assert (found.coefficients @ B == found.vector).all()
 
 
@@ -119,6 +121,8 @@ def test_refusals(q_ary):
         lattice.shortest(q_ary(80, 1009, 0))
     with pytest.raises(ValueError, match="method"):
         lattice.shortest(np.eye(3), "magic")
+    with pytest.raises(ValueError, match="exact enumeration cannot be stopped"):
+        lattice.shortest(np.eye(3), max_seconds=1)
     with pytest.raises(ValueError, match="row 1"):
         lattice.shortest([[1, 2], [2, 4]])
     with pytest.raises(ValueError, match=r"\(2, 2\).*float64"):

@@ -154,8 +154,15 @@ def test_refusals():
         index.nearest([np.nan, 0])
     with pytest.raises(ValueError, match="more than the 10"):
         index.nearest([0, 0], 11)
-    with pytest.raises(ValueError, match="radius"):
-        index.within([0, 0], -1)
+    for bad in (-1, np.nan):
+        with pytest.raises(ValueError, match="radius"):
+            index.within([0, 0], bad)
+    with pytest.raises(ValueError, match=r"\(2, 2\)"):
+        index.within([[0, 0], [1, 1]], 1)
+    with pytest.raises(ValueError, match=r"\(3,\)"):
+        index.box([0, 0, 0], [1, 1, 1])
+    with pytest.raises(ValueError, match="limit"):
+        lattice.SpiralIndex(10**15)
     with pytest.raises(ValueError, match="layout"):
         lattice.SpiralIndex(10, "magic")
     with pytest.raises(ValueError, match="count"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,17 +10,17 @@ import torch
 
 from cllm.bench.harness import Claim
 from cllm.bench.lattice_reduction import covariance_lattice
-from cllm.bench.lattice_timing import medians, row
+from cllm.bench.lattice_timing import medians, row, torch_threads
+from cllm.core.cpu import usable_threads
 
 
 def planes(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
-    """Nearest plane against fpylll and the machine's matrix product; K-best against nearest plane."""
+    """Nearest plane against fpylll's and the machine's matrix product, in turns."""
     rows: list[dict[str, Any]] = []
     claims: list[Claim] = []
-    full = ((64, 100_000, 0.05), (512, 100_000, 0.25))
-    for n, count, share in ((16, 500, 0.05), (32, 500, 0.25)) if quick else full:
-        rate, product = _plane_rate(n, count)
-        theirs = _fpylll_rate(_plane_basis(n), 10 if n > 100 else 200)
+    full = ((64, 100_000, 200, 0.05), (512, 100_000, 10, 0.25))
+    for n, count, few, share in ((16, 500, 20, 0.05), (32, 500, 10, 0.25)) if quick else full:
+        rate, product, theirs = _plane_rates(n, count, few)
         case = f"n={n}, {count} float32 targets"
         work = 5 * n * n * rate
         rows.append(row("nearest plane", case, rate, "targets/s", "GSO.Mat.babai", theirs))
@@ -34,6 +34,13 @@ def planes(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
                 required=share,
             )
         )
+    return rows, claims
+
+
+def beams(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
+    """K-best against nearest plane."""
+    rows: list[dict[str, Any]] = []
+    claims: list[Claim] = []
     for n, count in ((16, 500), (24, 200)) if quick else ((64, 20_000), (512, 4_000)):
         more_rows, claim = _k_best(n, count)
         rows += more_rows
@@ -45,20 +52,25 @@ def _plane_basis(n: int) -> np.ndarray:
     return covariance_lattice(n) + np.eye(n)
 
 
-def _plane_rate(n: int, count: int) -> tuple[float, float]:
-    """Targets a second of nearest plane, and this machine's float32 product in flop a second."""
+def _plane_rates(n: int, count: int, few: int) -> tuple[float, float, float]:
+    """Targets a second of nearest plane, this machine's float32 product in flop a second, and targets
+    a second of a loop over ``GSO.Mat.babai`` on ``few`` of them."""
     from cllm import lattice
 
     B = _plane_basis(n)
     T = torch.randn(count, n, generator=torch.Generator().manual_seed(0)) * 20
     square = torch.randn(2048, 2048)
-    contestants = {"ours": lambda: lattice.closest(B, T), "product": lambda: square @ square}
-    seconds = medians(contestants, 5)
-    return count / seconds["ours"], 2 * 2048**3 / seconds["product"]
+    contestants = {
+        "ours": lambda: lattice.closest(B, T),
+        "product": lambda: square @ square,
+        "fpylll": _fpylll_loop(B, T[:few].double().numpy()),
+    }
+    seconds = medians(contestants)
+    return count / seconds["ours"], 2 * 2048**3 / seconds["product"], few / seconds["fpylll"]
 
 
-def _fpylll_rate(B: np.ndarray, count: int) -> float:
-    """Targets a second of a loop over ``GSO.Mat.babai``, its Gram–Schmidt data prepared."""
+def _fpylll_loop(B: np.ndarray, targets: np.ndarray) -> Callable[[], None]:
+    """A loop over ``GSO.Mat.babai``, its Gram–Schmidt data and its targets prepared."""
     from fpylll import GSO
 
     from cllm.lattice.integers import to_fplll, to_integers
@@ -66,12 +78,13 @@ def _fpylll_rate(B: np.ndarray, count: int) -> float:
     scaled = to_integers(B)
     gso = GSO.Mat(to_fplll(scaled.rows), float_type="d")
     gso.update_gso()
-    T = np.random.default_rng(0).standard_normal((count, len(B))) * 20 * 2.0**scaled.bits
-    targets = [tuple(t) for t in T.tolist()]
-    started = time.perf_counter()
-    for target in targets:
-        gso.babai(target)
-    return count / (time.perf_counter() - started)
+    prepared = [tuple(t) for t in (targets * 2.0**scaled.bits).tolist()]
+
+    def loop() -> None:
+        for target in prepared:
+            gso.babai(target)
+
+    return loop
 
 
 def _k_best(n: int, count: int) -> tuple[list[dict[str, Any]], Claim]:
@@ -85,8 +98,7 @@ def _k_best(n: int, count: int) -> tuple[list[dict[str, Any]], Claim]:
             "plane": lambda: lattice.closest(B, T),
             "beam": lambda: lattice.closest(B, T, "k-best", K=16),
             "compiled": lambda: lattice.closest(B, T, "k-best", K=16, compiled=True),
-        },
-        5,
+        }
     )
     errors = [
         float(lattice.closest(B, T, method).distances.square().mean())
@@ -110,35 +122,36 @@ def _k_best(n: int, count: int) -> tuple[list[dict[str, Any]], Claim]:
 
 
 def root_lattices(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
-    """Points a second of E8 on one thread and Leech on all; the second moments they show."""
+    """Points a second of E8 and Leech, beside a plain copy of the points; Leech on all threads, too."""
     from cllm import lattice
 
     generator = torch.Generator().manual_seed(0)
     eights = torch.randn(2_000 if quick else 4_000_000, 8, generator=generator) * 2
     leeches = torch.randn(500 if quick else 100_000, 24, generator=generator) * 2
     e8, leech = lattice.E8(), lattice.Leech()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        one = medians({"e8": lambda: e8.nearest(eights), "copy": lambda: eights.clone()}, 5)
-        single = medians({"leech": lambda: leech.nearest(leeches)}, 3)["leech"]
-    finally:
-        torch.set_num_threads(threads)
-    every = medians({"leech": lambda: leech.nearest(leeches)}, 5)["leech"]
+    everyone = usable_threads()
+
+    def on_all() -> None:
+        with torch_threads(everyone):
+            leech.nearest(leeches)
+
+    small = medians({"e8": lambda: e8.nearest(eights), "copy": lambda: eights.clone()})
+    large = medians(
+        {
+            "one": lambda: leech.nearest(leeches),
+            "all": on_all,
+            "copy": lambda: leeches.clone(),
+        }
+    )
+    e8_rate, e8_copy = (len(eights) / small[name] for name in ("e8", "copy"))
+    one, every, copy = (len(leeches) / large[name] for name in ("one", "all", "copy"))
     rows = [
-        row(
-            "E8",
-            "one thread",
-            len(eights) / one["e8"],
-            "points/s",
-            "copy",
-            len(eights) / one["copy"],
-        ),
-        row("Leech", "one thread", len(leeches) / single, "points/s"),
-        row("Leech", f"{threads} threads", len(leeches) / every, "points/s"),
+        row("E8", "1 thread", e8_rate, "points/s", "copy", e8_copy),
+        row("Leech", "1 thread", one, "points/s", "copy", copy),
+        row("Leech", f"all threads ({everyone})", every, "points/s"),
     ]
     claims = [
-        Claim(name="E8 points/s a core", value=len(eights) / one["e8"], required=10e6, aim=50e6),
-        Claim(name="Leech points/s", value=len(leeches) / min(every, single), required=200e3),
+        Claim(name="E8 points/s a core", value=e8_rate, required=10e6, aim=50e6),
+        Claim(name="Leech points/s a core", value=one, required=200e3),
     ]
     return rows, claims

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,7 @@ def spiral(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
 
     n = np.arange(1, 1_000 if quick else 20_000_001)
     x, y = lattice.ulam(n)
-    seconds = medians(
-        {"there": lambda: lattice.ulam(n), "back": lambda: lattice.ulam_number(x, y)}, 5
-    )
+    seconds = medians({"there": lambda: lattice.ulam(n), "back": lambda: lattice.ulam_number(x, y)})
     rows = [
         row("Ulam n to (x, y)", f"{len(n)} numbers", len(n) / seconds["there"], "numbers/s"),
         row("Ulam (x, y) to n", f"{len(n)} numbers", len(n) / seconds["back"], "numbers/s"),
@@ -61,7 +60,7 @@ def codes(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
                 out.append(g / (logs[i] + logs[j] - g))
         return out
 
-    seconds = medians({"ours": lambda: lattice.similarity(tokens), "math": by_gcd}, 5)
+    seconds = medians({"ours": lambda: lattice.similarity(tokens), "math": by_gcd})
     rate, theirs = count**2 / seconds["ours"], len(few) ** 2 / seconds["math"]
     rows = [row("similarity", f"{count}×{count} tokens", rate, "pairs/s", "math.gcd", theirs)]
     rows += _factor_cache(200 if quick else 20_000)
@@ -84,7 +83,7 @@ def _factor_cache(count: int) -> list[dict[str, Any]]:
     a, b = (rng.integers(1, limit + 1, count) for _ in range(2))
     codes_a, codes_b = cache.codes(a), cache.codes(b)
     pairs = list(zip(a.tolist(), b.tolist(), strict=True))
-    contestants = {
+    contestants: dict[str, Callable[[], Any]] = {
         "meet": lambda: lattice.meet(codes_a, codes_b),
         "factor and meet": lambda: lattice.meet(cache.codes(a), cache.codes(b)),
         "math.gcd": lambda: [math.gcd(x, y) for x, y in pairs],
@@ -92,40 +91,45 @@ def _factor_cache(count: int) -> list[dict[str, Any]]:
         "codes": lambda: cache.codes(a),
         "one by one": lambda: [cache.factor(x) for x, _ in pairs],
     }
-    seconds = medians(contestants, 5)
-    rate = {name: count / value for name, value in seconds.items()}
-    case = f"{count} pairs below 2^20"
-    rows = [
-        row("gcd of codes in hand", case, rate["meet"], "pairs/s", "math.gcd", rate["math.gcd"]),
-        row("gcd of codes in hand", case, rate["meet"], "pairs/s", "np.gcd", rate["np.gcd"]),
-        row(
-            "factor, then gcd",
-            case,
-            rate["factor and meet"],
-            "pairs/s",
-            "math.gcd",
-            rate["math.gcd"],
-        ),
+    few = a[: max(1, count // 20)].tolist()
+    large = rng.integers(2**62, 2**63 - 1, 5 if count < 1000 else 100).tolist()
+    sizes = dict.fromkeys(contestants, count)
+    contestants["large"] = lambda: [cache.factor(x) for x in large]
+    sizes["large"] = len(large)
+    factorint = _factorint()
+    if factorint is not None:
+        contestants["sympy"] = lambda: [factorint(x) for x in few]
+        contestants["large, sympy"] = lambda: [factorint(x) for x in large]
+        sizes |= {"sympy": len(few), "large, sympy": len(large)}
+    seconds = medians(contestants)
+    rate = {name: size / seconds[name] for name, size in sizes.items()}
+    case, far = f"{count} pairs below 2^20", f"{len(large)} numbers"
+    table = [
+        ("gcd of codes in hand", case, "meet", "pairs/s", "math.gcd"),
+        ("gcd of codes in hand", case, "meet", "pairs/s", "np.gcd"),
+        ("factor, then gcd", case, "factor and meet", "pairs/s", "math.gcd"),
+        ("factor, batched", case, "codes", "numbers/s", "sympy"),
+        ("factor, one by one", case, "one by one", "numbers/s", "sympy"),
+        ("factor near 2^63", far, "large", "numbers/s", "large, sympy"),
     ]
+    return [
+        row(
+            job,
+            size,
+            rate[ours],
+            unit,
+            "sympy.factorint" if "sympy" in peer else peer,
+            rate.get(peer),
+        )
+        for job, size, ours, unit, peer in table
+    ]
+
+
+def _factorint() -> Callable[[int], dict[int, int]] | None:
+    """sympy's, or ``None`` where sympy is not installed."""
     try:
         from sympy import factorint
     except ImportError:
-        return rows
-    few = a[: max(1, count // 20)].tolist()
-    theirs = len(few) / medians({"sympy": lambda: [factorint(x) for x in few]}, 3)["sympy"]
-    rows.append(row("factor, batched", case, rate["codes"], "numbers/s", "sympy.factorint", theirs))
-    rows.append(
-        row("factor, one by one", case, rate["one by one"], "numbers/s", "sympy.factorint", theirs)
-    )
-    large = rng.integers(2**62, 2**63 - 1, 5 if count < 1000 else 100).tolist()
-    big = medians(
-        {
-            "ours": lambda: [cache.factor(x) for x in large],
-            "sympy": lambda: [factorint(x) for x in large],
-        },
-        3,
-    )
-    ours, theirs = (len(large) / big[name] for name in ("ours", "sympy"))
-    case = f"{len(large)} numbers"
-    rows.append(row("factor near 2^63", case, ours, "numbers/s", "sympy.factorint", theirs))
-    return rows
+        return None
+    found: Callable[[int], dict[int, int]] = factorint
+    return found

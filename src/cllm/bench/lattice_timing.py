@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
+# Rounds of every comparison, its warm-up apart.
+ROUNDS = 5
 
-def medians(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch on ``count`` threads inside the block, whatever the environment asked for."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def medians(contestants: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
     """Median seconds of each contestant over ``rounds`` interleaved rounds, warm-up apart."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
@@ -23,7 +40,7 @@ def medians(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str,
 def row(
     job: str,
     case: str,
-    value: float,
+    value: float | None,
     unit: str,
     peer: str | None = None,
     peer_value: float | None = None,

@@ -22,6 +22,13 @@ Out = Annotated[
     typer.Option(help="Write the vectors here: .npy for an array, .json for everything."),
 ]
 
+Limit = Annotated[
+    float | None,
+    typer.Option(
+        help='Time limit of deep, bkz and hkz; "finished" in the JSON is false where it was met.'
+    ),
+]
+
 
 @app.command("reduce")
 def reduce_command(
@@ -29,6 +36,7 @@ def reduce_command(
     method: Annotated[str, typer.Option(help="lll, deep, seysen, bkz or hkz.")] = "lll",
     delta: Annotated[float, typer.Option(help="Lovász factor.")] = 0.99,
     block_size: Annotated[int, typer.Option(help="Block size of bkz.")] = 20,
+    max_seconds: Limit = None,
     out: Out = None,
 ) -> None:
     """Reduce a basis and print the basis, the transform and its figures of merit."""
@@ -39,7 +47,7 @@ def reduce_command(
 
         _check_out(out)
         B = _load(file)
-        result = lattice.reduce(B, method, delta, block_size)
+        result = lattice.reduce(B, method, delta, block_size, max_seconds=max_seconds)
         measures = {
             name: {"before": function(B), "after": function(result.basis)}
             for name, function in (
@@ -49,6 +57,7 @@ def reduce_command(
             )
         }
         _emit({**asdict(result), "measures": measures}, out, result.basis)
+        _say_if_stopped(result.finished)
 
 
 @app.command()
@@ -77,6 +86,7 @@ def svp(
     file: Basis,
     method: Annotated[str, typer.Option(help="exact or bkz.")] = "exact",
     block_size: Annotated[int, typer.Option(help="Block size of bkz.")] = 30,
+    max_seconds: Limit = None,
     out: Out = None,
 ) -> None:
     """Find a shortest vector, proved (exact) or approximate (bkz)."""
@@ -86,8 +96,9 @@ def svp(
         from cllm import lattice
 
         _check_out(out)
-        result = lattice.shortest(_load(file), method, block_size)
+        result = lattice.shortest(_load(file), method, block_size, max_seconds=max_seconds)
         _emit({"method": method, **asdict(result)}, out, result.vector)
+        _say_if_stopped(result.finished)
 
 
 @app.command()
@@ -137,6 +148,12 @@ def _user_errors() -> Iterator[None]:
         yield
     except (ValueError, ArithmeticError) as error:
         raise UserError(str(error)) from error
+
+
+def _say_if_stopped(finished: bool) -> None:
+    """A .npy file has no room for it, and who reads JSON may not look."""
+    if not finished:
+        typer.echo("stopped by --max-seconds before it was done", err=True)
 
 
 def _check_out(out: Path | None) -> None:

@@ -24,7 +24,7 @@ def coefficients_in_ball(B: Any, radius: float, limit: int = 20_000_000) -> np.n
         ValueError: bad basis or radius, or more than ``limit`` points (or partial vectors together).
     """
     basis = as_real_basis(B)
-    if not (np.isfinite(radius) and radius >= 0):
+    if not (isinstance(radius, (int, float, np.number)) and 0 <= radius < np.inf):
         raise ValueError(f"radius must be finite and not negative, got {radius!r}")
     L, _ = lq(basis)
     bound = (radius * (1 + 1e-9)) ** 2

@@ -14,32 +14,31 @@ PREPROCESS_BLOCK = 20
 FULL_LIMIT = 50
 
 
-def bkz(M: Any, lll: Any, delta: float, block: int, max_seconds: float | None) -> bool:
+def bkz(M: Any, lll: Any, delta: float, block: int, deadline: float | None) -> bool:
     """BKZ (Schnorr & Euchner 1994) in place on an fpylll GSO object whose basis is LLL-reduced.
 
     Ends when a tour changes nothing, when the profile's slope has not fallen for five tours (the
-    early abort of Chen & Nguyen, Asiacrypt 2011), or after the tour in which ``max_seconds`` pass.
+    early abort of Chen & Nguyen, Asiacrypt 2011), or when ``deadline`` (of ``time.perf_counter``) has
+    passed before a tour.
     A block that spans the whole basis gives HKZ, and is then not aborted, nor pruned up to
     ``FULL_LIMIT`` rows. Rows separated by a gap (``segments``) are reduced apart.
 
     Returns:
-        False if the time limit ended it.
+        False if the deadline ended it.
     """
-    started = time.perf_counter()
     finished = True
     for low, high in segments(log_squared_norms(M)):
         if high - low > 1:
-            limit = None if max_seconds is None else started + max_seconds
-            finished &= _tours(M, lll, delta, min(block, high - low), (low, high), limit)
+            finished &= _tours(M, lll, delta, min(block, high - low), (low, high), deadline)
     # A segment's tours leave the rows after it unreduced against it.
     lll()
     return finished
 
 
 def _tours(
-    M: Any, lll: Any, delta: float, block: int, rows: tuple[int, int], limit: float | None
+    M: Any, lll: Any, delta: float, block: int, rows: tuple[int, int], deadline: float | None
 ) -> bool:
-    """Tours of the rows [low, high) until they settle, or after the one in which ``limit`` passes."""
+    """Tours of the rows [low, high) until they settle, or until ``deadline`` has passed."""
     from fpylll import BKZ
 
     low, high = rows
@@ -47,7 +46,7 @@ def _tours(
     param = BKZ.Param(block, strategies=_strategies(block, prune=not whole), delta=delta)
     tours = BKZ.Reduction(M, lll, param)
     best, stalled = float("inf"), 0
-    while True:
+    while deadline is None or time.perf_counter() < deadline:
         settled = tours.tour(0, param, low, high)
         if isinstance(settled, tuple):
             settled = settled[0]
@@ -58,8 +57,7 @@ def _tours(
         best = min(best, slope)
         if stalled >= 5 and not whole:
             return True
-        if limit is not None and time.perf_counter() > limit:
-            return False
+    return False
 
 
 def _strategies(block: int, prune: bool) -> list[Any]:

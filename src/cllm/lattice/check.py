@@ -79,7 +79,10 @@ def as_targets(targets: Any, dimension: int, name: str = "targets") -> torch.Ten
         ValueError: wrong last dimension, more than two dimensions, not real numbers, NaN or infinity.
     """
     if not isinstance(targets, torch.Tensor):
-        array = np.asarray(targets)
+        try:
+            array = np.asarray(targets)
+        except ValueError as error:
+            raise ValueError(f"{name}: rows of different lengths do not make a matrix") from error
         if array.dtype.kind not in "fiu":
             raise ValueError(f"{name} of shape {array.shape} must hold real numbers")
         if array.dtype.kind != "f" or array.dtype.itemsize > 8:

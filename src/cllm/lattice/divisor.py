@@ -67,7 +67,7 @@ class Codes:
         for mapping in factors:
             for p, e in sorted(mapping.items()):
                 primes.append(check_range(p))
-                exponents.append(int(e))
+                exponents.append(check_range(e))
             offsets.append(len(primes))
         for p in set(primes):
             if not is_prime(p):

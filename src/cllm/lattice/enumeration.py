@@ -17,14 +17,24 @@ NODE_LIMIT = 1e9
 BKZ_DIMENSION = 30
 
 
-def expected_nodes(log_norms: np.ndarray, radius: float) -> float:
+def expected_nodes(log_norms: np.ndarray, radius: float, widths: np.ndarray | None = None) -> float:
     """Nodes of a full enumeration within ``radius`` by the Gaussian heuristic,
-    Σ_k V_k(radius)/∏_{i>n-k}‖b*_i‖ (Hanrot & Stehlé, Crypto 2007, section 4)."""
-    total, tail = 0.0, 0.0
+    Σ_k V_k(radius)/∏_{i>n-k}‖b*_i‖ (Hanrot & Stehlé, Crypto 2007, section 4).
+
+    ``widths`` (n,) are the numbers of values that a box leaves each coefficient: a level has at most
+    its width times the nodes of the level before.
+    """
+    total, tail, log_nodes = 0.0, 0.0, 0.0
     for k, log_norm in enumerate(log_norms[::-1], start=1):
         tail += float(log_norm)
         log_ball = 0.5 * k * math.log(math.pi) - math.lgamma(k / 2 + 1)
-        total += math.exp(min(700.0, log_ball + k * math.log(radius) - tail))
+        level = log_ball + k * math.log(radius) - tail
+        if widths is not None:
+            level = min(level, log_nodes + math.log(float(widths[-k])))
+            # The start is in the box and in the ball, so no level is empty.
+            log_nodes = max(0.0, level)
+            level = log_nodes
+        total += math.exp(min(700.0, level))
     return total
 
 

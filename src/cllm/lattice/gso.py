@@ -27,18 +27,26 @@ def gram_schmidt(B: Any, method: str = "householder") -> tuple[np.ndarray, np.nd
         of the basis's unit, so that ``mu @ diag(squared_norms) @ mu.T == B @ B.T``.
 
     Raises:
-        ValueError: not a finite matrix, or the rows are dependent; names the first dependent row.
+        ValueError: not a finite matrix, or the rows are dependent; names the first dependent row. Or
+            a square is beyond float64's range (``profile`` and ``lq`` have logarithms and lengths).
     """
-    L, _ = lq(B, method)
+    L, Q = lq(B, method)
     diagonal = np.diagonal(L)
-    return L / diagonal, diagonal**2
+    with np.errstate(over="ignore", under="ignore"):
+        squares = diagonal**2
+    if not (np.isfinite(squares).all() and squares.all()):
+        raise ValueError(
+            f"squared norms of a basis of shape {Q.shape} leave float64's range:"
+            " divide the basis by a common factor"
+        )
+    return L / diagonal, squares
 
 
 def lq(B: Any, method: str = "householder") -> tuple[np.ndarray, np.ndarray]:
     """B = L Q with L (n, n) lower triangular, positive diagonal ‖b*_i‖, and Q (n, d) orthonormal rows.
 
     Raises:
-        ValueError: as for ``gram_schmidt``.
+        ValueError: not a finite matrix, dependent rows, or a row longer than float64 holds.
     """
     B = as_real_basis(B)
     if method not in METHODS:
@@ -58,7 +66,11 @@ def lq(B: Any, method: str = "householder") -> tuple[np.ndarray, np.ndarray]:
         _refuse(B, int(small[0]))
     if n > d:
         _refuse(B, d)
-    return np.ldexp(L, shift[:, None]), Q
+    with np.errstate(over="ignore"):
+        L = np.ldexp(L, shift[:, None])
+    if not np.isfinite(L).all():
+        raise ValueError(f"basis of shape {B.shape} has a row longer than float64 holds")
+    return L, Q
 
 
 def _refuse(B: np.ndarray, row: int) -> None:

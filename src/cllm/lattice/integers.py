@@ -14,15 +14,11 @@ KEPT_BITS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerBasis:
-    """Integer rows standing for the basis ``rows · 2^-bits``.
-
-    ``exact`` says that nothing was rounded; otherwise rounding moved the logarithm of every
-    Gram–Schmidt norm by at most 2√n·2^-KEPT_BITS.
-    """
+    """Integer rows standing for the basis ``rows · 2^-bits``; what was rounded moved the logarithm of
+    every Gram–Schmidt norm by at most 2√n·2^-KEPT_BITS."""
 
     rows: np.ndarray
     bits: int
-    exact: bool
 
 
 def to_integers(B: np.ndarray) -> IntegerBasis:
@@ -36,10 +32,10 @@ def to_integers(B: np.ndarray) -> IntegerBasis:
     moves by ≤ 2√n·ε.
     """
     if B.dtype.kind != "f":
-        return IntegerBasis(rows=B, bits=0, exact=True)
+        return IntegerBasis(rows=B, bits=0)
     exact_bits = _fraction_bits(B)
     if exact_bits <= 0:
-        return IntegerBasis(rows=_round_shifted(B, 0), bits=0, exact=True)
+        return IntegerBasis(rows=_round_shifted(B, 0), bits=0)
     singular = np.linalg.svd(B, compute_uv=False)
     largest, smallest = float(singular[0]), float(singular[-1])
     needed = exact_bits
@@ -48,7 +44,7 @@ def to_integers(B: np.ndarray) -> IntegerBasis:
         spread = 0.5 * math.sqrt(B.size)
         needed = math.ceil(math.log2(spread) - math.log2(smallest)) + KEPT_BITS
     bits = min(exact_bits, needed)
-    return IntegerBasis(rows=_round_shifted(B, bits), bits=bits, exact=bits == exact_bits)
+    return IntegerBasis(rows=_round_shifted(B, bits), bits=bits)
 
 
 def _fraction_bits(B: np.ndarray) -> int:

@@ -10,6 +10,9 @@ import numpy as np
 from cllm.lattice.check import as_real_basis
 from cllm.lattice.gso import lq
 
+SCALE = "divide the basis by a common factor"
+_SMALLEST, _LARGEST = -708.0, 709.0
+
 
 def log_norms(B: Any) -> np.ndarray:
     """Natural logarithms of ‖b*_i‖, shape (n,). Raises ``ValueError`` as ``gram_schmidt`` does."""
@@ -24,17 +27,23 @@ def profile(B: Any) -> np.ndarray:
 def determinant(B: Any, log: bool = False) -> float:
     """Volume of the lattice, ∏‖b*_i‖ = sqrt(det B Bᵀ), or its natural logarithm.
 
-    The plain value overflows float64 to ``inf`` in high dimension: ask for ``log=True`` there.
+    Raises:
+        ValueError: as for ``gram_schmidt``, or the plain value leaves float64's range, as it does in
+            high dimension: ask for ``log=True`` there.
     """
     total = float(log_norms(B).sum())
-    return total if log else _exp(total)
+    return total if log else _exp(total, B, "determinant", "ask for log=True")
 
 
 def orthogonality_defect(B: Any, log: bool = False) -> float:
-    """∏‖b_i‖ / det, at least 1, and 1 only for orthogonal rows (or its natural logarithm)."""
-    rows = np.log(_row_norms(B))
-    defect = max(0.0, float(rows.sum() - log_norms(B).sum()))
-    return defect if log else _exp(defect)
+    """∏‖b_i‖ / det, at least 1, and 1 only for orthogonal rows (or its natural logarithm).
+
+    Raises:
+        ValueError: as for ``determinant``.
+    """
+    total = float(log_norms(B).sum())
+    defect = max(0.0, float(np.log(_row_norms(B)).sum()) - total)
+    return defect if log else _exp(defect, B, "orthogonality defect", "ask for log=True")
 
 
 def root_hermite_factor(B: Any) -> float:
@@ -49,7 +58,8 @@ def gaussian_heuristic(B: Any) -> float:
     """Expected length of a shortest vector: the radius of the ball whose volume is the determinant,
     (det·Γ(n/2+1))^{1/n}/√π, in the basis's unit."""
     logs = log_norms(B)
-    return math.exp(log_gaussian_heuristic(float(logs.sum()), len(logs)))
+    radius = log_gaussian_heuristic(float(logs.sum()), len(logs))
+    return _exp(radius, B, "Gaussian heuristic", SCALE)
 
 
 def log_gaussian_heuristic(log_det: float, n: int) -> float:
@@ -79,7 +89,10 @@ def dual(B: Any) -> np.ndarray:
     from scipy.linalg import solve_triangular
 
     L, Q = lq(B)
-    return solve_triangular(L, Q, lower=True, trans="T")
+    D: np.ndarray = solve_triangular(L, Q, lower=True, trans="T")
+    if not np.isfinite(D).all():
+        raise ValueError(f"the dual of a basis of shape {Q.shape} leaves float64's range: {SCALE}")
+    return D
 
 
 def _row_norms(B: Any) -> np.ndarray:
@@ -89,5 +102,9 @@ def _row_norms(B: Any) -> np.ndarray:
     return safe * np.linalg.norm(B / safe[:, None], axis=1)
 
 
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 709 else math.inf
+def _exp(x: float, B: Any, name: str, advice: str) -> float:
+    """exp(x), or ``ValueError`` where that is not a normal float64."""
+    if not _SMALLEST < x < _LARGEST:
+        shape = as_real_basis(B).shape
+        raise ValueError(f"the {name} of a basis of shape {shape} leaves float64's range: {advice}")
+    return math.exp(x)

@@ -18,8 +18,9 @@ def primes_below(limit: int) -> np.ndarray:
     """All primes < ``limit``, int64 ascending (Eratosthenes on odd numbers).
 
     Raises:
-        ValueError: ``limit`` above ``SIEVE_LIMIT``.
+        ValueError: ``limit`` above ``SIEVE_LIMIT``, or not an integer.
     """
+    limit = _integer(limit)
     if limit > SIEVE_LIMIT:
         raise ValueError(f"a sieve to {limit} is beyond the limit {SIEVE_LIMIT}")
     if limit <= 2:
@@ -38,6 +39,7 @@ def nth_primes(count: int) -> np.ndarray:
     The sieve's size is Rosser & Schoenfeld's bound p_n < n(ln n + ln ln n) for n ≥ 6
     ("Approximate formulas for some functions of prime numbers", Illinois J. Math. 1962, theorem 3).
     """
+    count = _integer(count)
     if count < 0:
         raise ValueError(f"count of primes must not be negative, got {count}")
     n = max(count, 6)
@@ -46,7 +48,12 @@ def nth_primes(count: int) -> np.ndarray:
 
 
 def nth_prime(n: int) -> int:
-    """The n-th prime, n ≥ 1: nth_prime(1) = 2."""
+    """The n-th prime, n ≥ 1: nth_prime(1) = 2.
+
+    Raises:
+        ValueError: n below 1 or not an integer, or a prime beyond the sieve's ``SIEVE_LIMIT``.
+    """
+    n = _integer(n)
     if n < 1:
         raise ValueError(f"n-th prime needs n of at least 1, got {n}")
     return int(nth_primes(n)[-1])
@@ -58,6 +65,7 @@ def smallest_factors(limit: int) -> np.ndarray:
     Raises:
         ValueError: ``limit`` below 1 or above ``TABLE_LIMIT``.
     """
+    limit = _integer(limit)
     if not 1 <= limit <= TABLE_LIMIT:
         raise ValueError(f"limit of a factor table must lie in [1, {TABLE_LIMIT}], got {limit}")
     spf = np.arange(limit + 1, dtype=np.uint32)
@@ -67,10 +75,16 @@ def smallest_factors(limit: int) -> np.ndarray:
     return spf
 
 
-def is_prime(n: int) -> bool:
+def is_prime(n: Any) -> bool:
     """Whether n is prime; exact for n < 2^64 (Miller–Rabin with the first twelve primes as bases:
-    Sorenson & Webster, "Strong pseudoprimes to twelve prime bases", Math. Comp. 2017)."""
-    n = int(n)
+    Sorenson & Webster, "Strong pseudoprimes to twelve prime bases", Math. Comp. 2017).
+
+    Raises:
+        ValueError: not an integer, or 2^64 and above, where this would be a guess.
+    """
+    n = _integer(n)
+    if n >= 2**64:
+        raise ValueError(f"{n} is not below 2^64: primality would not be exact")
     bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
     if n < 2:
         return False
@@ -93,7 +107,7 @@ def _passes(n: int, base: int, odd: int, shift: int) -> bool:
     return False
 
 
-def factor(n: int) -> dict[int, int]:
+def factor(n: Any) -> dict[int, int]:
     """{prime: exponent} of 1 ≤ n < 2^63, by trial division and Pollard's rho (BIT 1975, in Brent's
     form, BIT 1980).
 
@@ -119,10 +133,15 @@ def factor(n: int) -> dict[int, int]:
 
 def check_range(n: Any) -> int:
     """n as an int in [1, 2^63), or ``ValueError``."""
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
-        raise ValueError(f"expected an integer, got {n!r}")
+    n = _integer(n)
     if not 1 <= n <= LARGEST:
         raise ValueError(f"{n} is outside [1, 2^63): keep larger codes as factors")
+    return n
+
+
+def _integer(n: Any) -> int:
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
+        raise ValueError(f"expected an integer, got {n!r}")
     return int(n)
 
 

@@ -24,6 +24,8 @@ from cllm.lattice.precision import ROW_EXPONENT_BITS, ladder, mpfr_precision
 from cllm.lattice.verify import ETA, Certificate, certify
 
 METHODS = ("lll", "deep", "seysen", "bkz", "hkz")
+# Those that work in steps of ours: fplll's LLL, which comes first in any case, cannot be interrupted.
+STOPPABLE = ("deep", "bkz", "hkz")
 
 # HKZ enumerates every projected block up to the whole dimension without pruning.
 HKZ_LIMIT = 50
@@ -45,7 +47,7 @@ class Reduction:
         float_type: fplll's arithmetic that was enough: d, ld, dd, qd or mpfr with ``precision`` bits.
         certificate: what the verification measured.
         seconds: wall time of ``scale``, ``reduce`` and ``verify``.
-        finished: False where a time limit stopped BKZ between tours.
+        finished: False where ``max_seconds`` ended the method before it was done.
     """
 
     basis: np.ndarray
@@ -82,7 +84,9 @@ def reduce(
             Zolotarev: every projected first vector is shortest, to a factor √``HKZ_DELTA``).
         delta: Lovász factor, in (0.2601, 1). HKZ enumerates with ``HKZ_DELTA`` whatever it is.
         block_size: for ``bkz``, 2 to n (larger is taken as n).
-        max_seconds: for ``bkz``, stop after the tour in which this time has passed.
+        max_seconds: for ``deep``, ``bkz`` and ``hkz``: no further insertion or tour is begun when this
+            time has passed since the call. The LLL before them and a tour begun are not interrupted;
+            ``finished`` says whether it came to that, and what was reached is reduced as LLL is.
 
     When fplll reports that a precision does not suffice, or the verification finds so, the next one
     is taken: double, long double, double-double where fplll has it, MPFR.
@@ -95,6 +99,7 @@ def reduce(
     array = as_basis(B)
     _check(array, method, delta, block_size, max_seconds)
     started = time.perf_counter()
+    deadline = None if max_seconds is None else started + max_seconds
     scaled = _scaled(array)
     scaled_at = time.perf_counter()
     block = min(block_size, len(array))
@@ -103,7 +108,7 @@ def reduce(
         step = time.perf_counter()
         try:
             with mpfr_precision(precision):
-                U, R, finished = _run(scaled.rows, method, delta, block, float_type, max_seconds)
+                U, R, finished = _run(scaled.rows, method, delta, block, float_type, deadline)
         except _precision_errors() as error:
             faults = str(error)
             continue
@@ -145,6 +150,8 @@ def _check(
         raise ValueError("block_size must be at least 2")
     if max_seconds is not None and not max_seconds > 0:
         raise ValueError(f"max_seconds must be positive, got {max_seconds!r}")
+    if max_seconds is not None and method not in STOPPABLE:
+        raise ValueError(f"max_seconds is for the methods {STOPPABLE}: {method} cannot be stopped")
     if method == "hkz" and n > HKZ_LIMIT:
         raise ValueError(
             f"hkz enumerates the whole dimension: basis of shape {array.shape} is beyond n ="
@@ -164,7 +171,7 @@ def _scaled(array: np.ndarray) -> IntegerBasis:
             f"basis of shape {array.shape} is rank deficient: row {row} depends on the rows before"
             " it"
         )
-    return IntegerBasis(rows=narrow(scaled.rows), bits=scaled.bits, exact=scaled.exact)
+    return IntegerBasis(rows=narrow(scaled.rows), bits=scaled.bits)
 
 
 def _bit_length(rows: np.ndarray) -> int:
@@ -184,7 +191,7 @@ def _run(
     delta: float,
     block: int,
     float_type: str,
-    max_seconds: float | None,
+    deadline: float | None,
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """LLL always first, then the method on the same GSO object, so that one U tracks both."""
     from fpylll import GSO, LLL, IntegerMatrix
@@ -199,9 +206,9 @@ def _run(
     lll()
     finished = True
     stronger: dict[str, Callable[[], bool]] = {
-        "deep": lambda: _deep(M, lll, delta),
-        "bkz": lambda: _bkz(M, lll, delta, block, max_seconds),
-        "hkz": lambda: _bkz(M, lll, HKZ_DELTA, len(rows), None),
+        "deep": lambda: _deep(M, lll, delta, deadline),
+        "bkz": lambda: _bkz(M, lll, delta, block, deadline),
+        "hkz": lambda: _bkz(M, lll, HKZ_DELTA, len(rows), deadline),
     }
     if method in stronger and len(rows) > 1:
         finished = stronger[method]()
@@ -212,14 +219,13 @@ def _run(
     return from_fplll(U), from_fplll(A), finished
 
 
-def _deep(M: Any, lll: Any, delta: float) -> bool:
+def _deep(M: Any, lll: Any, delta: float, deadline: float | None) -> bool:
     from cllm.lattice.deep import deep_insertion
 
-    deep_insertion(M, lll, delta)
-    return True
+    return deep_insertion(M, lll, delta, deadline)
 
 
-def _bkz(M: Any, lll: Any, delta: float, block: int, max_seconds: float | None) -> bool:
+def _bkz(M: Any, lll: Any, delta: float, block: int, deadline: float | None) -> bool:
     from cllm.lattice.bkz import bkz
 
-    return bkz(M, lll, delta, block, max_seconds)
+    return bkz(M, lll, delta, block, deadline)

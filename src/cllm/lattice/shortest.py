@@ -40,6 +40,7 @@ class Shortest:
             literal, except that more than ``CANDIDATES`` vectors within a relative ``SLACK`` of each
             other and longer than doubles tell apart leave it False. A float basis is taken as
             rounded for its reduction: nothing is shorter by more than a relative 1e-9.
+        finished: False where ``max_seconds`` ended the BKZ reduction before it was done.
     """
 
     vector: np.ndarray
@@ -47,9 +48,12 @@ class Shortest:
     norm: float
     ratio: float
     is_exact: bool
+    finished: bool = True
 
 
-def shortest(B: Any, method: str = "exact", block_size: int = 30) -> Shortest:
+def shortest(
+    B: Any, method: str = "exact", block_size: int = 30, *, max_seconds: float | None = None
+) -> Shortest:
     """A shortest non-zero vector of the lattice of B (n, d), rows are vectors.
 
     Args:
@@ -58,6 +62,8 @@ def shortest(B: Any, method: str = "exact", block_size: int = 30) -> Shortest:
             up to n = ``EXACT_LIMIT``; ``bkz`` returns the first vector of a BKZ reduction, which is
             an approximation: look at ``ratio``, about 1 for a shortest vector of a random lattice.
         block_size: of the BKZ reduction.
+        max_seconds: time limit of ``bkz``, as ``reduce`` has it. ``exact`` takes none: fplll's
+            enumeration cannot be interrupted.
 
     Raises:
         ValueError: malformed or rank-deficient basis, or a dimension beyond ``exact``, or a norm
@@ -67,6 +73,8 @@ def shortest(B: Any, method: str = "exact", block_size: int = 30) -> Shortest:
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     positive_int(block_size, "block_size")
+    if max_seconds is not None and method == "exact":
+        raise ValueError("max_seconds is for method='bkz': exact enumeration cannot be stopped")
     n = len(array)
     if method == "exact" and n > EXACT_LIMIT:
         raise ValueError(
@@ -75,7 +83,8 @@ def shortest(B: Any, method: str = "exact", block_size: int = 30) -> Shortest:
         )
     if n == 1:
         return _result(array, array[0], np.array([1]), is_exact=True)
-    reduction = reduce(array, method="bkz", block_size=max(2, min(block_size, n)))
+    block = max(2, min(block_size, n))
+    reduction = reduce(array, method="bkz", block_size=block, max_seconds=max_seconds)
     row, proved = np.zeros(n, dtype=np.int64), False
     first = _shortest_row(reduction)
     row[first] = 1
@@ -83,11 +92,15 @@ def shortest(B: Any, method: str = "exact", block_size: int = 30) -> Shortest:
         row, proved = _enumerate(reduction, first)
     vector = (row.astype(object) @ reduction.basis.astype(object)).astype(array.dtype)
     coefficients = row.astype(object) @ reduction.transform.astype(object)
-    return _result(reduction.basis, vector, coefficients, is_exact=proved)
+    return _result(reduction.basis, vector, coefficients, proved, reduction.finished)
 
 
 def _result(
-    basis: np.ndarray, vector: np.ndarray, coefficients: np.ndarray, is_exact: bool
+    basis: np.ndarray,
+    vector: np.ndarray,
+    coefficients: np.ndarray,
+    is_exact: bool,
+    finished: bool = True,
 ) -> Shortest:
     floats, shift = _float_units(vector[None, :])
     length = float(np.linalg.norm(floats))
@@ -105,6 +118,7 @@ def _result(
         norm=norm,
         ratio=math.exp(math.log(length) + shift * math.log(2) - heuristic),
         is_exact=is_exact,
+        finished=finished,
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from cllm.lattice.divisor import Codes
@@ -104,8 +102,3 @@ def _features(codes: Codes) -> tuple[np.ndarray, np.ndarray]:
 def _add_sparse(dense: np.ndarray, rare: object) -> None:
     coo = rare.tocoo()  # type: ignore[attr-defined]
     dense[coo.row, coo.col] += coo.data
-
-
-def bits(codes: Codes) -> np.ndarray:
-    """Information of the codes in bits, log2 of their values (count,)."""
-    return log_values(codes) / math.log(2)

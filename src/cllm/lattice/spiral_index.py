@@ -11,13 +11,15 @@ from cllm.lattice.curves import golden, hilbert, morton
 from cllm.lattice.ulam import ulam
 
 LAYOUTS = ("ulam", "golden", "morton", "hilbert")
+# Positions and tree take some 50 bytes an item.
+COUNT_LIMIT = 10**8
 
 
 class SpiralIndex:
     """Items 0 … count-1 (a vocabulary by frequency rank, say) on a spiral or curve.
 
     Args:
-        count: number of items.
+        count: number of items, up to ``COUNT_LIMIT``.
         layout: ``ulam`` (item i is the number i + 1), ``golden``, ``morton`` or ``hilbert``.
 
     Attributes:
@@ -28,6 +30,8 @@ class SpiralIndex:
         from scipy.spatial import cKDTree
 
         count = positive_int(count, "count")
+        if count > COUNT_LIMIT:
+            raise ValueError(f"count of {count} items is beyond the limit {COUNT_LIMIT}")
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
         n = np.arange(count)
@@ -70,15 +74,23 @@ class SpiralIndex:
         return items, distances
 
     def within(self, centre: Any, radius: float) -> np.ndarray:
-        """Items within ``radius`` of one point (2,), ascending."""
+        """Items within ``radius`` of one point (2,), ascending.
+
+        Raises:
+            ValueError: not one finite point, or a radius that is negative or NaN.
+        """
         if not radius >= 0:
             raise ValueError(f"radius must not be negative, got {radius}")
-        found = self._tree.query_ball_point(_points(centre)[0], radius)
+        found = self._tree.query_ball_point(_point(centre), radius)
         return np.sort(np.asarray(found, dtype=np.int64))
 
     def box(self, low: Any, high: Any) -> np.ndarray:
-        """Items with low ≤ (x, y) ≤ high, ascending."""
-        low, high = _points(low)[0], _points(high)[0]
+        """Items with low ≤ (x, y) ≤ high, each (2,), ascending.
+
+        Raises:
+            ValueError: not two finite points.
+        """
+        low, high = _point(low), _point(high)
         inside = ((self.positions >= low) & (self.positions <= high)).all(axis=1)
         return np.flatnonzero(inside)
 
@@ -90,3 +102,9 @@ def _points(points: Any) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError(f"points of shape {array.shape} have NaN or infinity")
     return array.reshape(-1, 2)
+
+
+def _point(point: Any) -> np.ndarray:
+    if np.shape(point) != (2,):
+        raise ValueError(f"a point must have shape (2,), got {np.shape(point)}")
+    return _points(point)[0]
