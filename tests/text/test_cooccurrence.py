@@ -39,14 +39,14 @@ windows = st.lists(st.sampled_from([1.0, 0.5, 0.25]), min_size=1, max_size=5).ma
 
 @settings(deadline=None)
 @given(streams, windows, st.integers(1, 70))
-def test_counts_equal_a_naive_loop(inner: list[int], weights: tuple[float, ...], chunk: int) -> None:
+def test_counts_equal_a_naive_loop(
+    inner: list[int], weights: tuple[float, ...], chunk: int
+) -> None:
     tokens = stream(inner)
     expected = naive(tokens.ids, weights)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", chunk)
-        np.testing.assert_array_equal(
-            cooccurrence(tokens, VOCABULARY, weights).toarray(), expected
-        )
+        np.testing.assert_array_equal(cooccurrence(tokens, VOCABULARY, weights).toarray(), expected)
         counted = module._sparse(tokens, VOCABULARY, weights, chunk, 10**6, print)
         np.testing.assert_array_equal(counted.toarray(), expected)
 

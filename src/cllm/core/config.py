@@ -83,14 +83,14 @@ class EmbeddingConfig(Section):
     kind: Literal["dense"] = "dense"
     """A learned vector for each token."""
     init: Literal["normal", "corpus", "crystal"] = "normal"
-    """Random, from the corpus's co-occurrence statistics, or by the tokens' codes (see ``docs/model.md``)."""
+    """Start: random, from the corpus's statistics, or by the tokens' codes (see ``docs/model.md``)."""
     init_std: Annotated[float, Field(gt=0)] | None = None
     """Standard deviation of the table's start; none means what was tuned for ``init``."""
 
     @property
     def start_std(self) -> float:
         """The standard deviation of the start, resolved."""
-        return self.init_std or {"normal": 0.02, "corpus": 0.05, "crystal": 0.02}[self.init]
+        return self.init_std or {"normal": 0.02, "corpus": 0.08, "crystal": 0.02}[self.init]
 
 
 class ModelConfig(Section):
