@@ -82,7 +82,7 @@ class EmbeddingConfig(Section):
 
     kind: Literal["dense"] = "dense"
     """A learned vector for each token."""
-    init: Literal["normal", "corpus", "crystal"] = "normal"
+    init: Literal["normal", "corpus", "crystal"] = "corpus"
     """Start: random, from the corpus's statistics, or by the tokens' codes (see ``docs/model.md``)."""
     init_std: Annotated[float, Field(gt=0)] | None = None
     """Standard deviation of the table's start; none means what was tuned for ``init``."""
