@@ -153,3 +153,18 @@ def test_crystal_pieces_are_the_merge_tree(corpus: Path) -> None:
     expected = np.maximum(pieces[one], pieces[two])
     expected[whole] = 1
     assert np.array_equal(pieces[whole], expected)
+
+
+def test_a_model_without_a_corpus_is_random_with_the_usual_scale() -> None:
+    model, _ = session.build(
+        Config().replace(
+            model__vocab_size=400,
+            train__threads=1,
+            train__loss_chunk=0,
+            train__device="cpu",
+            train__dtype="fp32",
+            train__attention="matmul",
+            train__compile="off",
+        )
+    )
+    assert rms(model.embedding.weight.detach()) == pytest.approx(0.02, rel=0.05)

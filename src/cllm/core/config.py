@@ -92,6 +92,11 @@ class EmbeddingConfig(Section):
         """The standard deviation of the start, resolved."""
         return self.init_std or {"normal": 0.02, "corpus": 0.08, "crystal": 0.02}[self.init]
 
+    @property
+    def random_std(self) -> float:
+        """The standard deviation of random rows, which the other starts then replace."""
+        return self.start_std if self.init == "normal" else 0.02
+
 
 class ModelConfig(Section):
     """Shape and parts of the network; the defaults are Llama's."""

@@ -33,7 +33,7 @@ class DenseEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, width: int, config: EmbeddingConfig) -> None:
         super().__init__()
-        self.init_std = config.start_std
+        self.init_std = config.random_std
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
 
     def start(self, generator: torch.Generator) -> None:
