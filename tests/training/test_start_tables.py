@@ -19,6 +19,8 @@ from cllm.training import session
 from cllm.training.progress import Silent
 
 TABLE = "embedding.weight"
+STARTED = {TABLE, "layers.1.mlp.gate_up.weight", "layers.1.mlp.out.weight"}
+"""What a corpus start fills; all else begins as it does without."""
 
 
 class Recorder(Silent):
@@ -73,7 +75,7 @@ def test_a_corpus_start_is_used_and_the_same_each_time(begin: Callable[..., Path
     assert torch.equal(first(one)[TABLE], first(two)[TABLE])
     assert not torch.equal(first(one)[TABLE], first(normal)[TABLE])
     for name, tensor in first(normal).items():
-        assert name == TABLE or torch.equal(tensor, first(one)[name]), "all else begins as it did"
+        assert name in STARTED or torch.equal(tensor, first(one)[name]), name
     for name, tensor in checkpoint.load(one).weights.items():
         assert torch.equal(tensor, checkpoint.load(two).weights[name])
 
@@ -134,7 +136,7 @@ def test_a_tiny_corpus_with_fewer_tokens_than_the_table_is_wide(
     path = begin("a", "corpus", data__paths=(str(tmp_path / "tiny.txt"),))
     table = first(path)[TABLE]
     assert table.isfinite().all()
-    assert rms(table) == pytest.approx(0.05, rel=0.3)
+    assert rms(table) == pytest.approx(0.08, rel=0.3)
 
 
 def test_crystal_pieces_are_the_merge_tree(corpus: Path) -> None:
@@ -148,3 +150,18 @@ def test_crystal_pieces_are_the_merge_tree(corpus: Path) -> None:
     expected = np.maximum(pieces[one], pieces[two])
     expected[whole] = 1
     assert np.array_equal(pieces[whole], expected)
+
+
+def test_a_model_without_a_corpus_is_random_with_the_usual_scale() -> None:
+    model, _ = session.build(
+        Config().replace(
+            model__vocab_size=400,
+            train__threads=1,
+            train__loss_chunk=0,
+            train__device="cpu",
+            train__dtype="fp32",
+            train__attention="matmul",
+            train__compile="off",
+        )
+    )
+    assert rms(model.embedding.weight.detach()) == pytest.approx(0.02, rel=0.05)

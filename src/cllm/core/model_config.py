@@ -28,15 +28,20 @@ class EmbeddingConfig(Section):
     """What one step of that lattice is worth."""
     reduction: Literal["none", "lll", "bkz", "hkz"] = "none"
     """``reduced``: lattice reduction of the basis; the table stays the same."""
-    init: Literal["normal", "corpus", "crystal"] = "normal"
-    """Random, from the corpus's co-occurrence counts, or by the tokens' codes (see ``docs/model.md``)."""
+    init: Literal["normal", "corpus", "crystal"] = "corpus"
+    """Start: random, from the corpus's statistics, or by the tokens' codes (see ``docs/model.md``)."""
     init_std: Annotated[float, Field(gt=0)] | None = None
     """Standard deviation of the table's start; none means what was tuned for ``init``."""
 
     @property
     def start_std(self) -> float:
         """The standard deviation of the start, resolved."""
-        return self.init_std or {"normal": 0.02, "corpus": 0.05, "crystal": 0.02}[self.init]
+        return self.init_std or {"normal": 0.02, "corpus": 0.08, "crystal": 0.02}[self.init]
+
+    @property
+    def random_std(self) -> float:
+        """The standard deviation of random rows, which the other starts then replace."""
+        return self.start_std if self.init == "normal" else 0.02
 
     @property
     def is_reduced(self) -> bool:

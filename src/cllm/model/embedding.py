@@ -48,7 +48,7 @@ class Embedding(nn.Module):
     def __init__(self, vocab_size: int, width: int, config: EmbeddingConfig) -> None:
         super().__init__()
         self.width = width
-        self.init_std = config.start_std
+        self.init_std = config.random_std
         self.incidence: Incidence | None = None
         rows, rank = vocab_size, config.rank_of(width)
         if config.is_composed:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from cllm.core.config import Config
+from cllm.model.bigram_start import start_bigram
 from cllm.model.corpus_start import corpus_table
 from cllm.model.crystal_start import crystal_table, merge_pieces
 from cllm.model.transformer import Transformer
@@ -18,25 +20,32 @@ WINDOW = 4
 
 
 def start_tables(config: Config, dataset: Dataset, model: Transformer, progress: Progress) -> None:
-    """Give the model's tables the start that ``config.model.embedding.init`` asks for, from the training
-    split alone. A head of its own begins with the same table as the input."""
-    embedding = config.model.embedding
-    if embedding.is_composed:
+    """Give the model the start that ``config.model.embedding.init`` asks for, from the training split.
+
+    A head of its own begins with the same table as the input. With ``"corpus"`` the last MLP begins
+    with the corpus's bigrams, too.
+    """
+    if config.model.embedding.is_composed:
         model.set_incidence(incidence_of(dataset.tokenizer, config))
-    if embedding.init == "normal":
+    init, std = config.model.embedding.init, config.model.embedding.start_std
+    if init == "normal":
         return
     assert config.model.vocab_size is not None
-    size, width = config.model.vocab_size, config.model.d_model
+    tokens, size, width = dataset.train, config.model.vocab_size, config.model.d_model
     with progress.stage("reading the corpus's statistics"):
-        if embedding.init == "corpus":
-            weights = harmonic_weights(WINDOW)
-            following = cooccurrence(dataset.train, size, weights, say=progress.say)
-            seed = config.train.seed
-            table = corpus_table(following, width, std=embedding.start_std, seed=seed)
-        else:
-            counts = token_counts(dataset.train, size)
+        counts = token_counts(tokens, size)
+        if init == "crystal":
             pieces = merge_pieces(dataset.tokenizer, size)
-            table = crystal_table(pieces, counts, width, std=embedding.start_std)
+            _set(model, crystal_table(pieces, counts, width, std=std))
+            return
+        following = cooccurrence(tokens, size, harmonic_weights(WINDOW), say=progress.say)
+        _set(model, corpus_table(following, counts, width, std=std, seed=config.train.seed))
+        bigrams = cooccurrence(tokens, size, (1.0,), say=progress.say)
+        if not start_bigram(model, bigrams):
+            progress.say("only the tables start from the corpus: batch norm hides the rest")
+
+
+def _set(model: Transformer, table: np.ndarray) -> None:
     for part in (model.embedding, model.head):
         if part is not None:
             part.set_table(torch.from_numpy(table))
