@@ -19,7 +19,7 @@ import torch
 
 from cllm.bench.harness import Claim, Options, Result, load_now
 from cllm.bench.layout_ids import Stream, text_streams, zipf_stream
-from cllm.bench.layout_misses import cache_misses, page_misses
+from cllm.bench.layout_misses import PAGES, cache_misses, page_misses
 from cllm.core.config import TokenizerConfig
 from cllm.core.cpu import is_busy
 from cllm.text.layout import ORDERS, permutation
@@ -47,12 +47,13 @@ def run(options: Options) -> Result:
     why = quick or busy or ""
     claims = [replace(c, judged=not why, why=why) for c in _claims(rows)]
     notes = [
-        f"Median microseconds of a batch of {BATCH:,} ids at width {WIDTH}, one thread, {rounds} interleaved"
-        " rounds. `index_add_` adds to a table that is there: a training step's own sum also fills"
-        " a table of zeros, whatever the order.",
-        "Misses are simulated, a look-up warm: of 64-byte lines by cachegrind with a first level of 32 KiB"
-        " and a second of 512 KiB (both 8-way), of 4-KiB pages by a least-recently-used store of"
-        f" 2,048, as a processor's page buffer is. A row is {WIDTH * 4 // 64} lines.",
+        f"Median microseconds of a batch of {BATCH:,} ids at width {WIDTH}, one thread, {rounds}"
+        " interleaved rounds. `index_add_` adds to a table that is there: a training step's own"
+        " sum also fills a table of zeros, whatever the order.",
+        "Misses a look-up are simulated: reads of 64-byte lines by cachegrind, with a first level of 32 KiB"
+        " and a second of 512 KiB (both 8-way) that begin empty, and 4-KiB pages by a warm"
+        f" least-recently-used store of {PAGES:,}, as a processor's page buffer is. A row is"
+        f" {WIDTH * 4 // 64} whole lines.",
         "Zipf: a token's frequency is as 1/rank. Its tokenizer order is a model: ranks whose logarithms are"
         f" disturbed by {disorder:.2f}, the deviation that byte-level BPE of {texts[0].label} has.",
     ]

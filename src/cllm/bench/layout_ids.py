@@ -57,7 +57,8 @@ def text_streams(
         ids = np.concatenate(tokenizer.encode_batch(texts))
         return [_windows("language reference", ids, tokenizer.vocab_size, count)], 1.0
     label = Path(paths[0]).name if paths else "built-in text"
-    streams, first = [], None
+    streams: list[Stream] = []
+    first: float | None = None
     for size in sizes:
         settings = TokenizerConfig(vocab_size=size)
         with tempfile.TemporaryDirectory() as place:
