@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,6 @@ class SpiralIndex:
     """
 
     def __init__(self, count: int, layout: str = "ulam") -> None:
-        from scipy.spatial import cKDTree
-
         count = positive_int(count, "count")
         if count > COUNT_LIMIT:
             raise ValueError(f"count of {count} items is beyond the limit {COUNT_LIMIT}")
@@ -45,7 +44,13 @@ class SpiralIndex:
             x, y = hilbert(n, max(1, (count - 1).bit_length() + 1 >> 1))
         self.layout = layout
         self.positions = np.column_stack([x, y]).astype(np.float64)
-        self._tree = cKDTree(self.positions)
+
+    @cached_property
+    def _tree(self) -> Any:
+        """Made at the first search: a layout may want the positions alone."""
+        from scipy.spatial import cKDTree
+
+        return cKDTree(self.positions)
 
     def __len__(self) -> int:
         return len(self.positions)

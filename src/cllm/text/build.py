@@ -13,6 +13,7 @@ from cllm.core.config import DataConfig, TokenizerConfig
 from cllm.text.dataset import TOKENIZER, packed_path, tokens_key, write_manifest
 from cllm.text.duplicates import remove_duplicates
 from cllm.text.fingerprint import Fingerprint
+from cllm.text.layout import laid_out
 from cllm.text.lengths import refuse_hopeless, refuse_short
 from cllm.text.notes import Notes
 from cllm.text.packed import Header
@@ -113,8 +114,10 @@ def train_tokenizer(
     seed: int,
     progress: Callable[[float], None],
 ) -> tuple[Tokenizer, int]:
-    """A tokenizer trained on a sample of the segments, and the sample's bytes."""
-    total = min(settings.sample_bytes, segment_bytes(segments))
+    """A tokenizer trained on a sample of the segments, its ids in the order that ``settings`` ask
+    for, and the sample's bytes."""
+    passes = 1 if settings.order == "tokenizer" else 2
+    total = passes * min(settings.sample_bytes, segment_bytes(segments))
     read = 0
 
     def texts() -> Iterator[str]:
@@ -124,7 +127,10 @@ def train_tokenizer(
             progress(read / max(1, total))
             yield data.decode("utf-8")
 
-    return Tokenizer.train(texts(), settings.vocab_size, settings.special_tokens), read
+    tokenizer = Tokenizer.train(texts(), settings.vocab_size, settings.special_tokens)
+    if passes == 2:
+        tokenizer = laid_out(tokenizer, settings.order, texts(), seed)
+    return tokenizer, read // passes
 
 
 def _pack(

@@ -108,6 +108,28 @@ class Tokenizer:
             raise UserError(f"{origin} is not a tokenizer.json: {error}") from error
         return cls(backend, origin)
 
+    def renumbered(self, new_ids: np.ndarray) -> Tokenizer:
+        """The same tokenizer with id i called ``new_ids[i]``, a permutation (V,) int64.
+
+        Raises ``ValueError`` if it is none, if ids have gaps, or if a special token's id would change
+        (the rest of the file may refer to it).
+        """
+        new_ids, size = np.asarray(new_ids), self.vocab_size
+        if not np.array_equal(np.sort(new_ids), np.arange(size)):
+            raise ValueError(
+                f"new_ids of shape {new_ids.shape} must be a permutation of {size} ids"
+            )
+        if any(new_ids[i] != i for i in self.special_ids):
+            raise ValueError("special tokens must keep their ids")
+        description = json.loads(self._json)
+        vocab = description["model"]["vocab"]
+        if len({*vocab.values(), *self.special_ids}) != size:
+            raise ValueError("a tokenizer whose ids have gaps cannot be renumbered")
+        vocab.update({name: int(new_ids[i]) for name, i in vocab.items()})
+        for token in description["added_tokens"]:
+            token["id"] = int(new_ids[token["id"]])
+        return Tokenizer.from_json(json.dumps(description, ensure_ascii=False))
+
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json`` (atomically)."""
         write_text(Path(path), self._json)
