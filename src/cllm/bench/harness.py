@@ -35,6 +35,7 @@ BENCHES = {
     "startup": "startup",
     "lattice": "lattice",
     "layout": "layout",
+    "embed": "embed",
 }
 """Name of a bench to its module in ``cllm.bench``."""
 
@@ -46,6 +47,8 @@ class Options:
     data: tuple[str, ...] = ()
     quick: bool = False
     ladder: bool = False
+    minutes: float | None = None
+    """Begin nothing new after this time; what is missing is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +139,8 @@ def load_bench(name: str, options: Options) -> Callable[[Options], Result]:
         )
     module = importlib.import_module(f"cllm.bench.{BENCHES[name]}")
     takes: frozenset[str] = getattr(module, "TAKES", frozenset())
-    for option in ("data", "ladder"):
-        if getattr(options, option) and option not in takes:
+    for option in ("data", "ladder", "minutes"):
+        if getattr(options, option) not in (None, False, ()) and option not in takes:
             raise UsageError(f"the bench {name!r} takes no --{option}; leave it out")
     run: Callable[[Options], Result] = module.run
     return run

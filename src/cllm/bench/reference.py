@@ -41,6 +41,12 @@ def reference_run(config: Config) -> RunDirectory:
     return start(config, Silent(), out=path).run
 
 
+def is_kept(config: Config) -> bool:
+    """Whether ``reference_run`` has nothing to train."""
+    path = cache_dir() / "reference-runs" / reference_key(config)
+    return is_run(path) and RunDirectory.open(path).status().state in DONE
+
+
 def reference_key(config: Config) -> str:
     """What a reference run is kept under: 16 hex digits of configuration and text."""
     sources = expand(config.data.paths)

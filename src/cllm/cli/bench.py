@@ -12,7 +12,9 @@ import typer
 def bench(
     name: Annotated[
         str,
-        typer.Argument(help="Which bench: train, attention, original, startup, lattice or layout."),
+        typer.Argument(
+            help="Which bench: train, attention, original, startup, lattice, layout or embed."
+        ),
     ],
     data: Annotated[
         list[str] | None,
@@ -26,6 +28,10 @@ def bench(
     ladder: Annotated[
         bool, typer.Option("--ladder", help="`original`: each technique alone, and all together.")
     ] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="`embed`: begin no training after this; call again to go on."),
+    ] = None,
     write: Annotated[
         bool, typer.Option("--write", help="Also write docs/results/NAME.md below this directory.")
     ] = False,
@@ -36,7 +42,7 @@ def bench(
 
     if quick and write:
         raise UsageError("--quick measures nothing worth writing; leave out --quick or --write")
-    options = Options(data=tuple(data or ()), quick=quick, ladder=ladder)
+    options = Options(data=tuple(data or ()), quick=quick, ladder=ladder, minutes=minutes)
     result = load_bench(name, options)(options)
     typer.echo(json.dumps(result.to_json()) if as_json else render(result))
     if write:

@@ -1,0 +1,124 @@
+"""What ``cllm bench embed`` trains: kinds of token table, starts, learning rates, seeds and budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cllm.core.config import Config
+from cllm.core.settings import build
+
+RATES = (3e-3, 2e-3, 5e-3)
+"""Learning rates tried for each table, each start tuned for itself; the first is the default."""
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Tokens seen, and the shares of the steps at which the corpus start is judged."""
+
+    name: str
+    tokens: int
+    required_share: float
+    aim_share: float
+    required_rank64: float
+    """How far above dense random's bits per byte rank 64 from the corpus may end, as a share."""
+    required_rank32: float
+
+
+BUDGETS = (
+    Budget(
+        name="2.5 M",
+        tokens=2_500_000,
+        required_share=0.6,
+        aim_share=0.4,
+        required_rank64=0.0,
+        required_rank32=0.01,
+    ),
+    Budget(
+        name="10 M",
+        tokens=10_000_000,
+        required_share=0.85,
+        aim_share=0.65,
+        required_rank64=0.015,
+        required_rank32=0.04,
+    ),
+)
+QUICK = Budget(
+    name="quick",
+    tokens=4096,
+    required_share=0.6,
+    aim_share=0.4,
+    required_rank64=0.0,
+    required_rank32=0.01,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A token table: fields of ``model.embedding``, and the share of the budget's steps it gets."""
+
+    name: str
+    start: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    share: float = 1.0
+
+    def config(
+        self, paths: tuple[str, ...], budget: Budget, lr: float, seed: int, quick: bool
+    ) -> Config:
+        """The configuration of one training; evaluations only at the end, as they cost time."""
+        base: dict[str, Any] = {"model.preset": "nano" if quick else "tiny"}
+        if quick:
+            base |= {"tokenizer.vocab_size": 300, "train.compile": "off", "model.d_model": 64}
+        whole = build(base)
+        a_step = whole.train.batch_size * whole.model.context
+        steps = max(round(self.share * budget.tokens / a_step), 1)
+        settings = base | {
+            "data.paths": paths,
+            "train.steps": steps,
+            "train.lr": lr,
+            "train.seed": seed,
+            "train.eval_every": steps,
+            "train.checkpoint_every": steps,
+            "log.sample_tokens": 0,
+            "log.tensorboard": False,
+            "model.embedding.init": self.start,
+        }
+        settings |= {f"model.embedding.{name}": value for name, value in self.fields.items()}
+        return build(settings)
+
+
+NORMAL = Case(name="dense", start="normal")
+CORPUS = Case(name="dense", start="corpus")
+RANK64 = Case(name="reduced 64", start="corpus", fields={"kind": "reduced", "rank": 64})
+RANK32 = Case(name="reduced 32", start="corpus", fields={"kind": "reduced", "rank": 32})
+COMPOSED = Case(name="composed", start="corpus", fields={"kind": "composed"})
+
+
+def shortened(budget: Budget) -> list[Case]:
+    """The corpus start with the required and with the aimed share of the steps."""
+    shares = (budget.required_share, budget.aim_share)
+    return [Case(name="dense", start="corpus", share=share) for share in shares]
+
+
+def main_cases(budget: Budget) -> list[Case]:
+    """What the claims are about, in the order in which it is trained."""
+    return [NORMAL, CORPUS, *shortened(budget), RANK64, RANK32, COMPOSED]
+
+
+def other_cases() -> list[Case]:
+    """What is there to be compared with."""
+    own = {"kind": "composed", "own_vectors": False}
+    both = {"kind": "composed+reduced", "rank": 64}
+    snapped = {"kind": "reduced", "rank": 64, "lattice": "reduced"}
+    return [
+        Case(name="reduced 64", start="normal", fields=dict(RANK64.fields)),
+        Case(name="reduced 32", start="normal", fields=dict(RANK32.fields)),
+        Case(name="composed", start="normal", fields=dict(COMPOSED.fields)),
+        Case(name="dense", start="crystal"),
+        Case(name="composed, no own vectors", start="corpus", fields=own),
+        Case(name="composed, reduced 64", start="corpus", fields=both),
+        Case(name="dense on Z", start="corpus", fields={"lattice": "z"}),
+        Case(name="dense on E8", start="corpus", fields={"lattice": "e8"}),
+        Case(name="reduced 64 on its lattice", start="corpus", fields=snapped),
+    ]

@@ -1,0 +1,43 @@
+"""The bench of token tables: it runs, keeps what it trained, and says what it has not measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cllm.bench import embed
+from cllm.bench.embed import UNMEASURED, Trainings, _Judge
+from cllm.bench.embed_cases import BUDGETS, NORMAL, RATES, main_cases, other_cases
+from cllm.bench.harness import Options, render
+
+
+def test_a_quick_run_trains_and_judges_nothing(isolated: Path, corpus: Path) -> None:
+    options = Options(quick=True, data=(str(corpus),))
+    result = embed.run(options)
+    assert [row["table"] for row in result.rows] == ["dense", "dense", "reduced 64"]
+    assert all(row["bits per byte"] > 0 for row in result.rows)
+    assert all(claim.holds is None for claim in result.claims)
+    assert "too short to judge" in render(result)
+    # Kept: nothing is trained any more, whatever the time.
+    again = embed.run(Options(quick=True, data=(str(corpus),), minutes=0))
+    assert [row["bits per byte"] for row in again.rows] == [
+        row["bits per byte"] for row in result.rows
+    ]
+
+
+def test_what_there_was_no_time_for_is_said(isolated: Path, corpus: Path) -> None:
+    trainings = Trainings(quick=False, until=0.0)
+    rates = {(case.name, case.start): RATES[0] for case in main_cases(BUDGETS[0])}
+    judge = _Judge(trainings, str(corpus), BUDGETS[0], rates)
+    assert judge.row(NORMAL)["bits per byte"] is None
+    claims = judge.claims(quick=False)
+    assert all(claim.holds is None for claim in claims)
+    assert UNMEASURED in {claim.why for claim in claims}
+
+
+def test_all_cases_are_valid_and_see_the_same_tokens() -> None:
+    for budget in BUDGETS:
+        for case in [*main_cases(budget), *other_cases()]:
+            config = case.config((), budget, RATES[0], 0, quick=False)
+            seen = config.train.steps * config.train.batch_size * config.model.context
+            assert abs(seen - case.share * budget.tokens) < 2048
+            assert config.model.embedding.init == case.start
