@@ -63,6 +63,8 @@ def run(options: Options) -> Result:
             " Reductions to compare bases, and shortest vectors, are done once.",
             "Rates of nearest-plane count the products it does: projection, back-substitution and"
             " points, 5n² floating-point operations a target.",
+            "Where no vector shorter than q was found, the root Hermite factor of a q-ary lattice is that"
+            " of the rows of q it begins with, q^(1/2n).",
             f"Seconds of each part: {', '.join(took)}.",
         ],
         packages=("numpy", "torch", "scipy", "fpylll", "sympy"),
