@@ -83,7 +83,7 @@ class _Scratch:
         np.copyto(error, x.T)
         np.rint(error, out=size)
         total, spread = self.sums
-        odd, change, most, least = self.keys
+        _, change, most, least = self.keys
         self._fold(np.add, size, total)
         np.subtract(error, size, out=error)
         # ⌊x⌋ is round(x) less 1 where the error is negative: sign bits give its parity.
