@@ -306,7 +306,7 @@ def test_kinds_and_dtypes(dtype, rng):
 
 
 def test_chunks_do_not_matter(rng):
-    from cllm.lattice.babai import CHUNK
+    from cllm.lattice.closest import CHUNK
 
     B = rng.standard_normal((7, 7)) + 3 * np.eye(7)
     T = rng.uniform(-30, 30, (2 * CHUNK + 5, 7))

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from cllm.lattice.check import empty
 from cllm.lattice.gso import lq
-
-# Rows solved one at a time before a matrix product carries them to the rest.
-BLOCK = 16
-# Targets worked on together: their rows of a block stay in the second-level cache.
-CHUNK = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +24,6 @@ class Frame:
     Q: torch.Tensor
     low: torch.Tensor | None
     high: torch.Tensor | None
-
-    def clamp(self, x: torch.Tensor, row: int) -> torch.Tensor:
-        """Coefficients of ``row`` kept inside the box, in place."""
-        if self.low is not None and self.high is not None:
-            x.clamp_(float(self.low[row]), float(self.high[row]))
-        return x
 
 
 def frame(B: np.ndarray, dtype: torch.dtype, bounds: tuple[np.ndarray, np.ndarray] | None) -> Frame:
@@ -60,30 +51,70 @@ def rounding(fr: Frame, targets: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def nearest_plane(fr: Frame, targets: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:
-    """Nearest plane (Babai, Combinatorica 6, 1986, section 3): coefficients (m, n).
-
-    Back-substitution on t·Qᵀ from the last row up. Blocks of rows are solved in cache and carried to
-    the rows above by matrix products, as in a triangular solve. Targets lie along the contiguous
-    dimension.
-    """
-    n = len(fr.L)
-    out = targets.new_empty(len(targets), n)
-    for start in range(0, len(targets), chunk):
-        Y = fr.Q @ targets[start : start + chunk].T
-        X = torch.empty_like(Y)
-        for stop in range(n, 0, -BLOCK):
-            begin = max(0, stop - BLOCK)
-            _solve_block(fr, Y, X, begin, stop)
-            if begin:
-                Y[:begin].addmm_(fr.L[begin:stop, :begin].T, X[begin:stop], alpha=-1)
-        out[start : start + chunk] = X.T
+def nearest_plane(fr: Frame, targets: torch.Tensor) -> torch.Tensor:
+    """Nearest plane (Babai, Combinatorica 6, 1986, section 3): coefficients (m, n)."""
+    out = empty((len(targets), len(fr.L)), targets.dtype)
+    solver = NearestPlane(fr)
+    for start in range(0, len(targets), solver.chunk):
+        part = slice(start, start + solver.chunk)
+        np.copyto(out[part].numpy(), solver(targets[part]).numpy())
     return out
 
 
-def _solve_block(fr: Frame, Y: torch.Tensor, X: torch.Tensor, begin: int, stop: int) -> None:
-    for i in range(stop - 1, begin - 1, -1):
-        x = torch.div(Y[i], fr.L[i, i], out=X[i]).round_()
-        fr.clamp(x, i)
-        if i > begin:
-            Y[begin:i].addr_(fr.L[i, begin:i], x, alpha=-1)
+class NearestPlane:
+    """Back-substitution on t·Qᵀ from the last row up, for a chunk of targets at a time.
+
+    Targets lie along the contiguous dimension. What the rows below contribute comes to a block of rows by
+    one matrix product, and within the block, in cache, to a row by a matrix-vector product: two calls a
+    row in all. Rows are divided by their diagonal beforehand.
+
+    Attributes:
+        chunk: targets to call with for speed.
+    """
+
+    def __init__(self, fr: Frame) -> None:
+        n = len(fr.L)
+        # Scratch of a chunk and a block's rows stay in the caches; no power of two, so that a column's
+        # elements do not all fall into one set of a cache.
+        self.chunk, self.block = (2064, 16) if n <= 128 else (1040, 32)
+        diagonal = torch.diagonal(fr.L)
+        self._columns = (fr.L / diagonal).T.contiguous()
+        self._Q = fr.Q / diagonal[:, None]
+        self._box = None if fr.low is None or fr.high is None else (fr.low.numpy(), fr.high.numpy())
+        self._buffers(0)
+
+    def _buffers(self, size: int) -> None:
+        """Buffers for ``size`` targets, and all the views of them that the calls take."""
+        n = len(self._columns)
+        self._Y, self._X = self._Q.new_empty(2, n, size)
+        self._blocks = []
+        for stop in range(n, 0, -self.block):
+            begin = max(0, stop - self.block)
+            block = None
+            if stop < n:
+                block = self._Y[begin:stop], self._columns[begin:stop, stop:], self._X[stop:]
+            rows = [self._row(i, stop) for i in range(stop - 1, begin - 1, -1)]
+            self._blocks.append((block, rows))
+
+    def _row(self, i: int, stop: int) -> tuple[Any, ...]:
+        y, x = self._Y[i], self._X[i]
+        after = slice(i + 1, stop)
+        below = self._X[after].T if i + 1 < stop else None
+        return y, below, self._columns[i, after], y.numpy(), x.numpy(), i
+
+    def __call__(self, targets: torch.Tensor) -> torch.Tensor:
+        """Coefficients (m, n), a transposed view of a buffer that the next call overwrites."""
+        if len(targets) != self._Y.shape[1]:
+            self._buffers(len(targets))
+        torch.mm(self._Q, targets.T, out=self._Y)
+        for block, rows in self._blocks:
+            if block is not None:
+                open_rows, columns, decided = block
+                open_rows.addmm_(columns, decided, alpha=-1)
+            for y, below, column, centre, x, i in rows:
+                if below is not None:
+                    y.addmv_(below, column, alpha=-1)
+                np.rint(centre, out=x)
+                if self._box is not None:
+                    np.clip(x, self._box[0][i], self._box[1][i], out=x)
+        return self._X.T

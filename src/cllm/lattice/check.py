@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,11 @@ def as_targets(targets: Any, dimension: int, name: str = "targets") -> torch.Ten
     Raises:
         ValueError: wrong last dimension, more than two dimensions, not real numbers, NaN or infinity.
     """
+    return measured_targets(targets, dimension, name)[0]
+
+
+def measured_targets(targets: Any, dimension: int, name: str) -> tuple[torch.Tensor, float]:
+    """``as_targets``, and the largest size of a coordinate, which the check found."""
     if not isinstance(targets, torch.Tensor):
         try:
             array = np.asarray(targets)
@@ -101,9 +107,17 @@ def as_targets(targets: Any, dimension: int, name: str = "targets") -> torch.Ten
         raise ValueError(f"{name} of shape {tuple(targets.shape)} must hold real numbers")
     if targets.dtype not in (torch.float32, torch.float64):
         targets = targets.to(torch.float32 if targets.is_floating_point() else torch.float64)
-    if not math.isfinite(magnitude(targets)):
+    size = magnitude(targets)
+    if not math.isfinite(size):
         raise ValueError(f"{name} of shape {tuple(targets.shape)} has NaN or infinity")
-    return targets.reshape(-1, dimension)
+    return targets.reshape(-1, dimension), size
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a result. NumPy asks the system for huge pages and torch does not: on a result of
+    many megabytes the page faults cost more than a fast decoder."""
+    numpy_dtype = torch.empty(0, dtype=dtype).numpy().dtype
+    return torch.from_numpy(np.empty(tuple(shape), dtype=numpy_dtype))
 
 
 def magnitude(x: torch.Tensor) -> float:

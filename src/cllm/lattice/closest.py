@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from cllm.lattice.babai import Frame, frame, nearest_plane, rounding
-from cllm.lattice.check import as_real_basis, as_targets, back, positive_int
+from cllm.lattice.babai import Frame, NearestPlane, frame, nearest_plane, rounding
+from cllm.lattice.check import as_real_basis, as_targets, back, empty, magnitude, positive_int
 from cllm.lattice.kbest import k_best
 
 METHODS = ("rounding", "nearest-plane", "k-best", "exact")
 
+# Targets decoded before what is said of them; a multiple of what K-best decodes together.
+CHUNK = 4096
 # Beams that give exact enumeration its first radius.
 START_BEAMS = 16
 # Share of ½·min‖b*_i‖ that the rounding error of an enumerated answer may reach.
@@ -76,27 +80,65 @@ def closest(
     T = as_targets(targets, basis.shape[1])
     box = _box(bounds, len(basis))
     fr = frame(basis, T.dtype, box)
+    decode: Callable[[torch.Tensor], torch.Tensor]
+    # A chunk is decoded, and everything said of it while it is in cache; the pages of a result are
+    # touched once.
+    size = CHUNK
     if method == "rounding":
-        X = rounding(fr, T)
+        decode = partial(rounding, fr)
     elif method == "nearest-plane" or (method == "k-best" and K == 1):
-        X = nearest_plane(fr, T)
+        decode = solver = NearestPlane(fr)
+        size = solver.chunk
     elif method == "k-best":
-        X = _better(fr, T, nearest_plane(fr, T), k_best(fr, T, K, children, compiled))
+
+        def decode(part: torch.Tensor) -> torch.Tensor:
+            return _better(
+                fr, part, nearest_plane(fr, part), k_best(fr, part, K, children, compiled)
+            )
     else:
-        X = _exact(basis, T, box)
-    points = X @ fr.basis
-    distances = torch.linalg.vector_norm(T - points, dim=1)
-    _refuse_overflow(X, distances, T)
-    integers = X.to(torch.int32 if T.dtype == torch.float32 else torch.int64)
-    half = 0.5 * float(torch.diagonal(fr.L).min())
-    error = _rounding_error(fr, T, X)
-    certified = error < SAFE * half if method == "exact" else distances.double() + error < half
+        decode, size = partial(_exact, basis, box), max(1, len(T))
+    answer = _Answer(fr, T, exact=method == "exact")
+    for start in range(0, len(T), size):
+        part = slice(start, start + size)
+        answer.put(part, decode(T[part]))
     return Closest(
-        coefficients=back(integers, targets),
-        points=back(points, targets),
-        distances=back(distances, targets),
-        is_certified=back(certified, targets),
+        coefficients=back(answer.coefficients, targets),
+        points=back(answer.points, targets),
+        distances=back(answer.distances, targets),
+        is_certified=back(answer.is_certified, targets),
     )
+
+
+class _Answer:
+    """What is said of the coefficients, a part of the targets at a time."""
+
+    def __init__(self, fr: Frame, T: torch.Tensor, exact: bool) -> None:
+        self.fr, self.T, self.exact = fr, T, exact
+        m, (n, d) = len(T), fr.basis.shape
+        self.coefficients = empty((m, n), torch.int32 if T.dtype == torch.float32 else torch.int64)
+        self.points = empty((m, d), T.dtype)
+        self.distances = T.new_empty(m)
+        self.is_certified = torch.empty(m, dtype=torch.bool)
+        self.half = 0.5 * float(torch.diagonal(fr.L).min())
+
+    def put(self, part: slice, X: torch.Tensor) -> None:
+        """Coefficients X (m, n) of the targets of ``part``; ``ValueError`` where they overflow."""
+        T = self.T[part]
+        points = torch.mm(X, self.fr.basis, out=self.points[part])
+        distances = torch.linalg.vector_norm(T - points, dim=1)
+        limit = 2.0 ** (24 if T.dtype == torch.float32 else 53)
+        # Not "beyond the limit": NaN must be refused too.
+        if not (magnitude(X) < limit and bool(torch.isfinite(distances).all())):
+            raise ValueError(
+                f"coefficients of targets of shape {tuple(self.T.shape)} are beyond the integers that"
+                f" {T.dtype} holds exactly: reduce the basis, bring targets nearer, or use float64"
+            )
+        np.copyto(self.coefficients[part].numpy(), X.numpy(), casting="unsafe")
+        error = _rounding_error(self.fr, T, X)
+        self.distances[part] = distances
+        self.is_certified[part] = (
+            error < SAFE * self.half if self.exact else distances.double() + error < self.half
+        )
 
 
 def _rounding_error(fr: Frame, T: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
@@ -138,17 +180,8 @@ def _better(fr: Frame, T: torch.Tensor, X: torch.Tensor, Y: torch.Tensor) -> tor
     return torch.where((second < first)[:, None], Y, X)
 
 
-def _refuse_overflow(X: torch.Tensor, distances: torch.Tensor, T: torch.Tensor) -> None:
-    limit = 2.0 ** (24 if T.dtype == torch.float32 else 53)
-    if X.numel() and not (float(X.abs().max()) < limit and bool(torch.isfinite(distances).all())):
-        raise ValueError(
-            f"coefficients of targets of shape {tuple(T.shape)} are beyond the integers that"
-            f" {T.dtype} holds exactly: reduce the basis, bring targets nearer, or use float64"
-        )
-
-
 def _exact(
-    basis: np.ndarray, T: torch.Tensor, box: tuple[np.ndarray, np.ndarray] | None
+    basis: np.ndarray, box: tuple[np.ndarray, np.ndarray] | None, T: torch.Tensor
 ) -> torch.Tensor:
     wide = T.to(torch.float64)
     if box is not None:
