@@ -1,4 +1,4 @@
-"""The lattice that a table's rows are rounded to: a rotation that is stored, or the original coordinates."""
+"""The lattice that rows are rounded to: a rotation that is stored, or the original coordinates."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def rotated_basis(
     """
     values, vectors = np.linalg.eigh(targets.T @ targets / len(targets))
     order = np.argsort(-values)
-    spreads = np.sqrt(np.maximum(values[order], 0.0))
+    spreads = np.asarray(np.sqrt(np.maximum(values[order], 0.0)))
     directions = vectors[:, order].T
     worth = _worth(targets @ directions.T / step, len(directions), max(price, 0.1))
     spreads, directions = spreads[worth], directions[worth] @ inverse
@@ -87,9 +87,7 @@ def _decide_by_rate(rows: np.ndarray, targets: np.ndarray, price: float) -> np.n
     chosen = nearest_plane(L, projected)
     for _ in range(PASSES if price and np.abs(chosen).max() < LARGEST else 0):
         costs = costs_like(chosen)
-        chosen = nearest_plane(
-            L, projected, classes=costs.classes, bits=costs.bits, price=price
-        )
+        chosen = nearest_plane(L, projected, classes=costs.classes, bits=costs.bits, price=price)
     return chosen
 
 

@@ -57,7 +57,7 @@ def encode_integers(integers: np.ndarray) -> bytes:
     coder = stream.stack.AnsCoder()
     model = _Model(len(q), codes)
     planned = []
-    for j in np.flatnonzero(codes):
+    for j in np.flatnonzero(codes).tolist():
         classes = model.classes(j)
         planned.append((q[:, j], classes, model.counts[classes].astype(np.float64)))
         model.learn(j, classes, np.abs(q[:, j]))
@@ -80,7 +80,7 @@ def decode_integers(reader: Reader, rows: int, columns: int) -> np.ndarray:
     coder = stream.stack.AnsCoder(words.view("<u4").astype(np.uint32))
     q = np.zeros((rows, columns), dtype=np.int64)
     model = _Model(rows, codes)
-    for j in np.flatnonzero(codes):
+    for j in np.flatnonzero(codes).tolist():
         classes = model.classes(j)
         tables = model.counts[classes].astype(np.float64)
         q[:, j] = _pop_column(stream, coder, classes, tables)
@@ -110,7 +110,7 @@ def costs_like(integers: np.ndarray) -> Costs:
     codes = _mean_codes(q)
     model = _Model(len(q), codes)
     classes = np.zeros(q.shape, dtype=np.int64)
-    for j in np.flatnonzero(codes):
+    for j in np.flatnonzero(codes).tolist():
         classes[:, j] = model.classes(j)
         model.learn(j, classes[:, j], np.abs(q[:, j]))
     shares = model.counts / model.counts.sum(axis=1, keepdims=True)

@@ -91,9 +91,13 @@ def as_table(array: Any) -> np.ndarray:
     """``array`` as float32 (V, D). Raises ``ValueError`` naming the shape of what is no such table."""
     table = np.asarray(array)
     if table.ndim != 2 or not table.size:
-        raise ValueError(f"a table is an array (rows, columns) with entries, not of shape {table.shape}")
+        raise ValueError(
+            f"a table is an array (rows, columns) with entries, not of shape {table.shape}"
+        )
     if table.dtype.kind not in "fiu":
-        raise ValueError(f"a table of shape {table.shape} must be of real numbers, not {table.dtype}")
+        raise ValueError(
+            f"a table of shape {table.shape} must be of real numbers, not {table.dtype}"
+        )
     with np.errstate(over="ignore"):
         table = table.astype(np.float32)
     if not np.isfinite(table).all():

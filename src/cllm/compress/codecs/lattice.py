@@ -134,9 +134,13 @@ def _octaves(frequency: Any, rows: int, power: float) -> np.ndarray | None:
         return None
     counts = np.asarray(frequency, dtype=np.float64)
     if counts.shape != (rows,):
-        raise ValueError(f"a frequency for each of {rows} rows is needed, not of shape {counts.shape}")
+        raise ValueError(
+            f"a frequency for each of {rows} rows is needed, not of shape {counts.shape}"
+        )
     if not np.isfinite(counts).all() or (counts < 0).any():
-        raise ValueError(f"the frequencies of shape {counts.shape} hold NaN, infinity or less than 0")
+        raise ValueError(
+            f"the frequencies of shape {counts.shape} hold NaN, infinity or less than 0"
+        )
     # A row never seen counts as half a time the rarest.
     seen = counts[counts > 0]
     logs = np.log2(np.maximum(counts, seen.min() / 2)) if len(seen) else np.zeros(rows)
@@ -167,7 +171,7 @@ def _encode_on(work: _Work, basis: Basis, step: float, price: float) -> _Encoded
     if chosen.size and np.abs(chosen).max() >= LARGEST:
         raise ValueError(f"a step of {step:.3g} is too small for this table: integers pass 30 bits")
     if basis.integers is not None:
-        used = chosen.any(axis=0)
+        used = np.asarray(chosen.any(axis=0))
         chosen, basis, metric_rows = chosen[:, used], basis.only(used), metric_rows[used]
     scales = least_squares_scales(chosen, metric_rows, work.targets)
     factors = (basis.factors * scales).astype("<f4")
@@ -178,9 +182,9 @@ def _encode_on(work: _Work, basis: Basis, step: float, price: float) -> _Encoded
     if basis.integers is not None:
         body += encode_integers(basis.integers)
     if work.octaves is not None:
-        least = int(work.octaves.min())
-        body += least.to_bytes(2, "little", signed=True)
-        body += encode_integers((work.octaves - least)[:, None])
+        middle = int(np.median(work.octaves))  # so that most are 0, which needs no sign
+        body += middle.to_bytes(2, "little", signed=True)
+        body += encode_integers((work.octaves - middle)[:, None])
     body += encode_integers(chosen.astype(np.int64))
     return _Encoded(body=body, distortion=float((error**2).sum()))
 
@@ -202,8 +206,8 @@ def decode(body: bytes, shape: tuple[int, int]) -> np.ndarray:
     basis = decode_integers(reader, count, width) if has_rotation else np.eye(width)
     steps = np.ones(rows)
     if has_octaves:
-        least = reader.number("<h")
-        octaves = decode_integers(reader, rows, 1)[:, 0] + least
+        middle = reader.number("<h")
+        octaves = decode_integers(reader, rows, 1)[:, 0] + middle
         if np.abs(octaves).max() > 2000:
             raise ValueError("damaged table: a row's step is out of range")
         steps = row_steps(octaves)

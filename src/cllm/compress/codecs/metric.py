@@ -43,7 +43,9 @@ def as_metric(metric: Any, name: str = "metric", width: int | None = None) -> np
     if array.ndim != 2 or array.shape[0] != array.shape[1] or not array.size:
         raise ValueError(f"the {name} must be square, not of shape {array.shape}")
     if width is not None and len(array) != width:
-        raise ValueError(f"the {name} of shape {array.shape} does not fit a table of {width} columns")
+        raise ValueError(
+            f"the {name} of shape {array.shape} does not fit a table of {width} columns"
+        )
     if not np.isfinite(array).all():
         raise ValueError(f"the {name} of shape {array.shape} holds NaN or infinity")
     if not np.allclose(array, array.T, rtol=1e-6, atol=1e-9 * np.abs(array).max()):

@@ -59,4 +59,6 @@ def decode(body: bytes, shape: tuple[int, int]) -> np.ndarray:
     inner = unpack(reader.take(len(body) - reader.place))
     if inner.codec != Rows.name or inner.shape != (rows, rank):
         raise ValueError("damaged table: its coordinates have another shape")
+    if not (np.isfinite(mean).all() and np.isfinite(components).all()):
+        raise ValueError("damaged table: its components are not finite")
     return decode_rows(inner.body, inner.shape) @ components + mean

@@ -53,7 +53,9 @@ def _cheapest(
     size = np.abs(real)
     below = np.floor(size)
     candidates = np.stack([below, below + 1, np.zeros_like(below)])
-    costs = [square * (size - c) ** 2 + price * bits(classes, c.astype(np.int64)) for c in candidates]
+    costs = [
+        square * (size - c) ** 2 + price * bits(classes, c.astype(np.int64)) for c in candidates
+    ]
     best = np.argmin(costs, axis=0)
     picked: np.ndarray = np.take_along_axis(candidates, best[None], axis=0)[0]
     return np.copysign(picked, real)

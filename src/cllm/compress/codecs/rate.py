@@ -15,7 +15,8 @@ def smallest_step(encode: Callable[[float], bytes], most: int, spread: float) ->
     ``encode`` maps a step to a body, ``spread`` is where steps begin. Raises ``ValueError`` if even the
     coarsest step needs more bytes.
     """
-    low, high = FINEST, float(COARSEST)  # octaves: too many bytes at ``low``, few enough at ``high``
+    # Octaves: too many bytes at ``low``, few enough at ``high``.
+    low, high = float(FINEST), float(COARSEST)
     best = encode(spread * 2.0**high)
     if len(best) > most:
         raise ValueError(

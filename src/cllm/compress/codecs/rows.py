@@ -38,7 +38,9 @@ class Rows:
         table = as_table(array)
         scales, integers = self._quantize(table)
         low = -(1 << (self.bits - 1))
-        planes = (integers - low).astype(np.uint8)[..., None] >> np.arange(self.bits, dtype=np.uint8)
+        planes = (integers - low).astype(np.uint8)[..., None] >> np.arange(
+            self.bits, dtype=np.uint8
+        )
         packed = np.packbits((planes & 1).ravel(), bitorder="little").tobytes()
         body = bytes([self.bits]) + scales.astype("<f2").tobytes() + packed
         return pack(self.name, table.shape, body)
@@ -58,7 +60,11 @@ class Rows:
             scale = (largest * (share / high)).astype(np.float16)
             q, error = _round(table, scale, high)
             better = error < least
-            least[better], scales[better], integers[better] = error[better], scale[better], q[better]
+            least[better], scales[better], integers[better] = (
+                error[better],
+                scale[better],
+                q[better],
+            )
         return scales, integers
 
 
