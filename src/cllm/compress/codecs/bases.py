@@ -59,7 +59,7 @@ def rotated_basis(
     integers = np.rint(directions * (spreads[:, None] / unit))
     if integers.size and np.abs(integers).max() >= LARGEST:
         raise ValueError(f"a step of {step:.3g} is too small for this table: integers pass 30 bits")
-    factors = np.float32(step * unit / spreads).astype(np.float64)
+    factors = (step * unit / spreads).astype(np.float32).astype(np.float64)
     full = integers.any(axis=1) & (factors > 0)
     return Basis(factors[full], integers[full].astype(np.int64), _decide_by_rate)
 
