@@ -36,6 +36,7 @@ BENCHES = {
     "lattice": "lattice",
     "layout": "layout",
     "embed": "embed",
+    "tables": "tables",
 }
 """Name of a bench to its module in ``cllm.bench``."""
 

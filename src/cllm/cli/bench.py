@@ -13,7 +13,7 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="Which bench: train, attention, original, startup, lattice, layout or embed."
+            help="Which bench: train, attention, original, startup, lattice, layout, embed or tables."
         ),
     ],
     data: Annotated[
