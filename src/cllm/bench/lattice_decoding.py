@@ -136,20 +136,22 @@ def root_lattices(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
             leech.nearest(leeches)
 
     small = medians({"e8": lambda: e8.nearest(eights), "copy": lambda: eights.clone()})
-    large = medians(
-        {
-            "one": lambda: leech.nearest(leeches),
-            "all": on_all,
-            "copy": lambda: leeches.clone(),
-        }
-    )
+    contestants: dict[str, Callable[[], object]] = {
+        "one": lambda: leech.nearest(leeches),
+        "copy": lambda: leeches.clone(),
+    }
+    if everyone > 1:
+        contestants["all"] = on_all
+    large = medians(contestants)
     e8_rate, e8_copy = (len(eights) / small[name] for name in ("e8", "copy"))
-    one, every, copy = (len(leeches) / large[name] for name in ("one", "all", "copy"))
+    one, copy = (len(leeches) / large[name] for name in ("one", "copy"))
     rows = [
         row("E8", "1 thread", e8_rate, "points/s", "copy", e8_copy),
         row("Leech", "1 thread", one, "points/s", "copy", copy),
-        row("Leech", f"all threads ({everyone})", every, "points/s"),
     ]
+    if everyone > 1:
+        rate = len(leeches) / large["all"]
+        rows.append(row("Leech", f"all threads ({everyone})", rate, "points/s"))
     claims = [
         Claim(name="E8 points/s a core", value=e8_rate, required=10e6, aim=50e6),
         Claim(name="Leech points/s a core", value=one, required=200e3),
