@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from cllm.lattice import kbest
 from cllm.lattice.babai import Frame, NearestPlane, frame, nearest_plane, rounding
 from cllm.lattice.check import as_real_basis, as_targets, back, empty, magnitude, positive_int
-from cllm.lattice.kbest import k_best
 
 METHODS = ("rounding", "nearest-plane", "k-best", "exact")
 
-# Targets decoded before what is said of them; a multiple of what K-best decodes together.
+# Targets decoded before what is said of them.
 CHUNK = 4096
 # Beams that give exact enumeration its first radius.
 START_BEAMS = 16
@@ -90,10 +90,11 @@ def closest(
         decode = solver = NearestPlane(fr)
         size = solver.chunk
     elif method == "k-best":
+        size = 4 * kbest.CHUNK
 
         def decode(part: torch.Tensor) -> torch.Tensor:
             return _better(
-                fr, part, nearest_plane(fr, part), k_best(fr, part, K, children, compiled)
+                fr, part, nearest_plane(fr, part), kbest.k_best(fr, part, K, children, compiled)
             )
     else:
         decode, size = partial(_exact, basis, box), max(1, len(T))
@@ -188,7 +189,7 @@ def _exact(
         from cllm.lattice.boxed import boxed_closest
 
         fr = frame(basis, torch.float64, box)
-        start = _better(fr, wide, nearest_plane(fr, wide), k_best(fr, wide, START_BEAMS, 2))
+        start = _better(fr, wide, nearest_plane(fr, wide), kbest.k_best(fr, wide, START_BEAMS, 2))
         L, y = fr.L.numpy(), (wide @ fr.Q.T).numpy()
         return torch.from_numpy(boxed_closest(L, y, *box, start.numpy())).to(T.dtype)
     return _enumerate(basis, wide).to(T.dtype)
@@ -199,7 +200,7 @@ def _enumerate(basis: np.ndarray, T: torch.Tensor) -> torch.Tensor:
 
     search = Enumerator(basis)
     fr = frame(search.basis, torch.float64, None)
-    start = _better(fr, T, nearest_plane(fr, T), k_best(fr, T, START_BEAMS, 2))
+    start = _better(fr, T, nearest_plane(fr, T), kbest.k_best(fr, T, START_BEAMS, 2))
     distances = torch.linalg.vector_norm(T - start @ fr.basis, dim=1)
     X = start.numpy()
     for i in torch.nonzero(distances >= 0.5 * float(torch.diagonal(fr.L).min())).ravel().tolist():
