@@ -230,14 +230,11 @@ def test_few_rows_store_no_rotation():
 def test_k_best_on_the_reduced_basis_beats_rounding():
     array = np.random.default_rng(0).normal(size=(300, 10)).astype(np.float32)
     M = table_metric(metric(10) + 30 * np.ones((10, 10)), look_up=False)
-    root = np.linalg.cholesky(M)
     step = 0.5
     back = decode(Lattice(step=step, basis="plain").encode(array, M))
-    unit = step / np.exp(np.log(np.diag(root)).mean())
     mean = array.mean(axis=0)
     rounded = mean + np.rint((array - mean) / step) * step
     assert weighted_error(back, array, M) < weighted_error(rounded, array, M)
-    assert unit > 0
 
 
 def test_settings_are_checked():
