@@ -58,9 +58,8 @@ def test_any_table_comes_back(codec, rows, columns, seed, exponent, kind):
         array[:] = 0.7
     elif kind == "outlier":
         array[0, 0] = 1000
-    scale = 10.0**exponent
-    if codec.name != "lattice" and abs(exponent) > 3:
-        return  # float16 scales; refused in a test of its own
+    # The peers' scales are float16; what is beyond is refused, in a test of its own.
+    scale = 10.0**exponent if codec.name == "lattice" else 1.0
     array = (array * scale).astype(np.float32)
     if codec.name == "lattice":
         codec = Lattice(step=0.05 * scale, basis=codec.basis, price=0)
@@ -230,14 +229,11 @@ def test_few_rows_store_no_rotation():
 def test_k_best_on_the_reduced_basis_beats_rounding():
     array = np.random.default_rng(0).normal(size=(300, 10)).astype(np.float32)
     M = table_metric(metric(10) + 30 * np.ones((10, 10)), look_up=False)
-    root = np.linalg.cholesky(M)
     step = 0.5
     back = decode(Lattice(step=step, basis="plain").encode(array, M))
-    unit = step / np.exp(np.log(np.diag(root)).mean())
     mean = array.mean(axis=0)
     rounded = mean + np.rint((array - mean) / step) * step
     assert weighted_error(back, array, M) < weighted_error(rounded, array, M)
-    assert unit > 0
 
 
 def test_settings_are_checked():

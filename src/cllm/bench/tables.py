@@ -80,6 +80,9 @@ def _config(options: Options) -> Config:
             "tokenizer.vocab_size": 400,
             "train.steps": 8,
             "train.compile": "off",
+            "train.dtype": "fp32",
+            "train.attention": "matmul",
+            "train.batch_size": 4,
             "log.sample_tokens": 0,
         }
     return build(changes)

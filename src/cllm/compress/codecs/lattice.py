@@ -190,7 +190,7 @@ def _encode_on(work: _Work, basis: Basis, step: float, price: float) -> _Encoded
 
 
 def decode(body: bytes, shape: tuple[int, int]) -> np.ndarray:
-    """The (V, D) float32 table of ``Lattice.encode``, bit for bit the same on every machine.
+    """The (V, D) float32 table of ``Lattice.encode``; nothing in it depends on a library's rounding.
 
     Raises ``ValueError`` for bytes that are no such thing; ``UserError`` without ``constriction``.
     """
