@@ -21,7 +21,8 @@ CELL_SIZE = 128
 BUDGET = 1 / 64
 """Share of the rows that an approximate query looks at, ``LEAST_BUDGET`` rows at least."""
 LEAST_BUDGET = 4096
-_LIMITS = (1e-18, 1e18)
+_LIMITS = (1e-9, 1e9)
+"""Lengths whose fourth powers float32 still holds."""
 _LEADING = 64
 
 
@@ -53,7 +54,7 @@ class TokenIndex:
 
         Raises:
             ValueError: the table is not (V, D) with at least two rows and one column, not finite, or has
-                rows (other than zeros) shorter than 1e-18 or longer than 1e18.
+                rows (other than zeros) shorter than 1e-9 or longer than 1e9.
         """
         vectors = _as_matrix(table, "table")
         if len(vectors) < 2:
@@ -102,7 +103,7 @@ class TokenIndex:
         float64, of the table and the vectors as float32 has them.
 
         Raises:
-            ValueError: vectors not (n, D) for the table's D or not finite or longer than 1e18, an
+            ValueError: vectors not (n, D) for the table's D or not finite or longer than 1e9, an
                 unknown metric, k not in 1…V, budget below 1.
         """
         queries = self._check(vectors, k, metric, budget)
@@ -123,10 +124,14 @@ class TokenIndex:
             for i, query in enumerate(block):
                 cells = most_promising(promise[i], self.regions.sizes, k, rows_to_see)
                 search = Search(query, self.rows, self.regions, k, metric, self._reach)
-                search.visit(cells)
                 if exact:
+                    search.visit(cells)
                     search.prove(rotated[i], cells)
-                out.ids[start + i], out.scores[start + i] = search.answer()
+                elif rows_to_see < V:
+                    search.skim(rotated[i], cells)
+                else:
+                    search.visit(cells)
+                out.ids[start + i], out.scores[start + i] = search.best.answer()
         return out
 
     def vector(self, token: int) -> np.ndarray:
@@ -157,9 +162,7 @@ class TokenIndex:
         V, D = self.shape
         if metric not in METRICS:
             known = ", ".join(METRICS)
-            raise ValueError(
-                f"metric {metric!r} is none of {known}{nearest(str(metric), METRICS)}"
-            )
+            raise ValueError(f"metric {metric!r} is none of {known}{nearest(str(metric), METRICS)}")
         if not 1 <= k <= V:
             raise ValueError(f"k must be in 1…{V} for a table of {V} tokens, got {k}")
         if budget is not None and budget < 1:

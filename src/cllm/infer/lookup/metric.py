@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 METRICS = ("ip", "l2", "cosine")
-_GROUP = 16
 
 
 @dataclass(frozen=True)
@@ -100,19 +99,6 @@ def rounding(query: np.ndarray, reach: float, metric: str) -> float:
     return 2.0**-23 * (len(query) + 16) * scale + 1e-36
 
 
-def kth_largest_at_least(keys: np.ndarray, k: int) -> float:
-    """A number that at least k of ``keys`` (v,) reach, close to the k-th largest of them.
-
-    The k-th largest of maxima of small groups: one pass that vectorises, where partitioning all keys
-    would not.
-    """
-    if len(keys) >= 4 * k * _GROUP:
-        whole = len(keys) // _GROUP * _GROUP
-        maxima = keys[:whole].reshape(_GROUP, -1).max(axis=0)
-        return float(np.partition(maxima, len(maxima) - k)[-k])
-    return float(np.partition(keys, len(keys) - k)[-k])
-
-
 def settle(
     query: np.ndarray, rows: Rows, candidates: np.ndarray, k: int, metric: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -137,7 +123,5 @@ def exact_scores(q: np.ndarray, vectors: np.ndarray, metric: str) -> np.ndarray:
     products = np.einsum("vd,d->v", x, q)
     if metric == "cosine":
         norms = np.sqrt(np.einsum("vd,vd->v", x, x)) * np.sqrt(q @ q)
-        return np.asarray(
-            np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
-        )
+        return np.asarray(np.divide(products, norms, out=np.zeros_like(products), where=norms > 0))
     return np.asarray(products)
