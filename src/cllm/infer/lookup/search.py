@@ -14,7 +14,7 @@ _TELLS = 0.25
 """Where bounds leave more rows than this share, computing the keys of all is cheaper."""
 
 
-_SKIMMED = 16
+_SKIMMED = 32
 """One row in so many is looked at in full, of those whose leading coordinates are."""
 
 
