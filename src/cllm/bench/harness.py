@@ -37,6 +37,7 @@ BENCHES = {
     "layout": "layout",
     "embed": "embed",
     "tables": "tables",
+    "lookup": "lookup",
 }
 """Name of a bench to its module in ``cllm.bench``."""
 

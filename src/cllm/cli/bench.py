@@ -13,7 +13,7 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="Which bench: train, attention, original, startup, lattice, layout, embed or tables."
+            help="Which bench: train, attention, original, startup, lattice, layout, embed, tables or lookup."
         ),
     ],
     data: Annotated[
