@@ -36,6 +36,7 @@ class MergeTree:
         texts: the bytes that they stand for; none for special tokens and unused ids.
         parts: (V, 2) int64, the tokens that each was merged from; −1 in a leaf: a byte or character of
             the alphabet, an added or special token, a token that no merge makes.
+        ranks: (V,) int64, the place of that merge in the list, 0 the first; −1 in a leaf.
         special: ids of the special tokens.
         sha256: of vocabulary, merges and added tokens (hex), however the file is laid out.
     """
@@ -43,6 +44,7 @@ class MergeTree:
     names: tuple[str, ...]
     texts: tuple[bytes, ...]
     parts: np.ndarray
+    ranks: np.ndarray
     special: frozenset[int]
     sha256: str
 
@@ -59,21 +61,20 @@ class MergeTree:
         """
         description, origin = _description(source)
         model, added = description["model"], description.get("added_tokens") or []
-        merges = [_pair(merge, origin) for merge in model["merges"]]
-        names = {i: name for name, i in model["vocab"].items()}
+        names = _names(model["vocab"])
         names |= {token["id"]: token["content"] for token in added}
-        size = 1 + max(names, default=0)
-        if size < 2:
-            raise ValueError(
-                f"{origin} has a vocabulary of {len(names)}: codes compare tokens, give one with two or more"
-            )
+        _refuse_without_merges(model, len(names), origin)
+        merges = [_pair(merge, origin) for merge in model["merges"]]
+        size = 1 + max(names)
         special = frozenset(token["id"] for token in added if token["special"])
         plain = {token["id"]: token["content"].encode("utf-8") for token in added}
-        texts = _texts(description, names) | plain | {i: b"" for i in special}
+        texts = _texts(description, names) | plain | dict.fromkeys(special, b"")
+        parts, ranks = _parts(model, merges, set(plain), size, origin)
         return cls(
             names=tuple(names.get(i, "") for i in range(size)),
             texts=tuple(texts.get(i, b"") for i in range(size)),
-            parts=_parts(model, merges, set(plain), size, origin),
+            parts=parts,
+            ranks=ranks,
             special=special,
             sha256=_sha256(model, merges, added),
         )
@@ -125,12 +126,26 @@ def _description(source: Tokenizer | str | Path | Mapping[str, Any]) -> tuple[di
     model = found.get("model") if isinstance(found, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
         raise ValueError(f"{origin} is not a tokenizer.json of Hugging Face tokenizers")
+    return found, origin
+
+
+def _refuse_without_merges(model: dict[str, Any], tokens: int, origin: str) -> None:
+    if tokens < 2:
+        raise ValueError(
+            f"{origin} has a vocabulary of {tokens}: codes compare tokens; give one of two or more"
+        )
     if not model.get("merges") or not isinstance(model["vocab"], dict):
         raise ValueError(
-            f"{origin} has no merge list (its model is {model.get('type')}): token codes are made of "
-            "merges; give a BPE tokenizer, or train one with `cllm tokenizer train`"
+            f"{origin} has no merge list (its model is {model.get('type', 'unnamed')}): token codes are "
+            "made of merges; give a BPE tokenizer, or train a larger one with `cllm tokenizer train`"
         )
-    return found, origin
+
+
+def _names(vocab: dict[str, int] | list[Any]) -> dict[int, str]:
+    """Names by id; Unigram files have a list of (name, score)."""
+    if isinstance(vocab, list):
+        return {i: str(entry[0]) for i, entry in enumerate(vocab)}
+    return {i: name for name, i in vocab.items()}
 
 
 def _pair(merge: Any, origin: str) -> tuple[str, str]:
@@ -143,11 +158,11 @@ def _pair(merge: Any, origin: str) -> tuple[str, str]:
 
 def _parts(
     model: dict[str, Any], merges: list[tuple[str, str]], added: set[int], size: int, origin: str
-) -> np.ndarray:
-    """(V, 2) ids that each token was merged from, −1 in leaves."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """(V, 2) ids that each token was merged from and (V,) places of the merges, −1 in leaves."""
     ids, prefix = model["vocab"], model.get("continuing_subword_prefix") or ""
-    parts = np.full((size, 2), -1, dtype=np.int64)
-    for left, right in merges:
+    parts, ranks = np.full((size, 2), -1, dtype=np.int64), np.full(size, -1, dtype=np.int64)
+    for rank, (left, right) in enumerate(merges):
         whole = left + right.removeprefix(prefix)
         missing = [name for name in (left, right, whole) if name not in ids]
         if missing:
@@ -156,9 +171,9 @@ def _parts(
                 "vocabulary; the file is damaged"
             )
         made = ids[whole]
-        if parts[made, 0] < 0 and made not in added:
-            parts[made] = ids[left], ids[right]
-    return parts
+        if ranks[made] < 0 and made not in added:
+            parts[made], ranks[made] = (ids[left], ids[right]), rank
+    return parts, ranks
 
 
 def _texts(description: dict[str, Any], names: dict[int, str]) -> dict[int, bytes]:
