@@ -34,6 +34,7 @@ BENCHES = {
     "original": "original",
     "startup": "startup",
     "lattice": "lattice",
+    "codes": "codes",
 }
 """Name of a bench to its module in ``cllm.bench``."""
 

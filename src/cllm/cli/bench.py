@@ -11,7 +11,8 @@ import typer
 
 def bench(
     name: Annotated[
-        str, typer.Argument(help="Which bench: train, attention, original, startup or lattice.")
+        str,
+        typer.Argument(help="Which bench: train, attention, original, startup, lattice or codes."),
     ],
     data: Annotated[
         list[str] | None,

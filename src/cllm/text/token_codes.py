@@ -122,7 +122,7 @@ class TokenCodes:
         self._check(tokens)
         return similarity(self.codes.take(tokens), self.codes)
 
-    def similar(self, tokens: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    def similar(self, tokens: np.ndarray | list[int], k: int = 10) -> tuple[np.ndarray, np.ndarray]:
         """The ``k`` other tokens nearest to each of ``tokens`` (n,), the nearest first, the smaller id
         among equals: ids and similarities (n, k); fewer columns where there are fewer others.
 
@@ -131,12 +131,12 @@ class TokenCodes:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        tokens = np.asarray(tokens, dtype=np.int64)
+        asked = np.asarray(tokens, dtype=np.int64)
         k = min(k, len(self) - 1)
-        ids = np.empty((len(tokens), k), dtype=np.int64)
-        scores = np.empty((len(tokens), k))
-        for start in range(0, len(tokens), _ROWS):
-            block = tokens[start : start + _ROWS]
+        ids = np.empty((len(asked), k), dtype=np.int64)
+        scores = np.empty((len(asked), k))
+        for start in range(0, len(asked), _ROWS):
+            block = asked[start : start + _ROWS]
             rows = self.similarities(block)
             rows[np.arange(len(block)), block] = -1
             nearest = np.argsort(-rows, axis=1, kind="stable")[:, :k]
@@ -156,7 +156,9 @@ class TokenCodes:
         shared = set.intersection(*(set(self.codes[token]) for token in tokens))
         pieces = [self._piece_of[prime] for prime in sorted(shared, reverse=True)]
         if len(set(tokens)) == 1:
-            pieces.sort(key=lambda piece: (-self.kinds[piece], piece != tokens[0]))
+            pieces.sort(
+                key=lambda piece: -int(self.kinds[piece])
+            )  # stable: the most informative stem
         return pieces[0] if pieces else None
 
     def incidence(self, *, own: bool = True, max_pieces: int | None = None) -> csr_matrix:
@@ -261,7 +263,9 @@ def _frequency_order(
     columns = contents.tocsc()
     starts = columns.indptr[size:-1]
     grouped = columns.indices[columns.indptr[size] :]
-    earliest = np.minimum.reduceat(ranks[grouped], starts - columns.indptr[size]) if len(starts) else []
+    earliest = (
+        np.minimum.reduceat(ranks[grouped], starts - columns.indptr[size]) if len(starts) else []
+    )
     ranks = np.concatenate([ranks, np.asarray(earliest, dtype=np.int64)])
     number = np.arange(len(ranks))
     if counts is None:
