@@ -38,6 +38,7 @@ BENCHES = {
     "embed": "embed",
     "tables": "tables",
     "lookup": "lookup",
+    "codes": "codes",
 }
 """Name of a bench to its module in ``cllm.bench``."""
 

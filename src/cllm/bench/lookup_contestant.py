@@ -67,8 +67,9 @@ class Contest:
     def enter(self, asks: dict[str, Ask], seconds: float) -> dict[str, Any]:
         """Choose the first setting that finds 95% of the ten (the last if none does) on one half of the
         queries; report the other half."""
-        setting, ask = "", next(iter(asks.values()), self.product)
-        for setting, ask in asks.items():
+        setting, ask = next(iter((asks or {"": self.product}).items()))
+        for name, candidate in asks.items():
+            setting, ask = name, candidate
             if recall(ask(self.choice), self.truth[id(self.choice)]) >= SETTLED:
                 break
         found = ask(self.queries)
@@ -108,11 +109,19 @@ def recall(found: np.ndarray, truth: np.ndarray) -> float:
 def methods(table: np.ndarray) -> Iterator[tuple[str, dict[str, Ask], float, str]]:
     """(name, settings and how to ask under each, seconds to build, note), one method at a time."""
     yield "matrix product (torch)", {}, 0.0, ""
+    yield _scan(table)
+    yield from _cells(table)
+    yield from _peers(table)
+
+
+def _scan(table: np.ndarray) -> tuple[str, dict[str, Ask], float, str]:
     started = time.perf_counter()
     scan = TokenIndex.build(table, plain=True)
     seconds = time.perf_counter() - started
-    yield "ours, plain scan", {"": lambda q: scan.query(q, K).ids}, seconds, ""
-    del scan
+    return "ours, plain scan", {"": lambda q: scan.query(q, K).ids}, seconds, ""
+
+
+def _cells(table: np.ndarray) -> Iterator[tuple[str, dict[str, Ask], float, str]]:
     started = time.perf_counter()
     index = TokenIndex.build(table, plain=False)
     seconds = time.perf_counter() - started
@@ -121,12 +130,14 @@ def methods(table: np.ndarray) -> Iterator[tuple[str, dict[str, Ask], float, str
     budgets = dict.fromkeys(max(V // share, 128) for share in shares)
     asks: dict[str, Ask] = {"default": lambda q: index.query(q, K).ids}
     yield "ours, cells", asks, seconds, f"{index.cells:,} cells"
-    asks = {f"budget={b}": lambda q, b=b: index.query(q, K, budget=b).ids for b in budgets}
+
+    def within(budget: int) -> Ask:
+        return lambda q: index.query(q, K, budget=budget).ids
+
+    asks = {f"budget={b}": within(b) for b in budgets}
     yield "ours, cells, tuned", asks, seconds, ""
     asks = {"exact": lambda q: index.query(q, K, exact=True).ids}
     yield "ours, exact", asks, seconds, "equal to the scan, proved"
-    del index
-    yield from _peers(table)
 
 
 def _peers(table: np.ndarray) -> Iterator[tuple[str, dict[str, Ask], float, str]]:
@@ -167,21 +178,21 @@ def _ivf(faiss: Any, D: int, lists: int) -> Any:
 def _settings(index: Any, name: str) -> dict[str, Ask]:
     """How to ask ``index`` with less and more effort."""
 
-    def ask(set_effort: Callable[[], None]) -> Ask:
+    def ask(place: Any = None, effort: str = "", value: int = 0) -> Ask:
         def search(q: np.ndarray) -> np.ndarray:
-            set_effort()
+            if effort:
+                setattr(place, effort, value)
             return np.asarray(index.search(q, K)[1])
 
         return search
 
     if name == "faiss IVF":
-        efforts = (4, 8, 16, 32, 64, 128, 256)
-        return {f"nprobe={n}": ask(lambda n=n: setattr(index, "nprobe", n)) for n in efforts}
+        probes = (4, 8, 16, 32, 64, 128, 256)
+        return {f"nprobe={n}": ask(index, "nprobe", n) for n in probes}
     if name == "faiss HNSW":
         efforts = (16, 32, 64, 128, 256, 512)
-        hnsw = index.hnsw
-        return {f"efSearch={n}": ask(lambda n=n: setattr(hnsw, "efSearch", n)) for n in efforts}
-    return {"": ask(lambda: None)}
+        return {f"efSearch={n}": ask(index.hnsw, "efSearch", n) for n in efforts}
+    return {"": ask()}
 
 
 if __name__ == "__main__":

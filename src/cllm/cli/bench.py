@@ -13,7 +13,8 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="Which bench: train, attention, original, startup, lattice, layout, embed, tables or lookup."
+            help="Which bench: train, attention, original, startup, lattice, layout, embed, tables, "
+            "lookup or codes."
         ),
     ],
     data: Annotated[

@@ -75,6 +75,20 @@ class Codes:
         arrays = (np.array(a, dtype=np.int64) for a in (offsets, primes, exponents))
         return Codes(*arrays)
 
+    def take(self, indices: Any) -> Codes:
+        """The codes at ``indices`` (n,), in that order; repeats are allowed.
+
+        Raises:
+            IndexError: an index out of [0, count).
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
+            raise IndexError(f"indices of {len(self)} codes must lie in [0, {len(self)})")
+        lengths = np.diff(self.offsets)[indices]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        where = np.arange(offsets[-1]) + np.repeat(self.offsets[indices] - offsets[:-1], lengths)
+        return Codes(offsets, self.primes[where], self.exponents[where])
+
     def rows(self) -> np.ndarray:
         """Number of the code that each factor belongs to, (total,)."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from cllm.lattice.divisor import Codes
@@ -70,12 +72,16 @@ def _shared(a: Codes, b: Codes) -> np.ndarray:
     """
     from scipy.sparse import csr_matrix
 
-    keys_a, rows_a = _features(a)
-    keys_b, rows_b = _features(b)
-    keys, column = np.unique(np.concatenate([keys_a, keys_b]), axis=0, return_inverse=True)
+    primes_a, levels_a, rows_a = _features(a)
+    primes_b, levels_b, rows_b = _features(b)
+    primes, number = np.unique(np.concatenate([primes_a, primes_b]), return_inverse=True)
+    levels = np.concatenate([levels_a, levels_b])
+    height = int(levels.max(initial=0)) + 1
+    # One integer a feature: sorting pairs would take most of the time.
+    keys, column = np.unique(number.ravel() * height + levels, return_inverse=True)
     column = column.ravel()
-    column_a, column_b = column[: len(keys_a)], column[len(keys_a) :]
-    weight = _log_primes(keys[:, 0])
+    column_a, column_b = column[: len(rows_a)], column[len(rows_a) :]
+    weight = _log_primes(primes[keys // height])
     in_a = np.bincount(column_a, minlength=len(keys))
     in_b = np.bincount(column_b, minlength=len(keys))
     common = (in_a > _DENSE_SHARE * len(a)) & (in_b > _DENSE_SHARE * len(b))
@@ -91,14 +97,19 @@ def _shared(a: Codes, b: Codes) -> np.ndarray:
     return dense
 
 
-def _features(codes: Codes) -> tuple[np.ndarray, np.ndarray]:
-    """(prime, level) of every unit of every exponent, and the code it belongs to."""
+def _features(codes: Codes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Prime and level of every unit of every exponent, and the code it belongs to."""
     primes = np.repeat(codes.primes, codes.exponents)
     ends = np.cumsum(codes.exponents)
     level = np.arange(len(primes)) - np.repeat(ends - codes.exponents, codes.exponents)
-    return np.column_stack([primes, level]), np.repeat(codes.rows(), codes.exponents)
+    return primes, level, np.repeat(codes.rows(), codes.exponents)
 
 
 def _add_sparse(dense: np.ndarray, rare: object) -> None:
     coo = rare.tocoo()  # type: ignore[attr-defined]
     dense[coo.row, coo.col] += coo.data
+
+
+def bits(codes: Codes) -> np.ndarray:
+    """Information of the codes in bits, log2 of their values (count,)."""
+    return log_values(codes) / math.log(2)
