@@ -101,18 +101,20 @@ class _Level:
         self.steps = [dtype.type((c + 1) // 2 if c % 2 else -(c // 2)) for c in range(children)]
         self.offers = _compiled() if compiled else None
         self.integer = np.dtype(f"i{dtype.itemsize}")
+        self.one = dtype.type(1).view(self.integer)
         count = K * children
         self.mask = (1 << (count - 1).bit_length()) - 1
         numbers = np.arange(count, dtype=self.integer).reshape(children, K, 1)
         self.numbers = np.repeat(numbers, m, axis=2)
-        self.near, self.gap, self.side, self.x = np.empty((4, K, m), dtype=dtype)
+        self.gap, self.side, self.x = np.empty((3, K, m), dtype=dtype)
         self.costs, self.choices = np.empty((2, children, K, m), dtype=dtype)
         self.keys, self.spare = np.empty((2, children, K, m), dtype=self.integer)
         # Other numbers are left to a partition, which is slower.
         paired = children == 2 and not K & (K - 1)
         self.sort = SortRows(self.keys, self.spare) if paired else None
         self.child, self.parent = np.empty((2, K, m), dtype=np.int64)
-        self.places = np.arange(m)
+        self.narrow = np.empty((K, m), dtype=self.integer)
+        self.places = np.arange(m, dtype=self.integer)
 
     def decide(self, centre: torch.Tensor, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Parents (lines of the block) and coefficients of row i of the K best children, flat."""
@@ -121,41 +123,35 @@ class _Level:
         else:
             self._offer(centre.numpy(), i)
         self._choose()
-        np.multiply(self.parent, self.m, out=self.parent)
-        np.add(self.parent, self.places, out=self.parent)
-        np.multiply(self.child, self.m, out=self.child)
-        np.add(self.child, self.places, out=self.child)
         np.take(self.costs, self.child, out=self.distance, mode="clip")
         np.take(self.choices, self.child, out=self.x, mode="clip")
         return torch.from_numpy(self.parent).view(-1), torch.from_numpy(self.x).view(-1)
 
     def _offer(self, centre: np.ndarray, i: int) -> None:
         """Costs and coefficients of all children."""
-        near, gap, side, square = self.near, self.gap, self.side, self.squares[i]
+        near, gap, side, square = self.choices[0], self.gap, self.side, self.squares[i]
         np.rint(centre, out=near)
         if self.box is not None:
             np.clip(near, self.box[0][i], self.box[1][i], out=near)
         np.subtract(centre, near, out=gap)
         # ±1 by the sign bit alone.
-        one = np.ones((), dtype=gap.dtype).view(self.integer)
         np.bitwise_and(
             gap.view(self.integer), np.iinfo(self.integer).min, out=side.view(self.integer)
         )
-        np.bitwise_or(side.view(self.integer), one, out=side.view(self.integer))
+        np.bitwise_or(side.view(self.integer), self.one, out=side.view(self.integer))
         if self.box is not None:
             beyond = near + side
             side[(beyond < self.box[0][i]) | (beyond > self.box[1][i])] *= -1
         np.multiply(gap, side, out=gap)
         for step, cost, x in zip(self.steps, self.costs, self.choices, strict=True):
-            np.subtract(gap, step, out=cost)
-            np.multiply(cost, cost, out=cost)
+            off = np.subtract(gap, step, out=cost) if step else gap
+            np.multiply(off, off, out=cost)
             np.multiply(cost, square, out=cost)
             np.add(cost, self.distance, out=cost)
             if not step:
-                np.copyto(x, near)
+                # The nearest itself: it is there already, and inside the box.
                 continue
-            np.multiply(side, step, out=x)
-            np.add(x, near, out=x)
+            np.add(near, side if step == 1 else side * step, out=x)
             if self.box is not None:
                 cost[(x < self.box[0][i]) | (x > self.box[1][i])] = np.inf
 
@@ -173,14 +169,14 @@ class _Level:
         np.copyto(self.keys, found[2].numpy())
 
     def _choose(self) -> None:
-        """Numbers (K, m) of the best children, and of their beams.
+        """Places of the best children, and of their beams (K, m).
 
         Non-negative floats order as the integers of the same bits, so that a child's number rides in
         the lowest bits, and minima and maxima of integers move both at once.
         """
         if self.children == 1:
-            np.copyto(self.child, self.numbers[0])
-            np.copyto(self.parent, self.numbers[0])
+            self._place(self.numbers[0], self.child)
+            self._place(self.numbers[0], self.parent)
             return
         if self.sort is not None:
             keys, spare = self.sort()
@@ -190,12 +186,18 @@ class _Level:
             flat = self.keys.reshape(-1, self.m)
             best = np.partition(flat, self.K - 1, axis=0)[: self.K]
         np.bitwise_and(best, self.mask, out=best)
-        np.copyto(self.child, best)
+        self._place(best, self.child)
         if self.K & (self.K - 1):
             np.remainder(best, self.K, out=best)
         else:
             np.bitwise_and(best, self.K - 1, out=best)
-        np.copyto(self.parent, best)
+        self._place(best, self.parent)
+
+    def _place(self, numbers: np.ndarray, out: np.ndarray) -> None:
+        """Places in a flat (..., m) of rows given by number (K, m), computed in the narrow type."""
+        np.multiply(numbers, self.m, out=self.narrow)
+        np.add(self.narrow, self.places, out=self.narrow)
+        np.copyto(out, self.narrow)
 
 
 class SortRows:

@@ -25,12 +25,16 @@ def ulam(n: Any) -> tuple[np.ndarray, np.ndarray]:
         ValueError: not integers, or out of range.
     """
     n = _integers(n, "n")
-    if n.size and not (int(n.min()) >= 1 and int(n.max()) < LIMIT):
+    largest = int(n.max()) if n.size else 0
+    if n.size and not (int(n.min()) >= 1 and largest < LIMIT):
         raise ValueError(f"n of shape {n.shape} must lie in [1, 2^62)")
     flat = np.ascontiguousarray(n.reshape(-1), dtype=np.int64)
     x, y = np.empty_like(flat), np.empty_like(flat)
-    big = bool(flat.size) and int(flat.max()) > _EXACT_ROOT
-    scratch = _Scratch(min(_CHUNK, len(flat)))
+    big = largest > _EXACT_ROOT
+    # Every value on the way is below n: narrow integers double what an instruction does, and AVX2 has
+    # neither products nor maxima of wide ones.
+    narrow = largest < 2**31
+    scratch = _Scratch(min(_CHUNK, len(flat)), np.dtype(np.int32 if narrow else np.int64))
     for start in range(0, len(flat), _CHUNK):
         part = slice(start, start + _CHUNK)
         scratch.place(flat[part], x[part], y[part], big)
@@ -40,36 +44,39 @@ def ulam(n: Any) -> tuple[np.ndarray, np.ndarray]:
 class _Scratch:
     """Buffers of one chunk, used again for the next."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, integer: np.dtype) -> None:
         self.root = np.empty(size)
-        self.k, self.m, self.u, self.v = (np.empty(size, dtype=np.int64) for _ in range(4))
+        self.k, self.m, self.u, self.v = np.empty((4, size), dtype=integer)
 
     def place(self, n: np.ndarray, x: np.ndarray, y: np.ndarray, big: bool) -> None:
         """With k = n - 1 and m = ⌊√k⌋: from the corner at m² go m steps up (m odd) or down (m
         even), then on to the left or right."""
         root, k, m, u, v = (b[: len(n)] for b in (self.root, self.k, self.m, self.u, self.v))
-        np.subtract(n, 1, out=k)
-        np.sqrt(k, out=root)
+        np.copyto(k, n, casting="unsafe")
+        np.subtract(k, 1, out=k)
+        np.copyto(root, k)
+        np.sqrt(root, out=root)
         np.copyto(m, root, casting="unsafe")
         if big:
             m -= m * m > k
             m += (m + 1) * (m + 1) <= k
         np.multiply(m, m, out=u)
         np.subtract(k, u, out=u)
-        np.subtract(u, m, out=v)
-        np.maximum(v, 0, out=v)
-        np.subtract(u, v, out=u)
+        # Of these u steps past m², the first m are up or down: y = ±(min(u, m) - ⌊m/2⌋), and with
+        # ⌈m/2⌉ = m - ⌊m/2⌋, x = ±(⌈m/2⌉ - max(u - m, 0)) = ±(y + m - u).
+        np.minimum(u, m, out=v)
         np.right_shift(m, 1, out=k)
-        np.subtract(u, k, out=u)
-        # ⌈m/2⌉ = m - ⌊m/2⌋
-        np.subtract(m, k, out=k)
-        np.subtract(k, v, out=k)
+        np.subtract(v, k, out=v)
+        np.subtract(m, u, out=u)
+        np.add(u, v, out=u)
         # +1 on odd m, -1 on even
         np.bitwise_and(m, 1, out=m)
         np.left_shift(m, 1, out=m)
         np.subtract(m, 1, out=m)
-        np.multiply(k, m, out=x)
-        np.multiply(u, m, out=y)
+        np.multiply(u, m, out=u)
+        np.multiply(v, m, out=v)
+        np.copyto(x, u)
+        np.copyto(y, v)
 
 
 def ulam_number(x: Any, y: Any) -> np.ndarray:
