@@ -83,7 +83,9 @@ def _speed_claims(rows: list[dict[str, Any]]) -> list[Claim]:
     for D in sorted({row["D"] for row in made}):
         here = {r["method"]: r for r in made if r["V"] == largest and r["D"] == D}
         ours = here["ours, cells"]
-        scans = [r for name, r in here.items() if "product" in name or "scan" in name or "Flat" in name]
+        scans = [
+            r for name, r in here.items() if "product" in name or "scan" in name or "Flat" in name
+        ]
         case = f"V={largest:,}, D={D}"
         claims.append(Claim(name=f"recall@10, {case}", value=ours["recall@10"], required=0.95))
         for name, key in (("one query", "µs, one query"), ("128 queries", "µs, of 128")):
@@ -134,7 +136,9 @@ def _brute(X: Any, Q: Any, metric: str) -> Any:
     import torch
 
     if metric == "l2":
-        return torch.cdist(Q, X, compute_mode="donot_use_mm_for_euclid_dist").topk(10, largest=False)[0]
+        return torch.cdist(Q, X, compute_mode="donot_use_mm_for_euclid_dist").topk(
+            10, largest=False
+        )[0]
     products = Q @ X.T
     if metric == "cosine":
         products /= Q.norm(dim=1, keepdim=True) * X.norm(dim=1)
@@ -143,5 +147,3 @@ def _brute(X: Any, Q: Any, metric: str) -> Any:
 
 def _has_faiss() -> bool:
     return importlib.util.find_spec("faiss") is not None
-
-

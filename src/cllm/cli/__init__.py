@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cllm import __version__
-from cllm.cli import bench, config, lattice, runs, tokenizer, train, use
+from cllm.cli import bench, config, lattice, runs, tokenizer, tokens, train, use
 from cllm.core.errors import UserError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command()(config.info)
 app.command()(bench.bench)
 app.add_typer(config.app, name="config")
 app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(tokens.app, name="tokens")
 app.add_typer(runs.app, name="runs")
 app.add_typer(lattice.app, name="lattice")
 

@@ -11,7 +11,8 @@ import typer
 
 def bench(
     name: Annotated[
-        str, typer.Argument(help="Which bench: train, attention, original, startup, lattice or lookup.")
+        str,
+        typer.Argument(help="Which bench: train, attention, original, startup, lattice or lookup."),
     ],
     data: Annotated[
         list[str] | None,

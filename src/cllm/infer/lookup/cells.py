@@ -112,7 +112,9 @@ def _labels(z: np.ndarray) -> np.ndarray:
 
 def _keys(z: np.ndarray) -> np.ndarray:
     """A number (n,) int64 for the cell of each of z (n, 8)."""
-    reach = 2.0**18  # beyond it float32 does not resolve the lattice; such rows share the outer cells
+    reach = (
+        2.0**18
+    )  # beyond it float32 does not resolve the lattice; such rows share the outer cells
     cells = _E8.nearest(np.clip(z, -reach, reach))
     return np.asarray(np.rint(cells * 2).astype(np.int64) @ _HASH)
 
