@@ -32,6 +32,8 @@ COMMANDS = [
     ["tokenizer"],
     ["tokenizer", "train"],
     ["tokenizer", "inspect"],
+    ["tokens"],
+    ["tokens", "nearest"],
     ["runs"],
     ["runs", "list"],
     ["runs", "compare"],

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +26,7 @@ Ask = Callable[[np.ndarray], np.ndarray]
 K = 10
 SETTLED = 0.95
 BATCH = 128
+SHARES = (256, 128, 64, 32, 16, 8, 4)
 HNSW_MOST = 300_000
 
 
@@ -67,11 +69,7 @@ class Contest:
     def enter(self, asks: dict[str, Ask], seconds: float) -> dict[str, Any]:
         """Choose the first setting that finds 95% of the ten (the last if none does) on one half of the
         queries; report the other half."""
-        setting, ask = next(iter((asks or {"": self.product}).items()))
-        for name, candidate in asks.items():
-            setting, ask = name, candidate
-            if recall(ask(self.choice), self.truth[id(self.choice)]) >= SETTLED:
-                break
+        setting, ask = self._choose(asks) if asks else ("", self.product)
         found = ask(self.queries)
         ones = [self.queries[i : i + 1] for i in range(self.singles)]
         single = self._race(lambda f: [f(one) for one in ones], ask, len(ones))
@@ -88,6 +86,12 @@ class Contest:
             "× product, 128": batch[0] / batch[1],
             "build s": seconds,
         }
+
+    def _choose(self, asks: dict[str, Ask]) -> tuple[str, Ask]:
+        for setting, ask in asks.items():
+            if recall(ask(self.choice), self.truth[id(self.choice)]) >= SETTLED:
+                return setting, ask
+        return list(asks.items())[-1]
 
     def _race(self, go: Callable[[Ask], Any], ask: Ask, count: int) -> tuple[float, float]:
         """Median seconds a query of the matrix product and of ``ask``, taking turns."""
@@ -109,35 +113,27 @@ def recall(found: np.ndarray, truth: np.ndarray) -> float:
 def methods(table: np.ndarray) -> Iterator[tuple[str, dict[str, Ask], float, str]]:
     """(name, settings and how to ask under each, seconds to build, note), one method at a time."""
     yield "matrix product (torch)", {}, 0.0, ""
-    yield _scan(table)
-    yield from _cells(table)
+    scan, seconds = _built(lambda: TokenIndex.build(table, plain=True))
+    yield "ours, plain scan", {"": partial(_ours, scan)}, seconds, ""
+    del scan
+    index, seconds = _built(lambda: TokenIndex.build(table, plain=False))
+    yield "ours, cells", {"default": partial(_ours, index)}, seconds, f"{index.cells:,} cells"
+    budgets = dict.fromkeys(max(len(table) // share, 128) for share in SHARES)
+    tuned: dict[str, Ask] = {f"budget={b}": partial(_ours, index, budget=b) for b in budgets}
+    yield "ours, cells, tuned", tuned, seconds, ""
+    yield "ours, exact", {"exact": partial(_ours, index, exact=True)}, seconds, "proved"
+    del index, tuned
     yield from _peers(table)
 
 
-def _scan(table: np.ndarray) -> tuple[str, dict[str, Ask], float, str]:
+def _built(make: Callable[[], Any]) -> tuple[Any, float]:
+    """What ``make`` makes, and the seconds it took."""
     started = time.perf_counter()
-    scan = TokenIndex.build(table, plain=True)
-    seconds = time.perf_counter() - started
-    return "ours, plain scan", {"": lambda q: scan.query(q, K).ids}, seconds, ""
+    return make(), time.perf_counter() - started
 
 
-def _cells(table: np.ndarray) -> Iterator[tuple[str, dict[str, Ask], float, str]]:
-    started = time.perf_counter()
-    index = TokenIndex.build(table, plain=False)
-    seconds = time.perf_counter() - started
-    V = len(table)
-    shares = (256, 128, 64, 32, 16, 8, 4)
-    budgets = dict.fromkeys(max(V // share, 128) for share in shares)
-    asks: dict[str, Ask] = {"default": lambda q: index.query(q, K).ids}
-    yield "ours, cells", asks, seconds, f"{index.cells:,} cells"
-
-    def within(budget: int) -> Ask:
-        return lambda q: index.query(q, K, budget=budget).ids
-
-    asks = {f"budget={b}": within(b) for b in budgets}
-    yield "ours, cells, tuned", asks, seconds, ""
-    asks = {"exact": lambda q: index.query(q, K, exact=True).ids}
-    yield "ours, exact", asks, seconds, "equal to the scan, proved"
+def _ours(index: TokenIndex, q: np.ndarray, **how: Any) -> np.ndarray:
+    return index.query(q, K, **how).ids
 
 
 def _peers(table: np.ndarray) -> Iterator[tuple[str, dict[str, Ask], float, str]]:
@@ -159,13 +155,15 @@ def _peers(table: np.ndarray) -> Iterator[tuple[str, dict[str, Ask], float, str]
     for name, make in makes.items():
         if name == "faiss HNSW" and V > HNSW_MOST:
             continue
-        started = time.perf_counter()
-        index = make()
-        index.train(table)
-        index.add(table)
-        seconds = time.perf_counter() - started
+        index, seconds = _built(lambda make=make: _filled(make(), table))  # type: ignore[misc]
         yield name, _settings(index, name), seconds, ""
         del index
+
+
+def _filled(index: Any, table: np.ndarray) -> Any:
+    index.train(table)
+    index.add(table)
+    return index
 
 
 def _ivf(faiss: Any, D: int, lists: int) -> Any:
@@ -178,21 +176,19 @@ def _ivf(faiss: Any, D: int, lists: int) -> Any:
 def _settings(index: Any, name: str) -> dict[str, Ask]:
     """How to ask ``index`` with less and more effort."""
 
-    def ask(place: Any = None, effort: str = "", value: int = 0) -> Ask:
-        def search(q: np.ndarray) -> np.ndarray:
-            if effort:
-                setattr(place, effort, value)
-            return np.asarray(index.search(q, K)[1])
+    efforts, owner = {
+        "faiss IVF": (("nprobe", (4, 8, 16, 32, 64, 128, 256)), index),
+        "faiss HNSW": (("efSearch", (16, 32, 64, 128, 256, 512)), getattr(index, "hnsw", None)),
+    }.get(name, (("", ()), None))
 
-        return search
+    def ask(value: int, q: np.ndarray) -> np.ndarray:
+        if owner is not None:
+            setattr(owner, efforts[0], value)
+        return np.asarray(index.search(q, K)[1])
 
-    if name == "faiss IVF":
-        probes = (4, 8, 16, 32, 64, 128, 256)
-        return {f"nprobe={n}": ask(index, "nprobe", n) for n in probes}
-    if name == "faiss HNSW":
-        efforts = (16, 32, 64, 128, 256, 512)
-        return {f"efSearch={n}": ask(index.hnsw, "efSearch", n) for n in efforts}
-    return {"": ask()}
+    if owner is None:
+        return {"": partial(ask, 0)}
+    return {f"{efforts[0]}={value}": partial(ask, value) for value in efforts[1]}
 
 
 if __name__ == "__main__":

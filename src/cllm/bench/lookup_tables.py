@@ -49,15 +49,21 @@ def table_and_hidden_vectors(run: Path, count: int) -> tuple[np.ndarray, np.ndar
     the table. Raises ``UserError`` if there is no run, or it has no validation split."""
     import torch
 
-    from cllm.api import load
     from cllm.core.errors import UserError
+    from cllm.core.settings import load_config
+    from cllm.model.transformer import Transformer
+    from cllm.store.checkpoint import load_weights
+    from cllm.store.run import RunDirectory
     from cllm.text.dataset import load_prepared
 
-    loaded = load(run)
-    tokens = load_prepared(loaded.directory.data).validation
+    directory = RunDirectory.open(run)
+    config = load_config(directory.config)
+    tokens = load_prepared(directory.data).validation
     if tokens is None:
         raise UserError(f"{run} has no validation split to take hidden vectors from")
-    model, context = loaded.model, loaded.config.model.context
+    model, context = Transformer(config.model, "matmul"), config.model.context
+    model.load_state_dict(load_weights(run))
+    model.eval()
     hidden: list[torch.Tensor] = []
     for start in range(0, len(tokens) - context, context):
         ids = torch.from_numpy(np.asarray(tokens.ids[start : start + context]).astype(np.int64))

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cllm.cli import tokens_nearest
+
 if TYPE_CHECKING:
     from rich.tree import Tree
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, help="Look into tokens: their codes, roots and nearest tokens."
 )
+app.command("nearest")(tokens_nearest.nearest)
 
 Place = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run directory, or any BPE tokenizer.json.")

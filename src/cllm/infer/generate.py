@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from cllm.core.errors import UserError
+from cllm.infer.lookup.head import IndexHead
 from cllm.infer.sampling import Sampling, choose_token
 from cllm.model.attention import KeyValueCache
 from cllm.model.transformer import Transformer
@@ -17,14 +18,27 @@ class NonFiniteLogitsError(UserError):
 
 
 def generate(
-    model: Transformer, ids: Sequence[int], sampling: Sampling, *, end_id: int | None = None
+    model: Transformer,
+    ids: Sequence[int],
+    sampling: Sampling,
+    *,
+    end_id: int | None = None,
+    head: IndexHead | None = None,
 ) -> list[int]:
-    """New token ids after ``ids``; stops after ``max_tokens`` or before ``end_id``."""
-    return list(stream(model, ids, sampling, end_id=end_id))
+    """New token ids after ``ids``; stops after ``max_tokens`` or before ``end_id``.
+
+    ``head`` stands in for the model's output table, where the vocabulary is large (``IndexHead``).
+    """
+    return list(stream(model, ids, sampling, end_id=end_id, head=head))
 
 
 def stream(
-    model: Transformer, ids: Sequence[int], sampling: Sampling, *, end_id: int | None = None
+    model: Transformer,
+    ids: Sequence[int],
+    sampling: Sampling,
+    *,
+    end_id: int | None = None,
+    head: IndexHead | None = None,
 ) -> Iterator[int]:
     """The tokens of ``generate`` one at a time.
 
@@ -46,12 +60,13 @@ def stream(
                 cache, unread = _fresh(model, seen[-max(context // 2, 1) :])
             with torch.no_grad():
                 hidden = model.hidden(torch.tensor([unread], device=device), cache)
-                logits = model.output.logits(hidden[0, -1:])[0]
-            if not bool(torch.isfinite(logits).all()):
+                scored = hidden[0, -1:] if head else model.output.logits(hidden[0, -1:])
+            if not bool(torch.isfinite(scored).all()):
                 raise NonFiniteLogitsError(
                     "the model's logits are not finite; its weights are damaged"
                 )
-            token = choose_token(logits, sampling, generator)
+            choose = head.choose if head else choose_token
+            token = choose(scored[0], sampling, generator)
             if token == end_id:
                 return
             yield token

@@ -1,0 +1,79 @@
+"""``cllm tokens nearest``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cllm.cli.terminal import printable
+from cllm.cli.use import RunPath
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def nearest(
+    run: RunPath,
+    wanted: Annotated[
+        str,
+        typer.Argument(
+            metavar="WORD|VECTOR.npy",
+            help="A word that is one token (a space before it is tried, too), or a vector's file.",
+        ),
+    ],
+    k: Annotated[int, typer.Option("-k", help="How many tokens.")] = 10,
+    metric: Annotated[
+        str, typer.Option(help="cosine, ip (inner product) or l2 (distance).")
+    ] = "cosine",
+    table: Annotated[
+        str, typer.Option(help="Whose vectors: of the input or the output table (often the same).")
+    ] = "input",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the tokens whose learned vectors are closest to a token's, or to a vector."""
+    from cllm.api import load
+    from cllm.core.errors import UsageError, UserError
+    from cllm.infer.lookup.metric import METRICS
+    from cllm.infer.lookup.tokens import token_neighbours, token_of
+
+    if metric not in METRICS:
+        raise UsageError(f"--metric {metric} is none of {', '.join(METRICS)}")
+    if table not in ("input", "output"):
+        raise UsageError(f"--table {table} is neither input nor output")
+    if k < 1:
+        raise UsageError(f"-k must be at least 1, got {k}")
+    vector = read_vector(Path(wanted)) if wanted.endswith(".npy") else None
+    loaded = load(run)
+    asked = token_of(loaded.tokenizer, wanted) if vector is None else vector
+    model = loaded.model
+    vectors = (model.embedding if table == "input" else model.output).table()
+    try:
+        found = token_neighbours(vectors, loaded.tokenizer, asked, k, metric)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(token) for token in found], ensure_ascii=False))
+        return
+    for token in found:
+        typer.echo(f"{token.score:10.4f}  {token.id:>8}  {printable(repr(token.text))}")
+
+
+def read_vector(path: Path) -> np.ndarray:
+    """The array in a .npy file. Raises ``UserError`` if it is missing or holds no numbers."""
+    import numpy as np
+
+    from cllm.core.errors import UserError
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path}: not a .npy file of numbers ({error})") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise UserError(f"{path}: not one array of numbers; save a vector with numpy.save")
+    return array

@@ -1,0 +1,41 @@
+"""The next token by the index in place of the whole output head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cllm.core.errors import UsageError, UserError
+from cllm.infer.lookup.index import TokenIndex
+from cllm.infer.sampling import Sampling, choose_token
+
+
+@dataclass(frozen=True)
+class IndexHead:
+    """Chooses among the tokens of highest logit that ``index``, of the model's output table, finds.
+
+    Greedy decoding asks for one token, top-k for k of them. With ``exact`` these are the tokens that the
+    whole head would leave, so greedy text is the same (but for ties and rounding) and drawn text has the
+    same distribution; a seed draws other text than the whole head's. Without it a token may be missed.
+    """
+
+    index: TokenIndex
+    exact: bool = False
+
+    def choose(self, hidden_d: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+        """A token for one hidden vector (D,).
+
+        Raises ``UsageError`` for sampling that needs the logits of all tokens (temperature above 0 without
+        top-k) and ``UserError`` for a vector that is not finite or does not fit the index.
+        """
+        if sampling.temperature > 0 and sampling.top_k == 0:
+            raise UsageError("an index as output head needs top_k of at least 1, or temperature 0")
+        k = 1 if sampling.temperature == 0 else min(sampling.top_k, self.index.shape[0])
+        try:
+            found = self.index.query(hidden_d[None], k, "ip", exact=self.exact)
+        except ValueError as error:
+            raise UserError(f"the output head's index cannot be asked: {error}") from error
+        chosen = choose_token(torch.from_numpy(found.scores[0]), sampling, generator)
+        return int(found.ids[0, chosen])
