@@ -117,7 +117,11 @@ class Regions:
         far, sizes = self.centres[WHOLE, cells, h:], self.sizes[cells]
         lean = q[h:] - far if metric == "l2" else q[None, h:]
         length = share * np.sqrt(np.square(lean).sum(axis=1))
-        out = np.concatenate([self.head[piece] @ q[:h] for piece in pieces])
+        out, done, leading = np.empty(sizes.sum(), dtype=np.float32), 0, q[:h].copy()
+        for piece in pieces:
+            end = done + piece.stop - piece.start
+            np.dot(self.head[piece], leading, out=out[done:end])
+            done = end
         out += np.repeat(far @ q[h:], sizes)
         tails = np.concatenate([self.tail[piece] for piece in pieces])
         tails *= np.repeat(length, sizes) if metric == "l2" else length
