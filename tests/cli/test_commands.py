@@ -36,6 +36,9 @@ COMMANDS = [
     ["runs", "list"],
     ["runs", "compare"],
     ["runs", "clean"],
+    ["tokens"],
+    ["tokens", "show"],
+    ["tokens", "similar"],
 ]
 
 
