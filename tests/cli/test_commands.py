@@ -38,6 +38,9 @@ COMMANDS = [
     ["runs", "list"],
     ["runs", "compare"],
     ["runs", "clean"],
+    ["tokens"],
+    ["tokens", "show"],
+    ["tokens", "similar"],
 ]
 
 

@@ -186,3 +186,13 @@ def test_refusals():
         lattice.Codes.from_factors([{4: 1}])
     with pytest.raises(ValueError, match="one length, got 1 and 2"):
         lattice.meet(CACHE.codes([1]), CACHE.codes([1, 2]))
+
+
+@given(st.lists(st.integers(1, 9_999), min_size=1, max_size=8), st.data())
+def test_take_picks_codes(numbers, data):
+    codes = CACHE.codes(numbers)
+    picks = data.draw(st.lists(st.integers(0, len(numbers) - 1), max_size=12))
+    assert codes.take(picks).integers() == [numbers[i] for i in picks]
+    for outside in (-1, len(numbers)):
+        with pytest.raises(IndexError, match="must lie in"):
+            codes.take([outside])

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -257,16 +257,13 @@ def _frequency_order(
     """Pieces (P,), the most frequent first: by the counts of the tokens that contain them, and among
     equals, or without counts, bytes first, then by the earliest merge."""
     size = len(tree)
-    ranks = np.where(tree.ranks < 0, -1, tree.ranks)
-    unused = [i for i in range(size) if not tree.texts[i]]
-    ranks[unused] = len(tree) + int(tree.ranks.max())
-    columns = contents.tocsc()
-    starts = columns.indptr[size:-1]
-    grouped = columns.indices[columns.indptr[size] :]
-    earliest: Any = (
-        np.minimum.reduceat(ranks[grouped], starts - columns.indptr[size]) if len(starts) else []
-    )
-    ranks = np.concatenate([ranks, np.asarray(earliest, dtype=np.int64)])
+    ranks = tree.ranks.copy()
+    ranks[[i for i in range(size) if not tree.texts[i]]] = size  # special and unused ones come last
+    groups = contents[:, size:].tocsc()
+    # A piece that is no token is as early as the first that has it.
+    if groups.shape[1]:
+        first = np.minimum.reduceat(ranks[groups.indices], groups.indptr[:-1])
+        ranks = np.concatenate([ranks, first])
     number = np.arange(len(ranks))
     if counts is None:
         return np.lexsort((number, ranks))

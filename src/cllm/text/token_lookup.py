@@ -106,17 +106,18 @@ class TokenLookup:
         """The token for a word, and a line on it if it is not the word's own, else an empty one.
 
         With a space before it, as in running text, comes first; then as it is, then another case. Of a
-        word that is several tokens, the longest is taken.
+        word that is several tokens, the longest is taken. Raises ``UsageError`` for an empty word.
         """
-        id_or_spaced = self.exact(text) if text.startswith("#") else self.exact(f" {text}")
-        found = id_or_spaced if id_or_spaced is not None and text else self.exact(text)
-        if found is not None:
-            return found, ""
-        variants = [
-            i for i, key in enumerate(self.morphology.keys) if key and key == word_key(text)
-        ]
-        if variants:
-            return variants[0], f"{text!r} is no token; its variant {self.name(variants[0])} is"
+        by_number = text.startswith("#") and self.exact(text) is not None
+        for spelling in (text,) if by_number or not text else (f" {text}", text):
+            found = self.exact(spelling)
+            if found is not None:
+                return found, ""
+        same = [i for i, key in enumerate(self.morphology.keys) if key and key == word_key(text)]
+        if same:
+            spaced = [i for i in same if self.tree.texts[i].startswith(b" ")]
+            variant = (spaced or same)[0]
+            return variant, f"{text!r} is no token; its variant {self.name(variant)} is"
         parts = self._parts(text)
         longest = max(parts, key=lambda token: len(self.tree.texts[token]))
         return longest, f"{self.split(text)}; shown is the longest, {self.name(longest)}"
