@@ -98,8 +98,8 @@ class TokenIndex:
 
         ``metric``: ``ip`` (largest inner product), ``l2`` (least Euclidean distance) or ``cosine``
         (largest cosine; 0 with a vector of zeros). ``budget``: tokens that an approximate query looks
-        at; none means 16·√V for ``ip`` and 64·√V for the others. ``exact`` goes on until no other token can be
-        closer: the answer is that of a scan in float64, of equals the lower ids first. Scores are in
+        at; none means 16·√V for ``ip`` and 64·√V for the others. ``exact`` goes on until no other token
+        can be closer: the answer is that of a scan in float64, of equals the lower ids first. Scores are in
         float64, of the table and the vectors as float32 has them.
 
         Raises:
