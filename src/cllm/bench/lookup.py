@@ -28,7 +28,7 @@ NOTES = [
     " medians of rounds in turns with the matrix product; `× product` is its time over the method's."
     " `setting` is the first that finds 95% of the ten on other queries, or the last tried.",
     "IVF has 4√V lists, trained in 6 rounds on at most 64 rows a list. HNSW (M = 16) is left out above"
-    " 300,000 rows, where one thread would build it for a good part of an hour.",
+    " 300,000 rows to keep the bench short.",
 ]
 
 
