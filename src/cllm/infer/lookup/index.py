@@ -15,12 +15,12 @@ from cllm.infer.lookup.scan import scan
 from cllm.infer.lookup.search import Search, most_promising
 
 PLAIN_BELOW = 16_384
-"""Tables of fewer rows are scanned: there the scan is as fast as the way through the cells
-(``docs/results/lookup.md``)."""
+"""Tables of fewer rows are scanned: there a scan was measured to be as fast as the way through the cells
+(``cllm bench lookup``), for a single query and more so for many."""
 CELL_SIZE = 128
-BUDGETS = {"ip": 16, "l2": 64, "cosine": 64}
-"""An approximate query looks at so many times √V tokens: with these the bench's clustered tables give
-95% of the ten closest at every size that was tried."""
+BUDGETS = {"ip": 24, "l2": 64, "cosine": 64}
+"""An approximate query looks at so many times √V tokens: on the bench's clustered tables about 95% of
+the ten closest at every size."""
 _LIMITS = (1e-9, 1e9)
 """Lengths whose fourth powers float32 still holds."""
 _LEADING = 64
@@ -98,9 +98,9 @@ class TokenIndex:
 
         ``metric``: ``ip`` (largest inner product), ``l2`` (least Euclidean distance) or ``cosine``
         (largest cosine; 0 with a vector of zeros). ``budget``: tokens that an approximate query looks
-        at; none means 16·√V for ``ip`` and 64·√V for the others. ``exact`` goes on until no other token
-        can be closer: the answer is that of a scan in float64, of equals the lower ids first. Scores are in
-        float64, of the table and the vectors as float32 has them.
+        at; none means 24·√V for ``ip`` and 64·√V for the others. ``exact`` goes on until no other
+        token can be closer: the answer is that of a scan in float64, of equals the lower ids first.
+        Scores are in float64, of the table and the vectors as float32 has them.
 
         Raises:
             ValueError: vectors not (n, D) for the table's D or not finite or longer than 1e9, an
