@@ -90,3 +90,14 @@ def test_crystal_tokens_that_share_pieces_are_nearer() -> None:
     assert min(near[30, 25], near[30, 28]) > 0.4
     others = near[np.triu_indices(30, 1)]
     assert np.abs(others).mean() < 0.2, "different pieces are nearly orthogonal"
+
+
+def test_tokens_that_the_text_does_not_have_differ_from_each_other() -> None:
+    rng = np.random.default_rng(3)
+    following = np.zeros((40, 40))
+    following[:30, :30] = rng.poisson(0.5, (30, 30))
+    counts = following.sum(axis=1)
+    table = corpus_table(sparse.csr_array(following), counts, 16, std=0.05, seed=1)
+    unseen = table[30:]
+    apart = np.linalg.norm(unseen[:, None] - unseen[None], axis=-1)[~np.eye(10, dtype=bool)]
+    assert apart.min() > 0.05

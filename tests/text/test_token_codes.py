@@ -53,30 +53,26 @@ def test_codes_of_random_tokenizers(tree: MergeTree, random: Any, counted: bool)
     assert len(set(integers)) == len(tree), "unique"
     assert len(set(codes.primes.tolist())) == len(codes.labels)
     assert all(is_prime(p) for p in codes.primes)
-    own = codes.primes[: len(tree)].tolist()
-    groups = {int(p) for p in codes.primes[len(tree) :]}
-    for token, value in enumerate(integers):
-        product = own[token]
-        for part in tree.parts[token].tolist():
-            if part >= 0:
-                product *= integers[part] // shared(codes, part, groups)
-        assert value == product * shared(codes, token, groups)
+    alone = TokenCodes.build(tree, counts, Morphology(words.keys, {}, {}, {}, ()))
+    parts = alone.codes.integers()
+    for token, value in enumerate(parts):
+        left, right = tree.parts[token].tolist()
+        product = parts[left] * parts[right] if left >= 0 else 1
+        assert value == alone.primes[token] * product
+    for token, models in enumerate(words.models):
+        for model in models:
+            assert integers[token] % integers[model] == 0
+            assert integers[token] != integers[model]
     near = codes.similarities(np.arange(len(tree)))
     np.testing.assert_array_equal(near, near.T)
     assert ((near == 1) == np.eye(len(tree), dtype=bool)).all()
     assert not near[len(tree) - 1, :-1].any(), "a special token shares nothing"
     for ids in words.variants.values():
         assert (near[np.ix_(ids, ids)] > 0).all()
+        pieces = [set(codes.codes[i]) for i in ids]
+        assert set.intersection(*pieces) - set(codes.primes[: len(tree)].tolist())
     matrix = codes.incidence()
     np.testing.assert_array_equal(matrix.getnnz(axis=1), np.diff(codes.codes.offsets))
-
-
-def shared(codes: TokenCodes, token: int, groups: set[int]) -> int:
-    """The product of a token's primes that are of no token."""
-    product = 1
-    for prime in groups & set(codes.codes[token]):
-        product *= prime
-    return product
 
 
 @pytest.fixture(scope="module")

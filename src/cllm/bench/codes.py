@@ -109,8 +109,8 @@ def _row(method: str, found: FamilyScore, seconds: float | None) -> dict[str, An
 
 def _measures(tree: MergeTree, words: Morphology, codes: TokenCodes) -> dict[str, Measure]:
     """The methods: ours, its parts, the older system's measure, and character trigrams."""
-    variants = TokenCodes.build(tree, codes.counts, Morphology(words.keys, words.variants, {}, {}))
-    bare = TokenCodes.build(tree, codes.counts, Morphology(words.keys, {}, {}, {}))
+    variants = TokenCodes.build(tree, codes.counts, Morphology.of(tree, stems=False))
+    bare = TokenCodes.build(tree, codes.counts, Morphology(words.keys, {}, {}, {}, ()))
     trigrams = _trigrams(words.keys)
     return {
         OURS: codes.similarities,

@@ -85,7 +85,8 @@ def corpus_table(
     left, values, _ = truncated_svd(before_and_after, max(width - 1, 1), seed)
     within = values > 1e-5 * max(values[0], 1e-300)
     left, values = left[:, within], values[within]
-    seen = np.flatnonzero(np.abs(left).sum(axis=1) > 0)
+    # By the counts: the solver leaves rows of zeros near zero, not at it, and all alike.
+    seen = np.flatnonzero(np.asarray(before_and_after.sum(axis=1)).ravel() > 0)
     if len(seen):
         rows = left[seen] * values**singular_exponent
         table[np.ix_(seen, np.arange(len(values)))] = rows / np.sqrt(np.mean(rows**2))

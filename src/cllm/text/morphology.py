@@ -34,23 +34,26 @@ class Morphology:
         variants: the tokens of each key that has more than one, ascending.
         parents: word -> the word or stem that it comes from: ``runners`` -> ``runner`` -> ``run``.
         relatives: the tokens of each word or stem that others come from, ascending.
+        models: for each token, without itself, the shortest token of its word, and of each word that its
+            word comes from; none longer than the token in bytes. Lower case comes first among equals.
     """
 
     keys: tuple[str, ...]
     variants: dict[str, tuple[int, ...]]
     parents: dict[str, str]
     relatives: dict[str, tuple[int, ...]]
+    models: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, tree: MergeTree) -> Morphology:
-        """The morphology of a tokenizer's vocabulary."""
+    def of(cls, tree: MergeTree, *, stems: bool = True) -> Morphology:
+        """The morphology of a tokenizer's vocabulary; without ``stems``, of its variants alone."""
         keys = tuple(word_key(tree.text(token) or "") for token in range(len(tree)))
         tokens = defaultdict[str, list[int]](list)
         for token, key in enumerate(keys):
             if key:
                 tokens[key].append(token)
         words = {key for key in tokens if key.isalpha() and len(key) >= SHORTEST}
-        parents = find_parents(words, find_endings(words))
+        parents = find_parents(words, find_endings(words)) if stems else {}
         descent = defaultdict[str, set[int]](set)
         for word in words:
             for ancestor in ancestors(word, parents):
@@ -62,7 +65,24 @@ class Morphology:
             variants={key: tuple(ids) for key, ids in tokens.items() if len(ids) > 1},
             parents=parents,
             relatives={stem: tuple(sorted(descent[stem])) for stem in sorted(descent)},
+            models=tuple(_models(tree, keys, tokens, parents)),
         )
+
+
+def _models(
+    tree: MergeTree, keys: tuple[str, ...], tokens: dict[str, list[int]], parents: dict[str, str]
+) -> Iterator[tuple[int, ...]]:
+    def order(token: int) -> tuple[int, bool, int]:
+        text = tree.text(token) or ""
+        return len(tree.texts[token]), text != text.casefold(), token
+
+    shortest = {key: min(ids, key=order) for key, ids in tokens.items()}
+    for token, key in enumerate(keys):
+        line = (key, *ancestors(key, parents)) if key else ()
+        found = [shortest[word] for word in line if word in shortest]
+        # Case folding can lengthen a text; that no model is longer is what makes codes unique.
+        longest = len(tree.texts[token])
+        yield tuple(i for i in found if i != token and len(tree.texts[i]) <= longest)
 
 
 def word_key(text: str) -> str:

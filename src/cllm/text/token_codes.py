@@ -1,16 +1,19 @@
 """Token codes: each token as a product of primes, one for each piece of its morphology.
 
 The pieces of a token are the tokens it was merged from, down to bytes, and itself, each as often as it
-occurs; and, where there are others, what it shares with its variants and with its relatives. Pieces
-are given primes in the order of their frequency: by Zipf's law the logarithm of the r-th prime, about
-log r + log log r, then grows like the information of the piece, −log of its frequency. A token's own
-piece is in no other token but those merged from it, so codes are unique.
+occurs; where it has variants or relatives, a piece that stands for what they share; and the pieces of
+the words that its word comes from: the code of ``run`` divides those of ``Run`` and ``' running'``,
+however these were merged. (In the divisor lattice a code is the join of what it is made from.)
+
+Pieces are given primes in the order of their frequency: by Zipf's law the logarithm of the r-th prime,
+about log r + log log r, then grows like the information of the piece, −log of its frequency. A piece is
+never longer than its token and of the same length only where a word has it from another, so that no two
+tokens are pieces of each other: codes are unique.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -19,7 +22,7 @@ import numpy as np
 from cllm.lattice.divisor import Codes
 from cllm.lattice.primes import nth_primes
 from cllm.lattice.similarity import similarity
-from cllm.text.facts import literal
+from cllm.text.code_pieces import Kind, frequency_order, label, piece_groups, piece_matrix
 from cllm.text.merge_tree import MergeTree
 from cllm.text.morphology import Morphology
 from cllm.text.packed import PackedTokens
@@ -31,14 +34,6 @@ _BLOCK = 1 << 22
 """Tokens counted at a time."""
 _ROWS = 64
 """Rows of similarities at a time."""
-
-
-class Kind(IntEnum):
-    """What a piece stands for."""
-
-    TOKEN = 0
-    VARIANTS = 1
-    STEM = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,16 +75,17 @@ class TokenCodes:
                 f"counts must be (V,) = ({size},) and not negative, got {counts.shape}; count the "
                 "tokens of a corpus that this tokenizer encoded"
             )
-        groups = _groups(Morphology.of(tree) if morphology is None else morphology)
-        contents = _with_groups(tree.contents(), groups)
-        order = _frequency_order(contents, tree, counts)
+        words = Morphology.of(tree) if morphology is None else morphology
+        groups = piece_groups(words)
+        contents = piece_matrix(tree, words, groups)
+        order = frequency_order(contents, tree, counts)
         primes = np.empty(len(order), dtype=np.int64)
         primes[order] = nth_primes(len(order))
         return cls(
             codes=_codes(contents, primes),
             primes=primes,
             kinds=np.array([Kind.TOKEN] * size + [kind for kind, _, _ in groups], dtype=np.uint8),
-            labels=(*map(_label, tree.names, tree.texts), *(word for _, word, _ in groups)),
+            labels=(*map(label, tree.names, tree.texts), *(word for _, word, _ in groups)),
             counts=None if counts is None else counts.astype(np.int64),
             tokenizer_sha256=tree.sha256,
         )
@@ -224,51 +220,6 @@ def count_tokens(tokens: PackedTokens, vocab_size: int) -> np.ndarray:
             )
         counts += found
     return counts
-
-
-def _label(name: str, text: bytes) -> str:
-    return literal(text) if text else name
-
-
-def _groups(morphology: Morphology) -> list[tuple[Kind, str, tuple[int, ...]]]:
-    """(kind, word, tokens) of the pieces that are no tokens."""
-    variants = ((Kind.VARIANTS, key, ids) for key, ids in morphology.variants.items())
-    stems = ((Kind.STEM, stem, ids) for stem, ids in morphology.relatives.items())
-    return [*variants, *stems]
-
-
-def _with_groups(
-    contents: csr_matrix, groups: list[tuple[Kind, str, tuple[int, ...]]]
-) -> csr_matrix:
-    """``contents`` (V, V) with a column of ones for the tokens of each group: (V, P)."""
-    from scipy.sparse import csr_matrix, hstack
-
-    sizes = [len(ids) for _, _, ids in groups]
-    rows = np.concatenate([np.array(ids) for _, _, ids in groups] or [np.empty(0, dtype=int)])
-    columns = np.repeat(np.arange(len(groups)), sizes)
-    shape = (contents.shape[0], len(groups))
-    ones = np.ones(len(rows), dtype=np.int64)
-    return csr_matrix(hstack([contents, csr_matrix((ones, (rows, columns)), shape=shape)]))
-
-
-def _frequency_order(
-    contents: csr_matrix, tree: MergeTree, counts: np.ndarray | None
-) -> np.ndarray:
-    """Pieces (P,), the most frequent first: by the counts of the tokens that contain them, and among
-    equals, or without counts, bytes first, then by the earliest merge."""
-    size = len(tree)
-    ranks = tree.ranks.copy()
-    ranks[[i for i in range(size) if not tree.texts[i]]] = size  # special and unused ones come last
-    groups = contents[:, size:].tocsc()
-    # A piece that is no token is as early as the first that has it.
-    if groups.shape[1]:
-        first = np.minimum.reduceat(ranks[groups.indices], groups.indptr[:-1])
-        ranks = np.concatenate([ranks, first])
-    number = np.arange(len(ranks))
-    if counts is None:
-        return np.lexsort((number, ranks))
-    frequency = (contents > 0).T @ counts.astype(np.int64)
-    return np.lexsort((number, ranks, -frequency))
 
 
 def _codes(contents: csr_matrix, primes: np.ndarray) -> Codes:
