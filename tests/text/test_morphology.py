@@ -59,10 +59,25 @@ def test_of_a_vocabulary() -> None:
     vocab = dict.fromkeys([*letters, "pl", *texts])
     ids = {name: i for i, name in enumerate(vocab)}
     model = {"type": "BPE", "vocab": ids, "merges": [["p", "l"]]}
-    words = Morphology.of(MergeTree.from_tokenizer({"model": model}))
+    tree = MergeTree.from_tokenizer({"model": model})
+    words = Morphology.of(tree)
     assert words.variants["play"] == tuple(sorted(ids[t] for t in ("play", "Play", " play")))
     assert set(words.variants[","]) == {ids[","], ids[" ,"]}
     family = {ids[t] for t in ids if t.strip().lower().startswith("play")}
     assert set(words.relatives["play"]) == family
     assert set(words.relatives["player"]) == {ids[" player"], ids[" players"]}
     assert words.keys[ids["Ed"]] == "ed"
+    assert words.models[ids[" play"]] == (ids["play"],), "the shortest, in lower case"
+    assert words.models[ids["play"]] == ()
+    assert words.models[ids[" players"]] == (ids[" player"], ids["play"])
+    alone = Morphology.of(tree, stems=False)
+    assert alone.variants == words.variants
+    assert not alone.parents
+    assert alone.models[ids[" players"]] == ()
+
+
+def test_no_model_is_longer_than_its_token() -> None:
+    vocab = ["s", "ss", " ss", "ß"]  # ß folds to ss, which has as many bytes
+    found = {"type": "BPE", "vocab": {n: i for i, n in enumerate(vocab)}, "merges": [["s", "s"]]}
+    words = Morphology.of(MergeTree.from_tokenizer({"model": found}))
+    assert words.models == ((), (), (1,), (1,))

@@ -58,7 +58,7 @@ def test_codes_of_random_tokenizers(tree: MergeTree, random: Any, counted: bool)
     for token, value in enumerate(parts):
         left, right = tree.parts[token].tolist()
         product = parts[left] * parts[right] if left >= 0 else 1
-        assert value == alone.primes[token] * product
+        assert value == int(alone.primes[token]) * product
     for token, models in enumerate(words.models):
         for model in models:
             assert integers[token] % integers[model] == 0
@@ -106,7 +106,7 @@ def test_relatives_share_their_stem(english: tuple[Tokenizer, TokenCodes]) -> No
     root = codes.root([run, running, runner])
     assert root is not None
     assert codes.labels[root] in ("run", "' run'")
-    ids, scores = codes.similar([run], 5)
+    ids, scores = codes.similar([run], 8)
     assert {running, runner, only(tokenizer, " runs")} <= set(ids[0].tolist())
     assert (np.diff(scores) <= 0).all()
     assert run not in ids

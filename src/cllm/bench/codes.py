@@ -38,6 +38,12 @@ def run(options: Options) -> Result:
             rows += [{"text": name, "vocabulary": size} | row for row in _score(paths, size)]
     claims = [
         _claim("recall@10", TREE, np.mean, "mean", rows),
+        replace(
+            _claim("recall@10", TREE, min, "least", rows),
+            required=None,
+            aim=0.0,
+            why="an aim, not required",
+        ),
         _claim("MRR", TREE, min, "least", rows),
         _claim("MRR", TRIGRAMS, min, "least", rows),
     ]
