@@ -30,9 +30,14 @@ Measure = Callable[[np.ndarray], np.ndarray]
 
 
 def run(options: Options) -> Result:
-    """Score on the built-in corpus and on each text of ``--data``, each with its own tokenizers."""
+    """Score on the built-in corpus and on each text of ``--data``, each with its own tokenizers.
+
+    ``quick``: on the last of them, with the smaller vocabulary.
+    """
     load, rows = load_now(), list[dict[str, Any]]()
     texts = [("built-in", ()), *((Path(path).name, (path,)) for path in options.data)]
+    if options.quick:
+        texts = texts[-1:]
     for name, paths in texts:
         for size in VOCABULARIES[:1] if options.quick else VOCABULARIES:
             rows += [{"text": name, "vocabulary": size} | row for row in _score(paths, size)]
