@@ -108,9 +108,8 @@ def test_the_command_on_a_run(
     assert shown.code == 0, shown.err
     assert len(shown.out.splitlines()) == 3
     found = json.loads(cllm("tokens", "nearest", "run", "e", "-k", "3", "--json").out)
-    assert [
-        f"{token['id']}" in line for token, line in zip(found, shown.out.splitlines(), strict=True)
-    ]
+    lines = shown.out.splitlines()
+    assert all(str(token["id"]) in line for token, line in zip(found, lines, strict=True))
     assert found[0]["score"] >= found[1]["score"] >= found[2]["score"]
     from cllm.api import load
     from cllm.bench.lookup_tables import table_and_hidden_vectors
