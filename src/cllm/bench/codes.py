@@ -42,15 +42,9 @@ def run(options: Options) -> Result:
         for size in VOCABULARIES[:1] if options.quick else VOCABULARIES:
             rows += [{"text": name, "vocabulary": size} | row for row in _score(paths, size)]
     claims = [
-        _claim("recall@10", TREE, np.mean, "mean", rows),
-        replace(
-            _claim("recall@10", TREE, min, "least", rows),
-            required=None,
-            aim=0.0,
-            why="an aim, not required",
-        ),
-        _claim("MRR", TREE, min, "least", rows),
-        _claim("MRR", TRIGRAMS, min, "least", rows),
+        _claim("recall@10", TREE, rows),
+        _claim("MRR", TREE, rows),
+        _claim("MRR", TRIGRAMS, rows),
     ]
     if options.quick:
         claims = [
@@ -62,7 +56,8 @@ def run(options: Options) -> Result:
         claims=claims,
         notes=[
             "Word families are our own list. The rules for endings were chosen on every second family;"
-            " scored are the others, those with two words or more that are single tokens.",
+            " scored are the others, those with two words or more that are single tokens. They are not"
+            " blind: their scores had been seen before the codes took their last form.",
             "recall@10: share of the ordered pairs of relatives where one is among the 10 words nearest"
             " to the other; MRR: 1 / rank of the nearest relative, the mean over words.",
             "Seconds are of building tree, words and codes from a tokenizer and counts, once.",
@@ -72,20 +67,14 @@ def run(options: Options) -> Result:
     )
 
 
-def _claim(
-    figure: str,
-    peer: str,
-    summary: Callable[[list[float]], Any],
-    word: str,
-    rows: list[dict[str, Any]],
-) -> Claim:
-    """The codes' ``figure`` less that of ``peer``, over all texts and vocabularies."""
+def _claim(figure: str, peer: str, rows: list[dict[str, Any]]) -> Claim:
+    """The codes' ``figure`` less that of ``peer``, where that is least."""
     ours, theirs = (
         [row[figure] for row in rows if row["method"] == method] for method in (OURS, peer)
     )
     gains = [mine - other for mine, other in zip(ours, theirs, strict=True)]
-    name = f"{figure} of the codes less that of: {peer} ({word} of all texts and vocabularies)"
-    return Claim(name=name, value=float(summary(gains)), required=0.0)
+    name = f"{figure} of the codes less that of: {peer} (least of all texts and vocabularies)"
+    return Claim(name=name, value=float(min(gains)), required=0.0)
 
 
 def _score(paths: tuple[str, ...], size: int) -> Iterator[dict[str, Any]]:
