@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm.text import cooccurrence as module
-from cllm.text.cooccurrence import cooccurrence, harmonic_weights, token_counts
+from cllm.text.cooccurrence import cooccurrence, harmonic_weights
 from cllm.text.packed import PackedTokens
 
 VOCABULARY = 11
@@ -82,8 +82,3 @@ def test_no_memory_for_a_table_and_enough_for_the_pairs_gives_the_same_counts() 
 
 def test_nearer_pairs_weigh_more() -> None:
     assert harmonic_weights(4) == (1.0, 1 / 2, 1 / 3, 1 / 4)
-
-
-def test_tokens_are_counted_over_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", 3)
-    assert token_counts(stream([1, 2, 2, 5, 1]), 7).tolist() == [2, 2, 2, 0, 0, 1, 0]

@@ -15,8 +15,7 @@ from cllm.lattice.similarity import bits
 from cllm.text.code_file import load_codes, save_codes
 from cllm.text.merge_tree import MergeTree
 from cllm.text.morphology import Morphology
-from cllm.text.packed import PackedTokens
-from cllm.text.token_codes import Kind, TokenCodes, count_tokens
+from cllm.text.token_codes import Kind, TokenCodes
 from cllm.text.tokenizer import Tokenizer
 
 VERBS = ["play", "walk", "help", "work", "jump"]
@@ -178,13 +177,6 @@ def test_mistakes_are_named(english: tuple[Tokenizer, TokenCodes], tokenizer: To
         codes.similar([0], 0)
     with pytest.raises(ValueError, match=r"\(350,\)"):
         TokenCodes.build(tree, np.ones(7, dtype=np.int64))
-
-
-def test_counts_are_those_of_the_stream() -> None:
-    tokens = PackedTokens.from_arrays(np.array([0, 3, 3, 1, 0]), text_bytes=3)
-    assert count_tokens(tokens, 5).tolist() == [2, 1, 0, 2, 0]
-    with pytest.raises(ValueError, match="ends at 2"):
-        count_tokens(tokens, 3)
 
 
 def test_without_counts_early_merges_have_small_primes(tokenizer: Tokenizer) -> None:

@@ -18,6 +18,7 @@ from cllm.store.metrics import read_lines
 from cllm.training.arena import Arena
 from cllm.training.feed import MicroBatches
 from cllm.training.optimizer import OPTIMIZERS
+from cllm.training.progress import Silent
 from cllm.training.step import TrainStep
 
 PIECES = 31
@@ -30,6 +31,23 @@ SHAPE = {
     "context": 8,
     "vocab_size": 23,
 }
+
+
+class Recorder(Silent):
+    """Keeps what would be shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def told() -> Recorder:
+    """What the runs of a test said, in ``said``."""
+    return Recorder()
 
 
 @pytest.fixture(autouse=True)

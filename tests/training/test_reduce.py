@@ -24,25 +24,8 @@ from cllm.training.reduce import reduce_run
 Reduce = Callable[..., Run]
 
 
-class Recorder(Silent):
-    """Keeps what would be shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-
 @pytest.fixture
-def told() -> Recorder:
-    """What was said."""
-    return Recorder()
-
-
-@pytest.fixture
-def reduced(isolated: Path, told: Recorder) -> Reduce:
+def reduced(isolated: Path, told: Any) -> Reduce:
     """Reduces a run into the directory ``name``."""
 
     def run(path: Path, name: str = "reduced", **options: Any) -> Run:
@@ -52,7 +35,7 @@ def reduced(isolated: Path, told: Recorder) -> Reduce:
 
 
 def test_the_table_is_the_best_of_its_rank_and_all_else_stays(
-    trained: Path, reduced: Reduce, told: Recorder
+    trained: Path, reduced: Reduce, told: Any
 ) -> None:
     before, after = cllm.load(trained), reduced(trained, rank=16)
     table = before.model.embedding.table().detach()
@@ -81,7 +64,7 @@ def test_a_share_to_retain_chooses_the_rank(trained: Path, reduced: Reduce) -> N
 
 
 def test_lattice_reduction_of_a_trained_basis_changes_no_score(
-    isolated: Path, corpus: Path, reduced: Reduce, told: Recorder, config_of: Callable[..., Config]
+    isolated: Path, corpus: Path, reduced: Reduce, told: Any, config_of: Callable[..., Config]
 ) -> None:
     config = config_of(
         data__paths=(str(corpus),), model__embedding__kind="reduced", model__embedding__rank=12
@@ -120,7 +103,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
     changes: dict[str, Any],
     isolated: Path,
     corpus: Path,
-    told: Recorder,
+    told: Any,
     config_of: Callable[..., Config],
     assert_same_run: Callable[[Path, Path], None],
     monkeypatch: pytest.MonkeyPatch,
@@ -186,7 +169,7 @@ def test_a_composed_run_trains_loads_and_resumes_to_the_same_bits(
     changes: dict[str, Any],
     isolated: Path,
     corpus: Path,
-    told: Recorder,
+    told: Any,
     config_of: Callable[..., Config],
     assert_same_run: Callable[[Path, Path], None],
 ) -> None:
@@ -212,7 +195,7 @@ def test_a_composed_run_trains_loads_and_resumes_to_the_same_bits(
 
 
 def test_pieces_are_the_tokenizers_and_no_others(
-    isolated: Path, corpus: Path, told: Recorder, config_of: Callable[..., Config]
+    isolated: Path, corpus: Path, told: Any, config_of: Callable[..., Config]
 ) -> None:
     config = config_of(
         data__paths=(str(corpus),),

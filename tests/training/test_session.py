@@ -22,35 +22,17 @@ from cllm.training import session, trainer
 from cllm.training.conclude import Outcome
 from cllm.training.evaluate import Evaluation
 from cllm.training.pace import FEWEST_STEPS, Pace
-from cllm.training.progress import Silent
 from cllm.training.report import write_report
 from cllm.training.trainer import DivergedError
 
 Start = Callable[..., Outcome]
 
 
-class Recorder(Silent):
-    """Keeps what would be shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-
-@pytest.fixture
-def told() -> Recorder:
-    """What the runs of a test said."""
-    return Recorder()
-
-
 @pytest.fixture
 def start(
     isolated: Path,
     corpus: Path,
-    told: Recorder,
+    told: Any,
     config_of: Callable[..., Config],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Start:
@@ -88,7 +70,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[float]], Non
     return install
 
 
-def resume(path: Path, told: Recorder, *settings: str) -> Outcome:
+def resume(path: Path, told: Any, *settings: str) -> Outcome:
     """``cllm train --resume``."""
     return session.resume(path, settings, told)
 
@@ -131,7 +113,7 @@ def test_the_figures_at_the_end_are_those_of_the_best_weights(
 
 
 def test_patience_stops_training_and_the_best_stays(
-    start: Start, scripted: Callable[..., None], told: Recorder
+    start: Start, scripted: Callable[..., None], told: Any
 ) -> None:
     scripted([3.0, 2.0, 1.9995, 1.9999, 1.9999])
     outcome = start(
@@ -151,7 +133,7 @@ def test_small_improvements_add_up_to_one(start: Start, scripted: Callable[..., 
 
 
 def test_a_run_that_stopped_early_goes_on_when_it_is_asked_to(
-    start: Start, scripted: Callable[..., None], told: Recorder
+    start: Start, scripted: Callable[..., None], told: Any
 ) -> None:
     scripted([2.0])
     run = start(train__steps=40, train__eval_every=2, train__patience=2).run
@@ -162,7 +144,7 @@ def test_a_run_that_stopped_early_goes_on_when_it_is_asked_to(
 
 @pytest.mark.parametrize(("bpb", "warned"), [(50.0, True), (0.001, False)])
 def test_a_rising_validation_over_a_lower_training_loss_is_warned_of_once(
-    bpb: float, warned: bool, start: Start, scripted: Callable[..., None], told: Recorder
+    bpb: float, warned: bool, start: Start, scripted: Callable[..., None], told: Any
 ) -> None:
     scripted([bpb * factor for factor in (1, 1.1, 1.2, 1.3, 1.4, 1.5)])
     outcome = start(train__eval_every=2)
@@ -185,7 +167,7 @@ def test_going_on_from_any_checkpoint_leads_to_the_same_bits(
     at: int,
     fields: dict[str, Any],
     start: Start,
-    told: Recorder,
+    told: Any,
     state_of: Callable[[Path], dict[str, Any]],
     assert_same_state: Callable[[Any, Any], None],
 ) -> None:
@@ -212,7 +194,7 @@ def test_a_run_killed_while_it_was_concluded_is_concluded_by_resume(
     patience: int,
     start: Start,
     scripted: Callable[..., None],
-    told: Recorder,
+    told: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scripted([2.0])
@@ -237,7 +219,7 @@ def test_a_run_killed_while_it_was_concluded_is_concluded_by_resume(
 
 
 def test_resuming_a_finished_run_without_a_report_writes_it(
-    start: Start, told: Recorder, monkeypatch: pytest.MonkeyPatch
+    start: Start, told: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = start().run
     monkeypatch.setattr(session, "write_report", write_report)
@@ -247,7 +229,7 @@ def test_resuming_a_finished_run_without_a_report_writes_it(
     assert f"the missing report was written: {run.report}" in told.said
 
 
-def test_a_finished_run_is_not_resumed_but_for_more_steps(start: Start, told: Recorder) -> None:
+def test_a_finished_run_is_not_resumed_but_for_more_steps(start: Start, told: Any) -> None:
     run = start().run
     with pytest.raises(UsageError, match=r"has all its 12 steps; .*--set train.steps=N"):
         resume(run.path, told)
@@ -268,7 +250,7 @@ def test_a_finished_run_is_not_resumed_but_for_more_steps(start: Start, told: Re
     ],
 )
 def test_a_resume_that_is_refused_changes_nothing(
-    setting: str, message: str, start: Start, told: Recorder, tmp_path: Path
+    setting: str, message: str, start: Start, told: Any, tmp_path: Path
 ) -> None:
     if torch.cuda.is_available() and "cuda" in setting:
         pytest.skip("there is a GPU here")
@@ -286,7 +268,7 @@ def test_a_resume_that_is_refused_changes_nothing(
     assert contents(run.path) == contents(tmp_path / "copy")
 
 
-def test_a_run_that_is_being_trained_is_left_alone(start: Start, told: Recorder) -> None:
+def test_a_run_that_is_being_trained_is_left_alone(start: Start, told: Any) -> None:
     run = start(train__keep_last=9, log__tensorboard=True).run
     before, events = run.config.read_bytes(), sorted(run.tensorboard.iterdir())
     with run.training(), pytest.raises(UserError, match="is being trained by process"):
@@ -297,7 +279,7 @@ def test_a_run_that_is_being_trained_is_left_alone(start: Start, told: Recorder)
 
 
 def test_a_run_that_was_trained_on_meanwhile_is_left_alone(
-    start: Start, told: Recorder, monkeypatch: pytest.MonkeyPatch
+    start: Start, told: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = start().run
 
@@ -330,9 +312,7 @@ def test_no_samples_are_written_where_none_are_wanted(start: Start) -> None:
     assert "sample" not in {line["kind"] for line in read_lines(outcome.run.metrics)}
 
 
-def test_another_thread_count_or_precision_resumes_with_a_warning(
-    start: Start, told: Recorder
-) -> None:
+def test_another_thread_count_or_precision_resumes_with_a_warning(start: Start, told: Any) -> None:
     run = start(train__keep_last=9).run
     try:
         resume(run.checkpoints / "step-00000008", told, "train.threads=2", "train.dtype=bf16")
@@ -345,7 +325,7 @@ def test_another_thread_count_or_precision_resumes_with_a_warning(
     assert run.status().state == "finished"
 
 
-def test_a_change_to_fp16_begins_with_its_own_loss_scale(start: Start, told: Recorder) -> None:
+def test_a_change_to_fp16_begins_with_its_own_loss_scale(start: Start, told: Any) -> None:
     run = start(train__keep_last=9).run
     resume(run.checkpoints / "step-00000008", told, "train.dtype=fp16")
     assert checkpoint.load(run.path).optimizer["counters"]["loss_scale"] == 2.0**14
@@ -367,7 +347,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "state.json"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_goes_on(
-    file: str, damage: Callable[[Path], None], start: Start, told: Recorder, state_of: Any
+    file: str, damage: Callable[[Path], None], start: Start, told: Any, state_of: Any
 ) -> None:
     run = start(train__steps=8, log__sample_tokens=0).run
     assert run.steps() == [6, 8]
@@ -388,7 +368,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_goes_on(
         assert torch.equal(again["weights"][name], tensor)
 
 
-def test_divergence_ends_the_run_and_says_what_to_do(start: Start, told: Recorder) -> None:
+def test_divergence_ends_the_run_and_says_what_to_do(start: Start, told: Any) -> None:
     with pytest.raises(DivergedError, match=r"^4 steps in a row .* lower train.lr \(now 1e\+30\)"):
         start(train__lr=1e30, train__max_nonfinite=4, train__steps=30, train__eval_every=2)
     run = RunDirectory.open("run")
@@ -404,7 +384,7 @@ def test_divergence_ends_the_run_and_says_what_to_do(start: Start, told: Recorde
 
 
 def test_skipped_steps_that_are_not_in_a_row_do_not_end_the_run(
-    start: Start, told: Recorder, monkeypatch: pytest.MonkeyPatch
+    start: Start, told: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trainer.Trainer._one_step
 
@@ -426,9 +406,7 @@ def test_skipped_steps_that_are_not_in_a_row_do_not_end_the_run(
     assert all(math.isfinite(bpb) for bpb in read_columns(outcome.run.metrics, "validation")["bpb"])
 
 
-def test_batch_norm_trains_and_reports_the_gap_between_its_modes(
-    start: Start, told: Recorder
-) -> None:
+def test_batch_norm_trains_and_reports_the_gap_between_its_modes(start: Start, told: Any) -> None:
     outcome = start(model__norm="batchnorm", train__steps=30, train__eval_every=10)
     losses = read_columns(outcome.run.metrics, "train")["loss"]
     assert losses[-1] < losses[0] - 0.5
@@ -441,7 +419,7 @@ def test_batch_norm_trains_and_reports_the_gap_between_its_modes(
 
 
 def test_fine_tuning_starts_from_the_weights_and_tokenizer_of_the_parent(
-    start: Start, tmp_path: Path, text_of: Callable[..., str], told: Recorder
+    start: Start, tmp_path: Path, text_of: Callable[..., str], told: Any
 ) -> None:
     parent = start("parent", train__keep_last=9).run
     best = checkpoint.load(parent.path, "best")
@@ -462,7 +440,7 @@ def test_fine_tuning_starts_from_the_weights_and_tokenizer_of_the_parent(
         assert torch.equal(tensor, checkpoint.load(parent.path, 4).weights[name])
 
 
-def test_a_parent_of_another_shape_is_refused(start: Start, told: Recorder) -> None:
+def test_a_parent_of_another_shape_is_refused(start: Start, told: Any) -> None:
     parent = start("parent").run
     with pytest.raises(UserError, match="another shape of model"):
         start("child", from_run=parent.path, model__d_ff=32)
@@ -470,7 +448,7 @@ def test_a_parent_of_another_shape_is_refused(start: Start, told: Recorder) -> N
 
 
 def test_a_time_budget_chooses_the_steps_and_the_schedule_with_them(
-    start: Start, told: Recorder, monkeypatch: pytest.MonkeyPatch
+    start: Start, told: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pace = Pace(step=1.0, validation=2.0, measuring=0.0)
     monkeypatch.setattr(session, "measure_pace", lambda *arguments: pace)
@@ -486,9 +464,7 @@ def test_a_time_budget_chooses_the_steps_and_the_schedule_with_them(
     assert not told.warnings
 
 
-def test_a_time_too_short_is_warned_of_and_trains_the_fewest_steps(
-    start: Start, told: Recorder
-) -> None:
+def test_a_time_too_short_is_warned_of_and_trains_the_fewest_steps(start: Start, told: Any) -> None:
     run = start(seconds=0.001).run
     assert run.status().facts["step"] == FEWEST_STEPS
     assert any("the time is too short" in text for text in told.warnings)

@@ -16,35 +16,17 @@ from cllm.model.crystal_start import merge_pieces
 from cllm.store import checkpoint
 from cllm.text.tokenizer import Tokenizer
 from cllm.training import session
-from cllm.training.progress import Silent
 
 TABLE = "embedding.weight"
 STARTED = {TABLE, "layers.1.mlp.gate_up.weight", "layers.1.mlp.out.weight"}
 """What a corpus start fills; all else begins as it does without."""
 
 
-class Recorder(Silent):
-    """Keeps what would be shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-
-@pytest.fixture
-def told() -> Recorder:
-    """What the runs of a test said."""
-    return Recorder()
-
-
 @pytest.fixture
 def begin(
     isolated: Path,
     corpus: Path,
-    told: Recorder,
+    told: Any,
     config_of: Callable[..., Config],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Path]:
@@ -108,7 +90,7 @@ def test_the_arithmetics_copy_of_the_weights_starts_so_too(
 
 
 def test_resuming_keeps_the_start_and_its_bits(
-    begin: Callable[..., Path], told: Recorder, monkeypatch: pytest.MonkeyPatch
+    begin: Callable[..., Path], told: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = begin("straight", "corpus", train__steps=6)
     halted = begin("halted", "corpus", train__steps=6, train__checkpoint_every=3)

@@ -15,10 +15,11 @@ from cllm.bench.harness import Claim, Options, Result, load_now
 from cllm.core.config import DataConfig, TokenizerConfig
 from cllm.lattice.similarity import gcd_over_max
 from cllm.text.corpus import prepare
+from cllm.text.counts import count_tokens
 from cllm.text.families import FamilyScore, score_families, word_families
 from cllm.text.merge_tree import MergeTree
 from cllm.text.morphology import Morphology
-from cllm.text.token_codes import TokenCodes, count_tokens
+from cllm.text.token_codes import TokenCodes
 
 TAKES = frozenset({"data"})
 VOCABULARIES = (4096, 16384)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cllm.core.config import Config
@@ -44,14 +44,7 @@ BUDGETS = (
         required_rank32=0.04,
     ),
 )
-QUICK = Budget(
-    name="quick",
-    tokens=4096,
-    required_share=0.6,
-    aim_share=0.4,
-    required_rank64=0.0,
-    required_rank32=0.01,
-)
+QUICK = replace(BUDGETS[0], name="quick", tokens=4096)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import torch
 
 from cllm.model.transformer import Transformer
 from cllm.text.batches import IGNORED, evaluation_windows
+from cllm.text.counts import count_tokens
 from cllm.text.packed import PackedTokens
 
 
@@ -38,5 +39,5 @@ def table_statistics(
             if count >= limit:
                 break
     assert model.config.vocab_size is not None
-    frequency = np.bincount(np.asarray(tokens.ids), minlength=model.config.vocab_size)
+    frequency = count_tokens(tokens, model.config.vocab_size)
     return TableStatistics(moment=moment / max(count, 1), frequency=frequency)

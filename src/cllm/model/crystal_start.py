@@ -11,6 +11,7 @@ import numpy as np
 from scipy import sparse
 
 from cllm.lattice import golden, nth_primes
+from cllm.text.merge_tree import MergeTree
 from cllm.text.tokenizer import Tokenizer
 
 
@@ -20,15 +21,13 @@ def merge_pieces(tokenizer: Tokenizer, vocab_size: int) -> sparse.csr_array:
     BPE's merge tree stands in for morphology, an approximation: the tree of a token is what was frequent
     when it was built.
     """
-    ids = {tokenizer.token_name(token): token for token in range(tokenizer.vocab_size)}
-    pieces = [{token} for token in range(vocab_size)]
-    for first, second in tokenizer.merges():  # in order: both parts are complete before the whole
-        pieces[ids[first + second]] |= pieces[ids[first]] | pieces[ids[second]]
-    rows = np.repeat(np.arange(vocab_size), [len(found) for found in pieces])
-    columns = np.array([piece for found in pieces for piece in sorted(found)])
-    return sparse.coo_array(
-        (np.ones(len(rows)), (rows, columns)), shape=(vocab_size, vocab_size)
-    ).tocsr()
+    found = (MergeTree.from_tokenizer(tokenizer).contents() > 0).astype(np.float64)
+    rest = sparse.eye_array(
+        vocab_size - found.shape[0]
+    )  # rows beyond the tokenizer's are their own
+    whole = sparse.csr_array(sparse.block_diag([found, rest], format="csr"))
+    whole.sort_indices()
+    return whole
 
 
 def crystal_table(

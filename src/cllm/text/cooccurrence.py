@@ -30,14 +30,6 @@ def harmonic_weights(window: int) -> tuple[float, ...]:
     return tuple(1.0 / place for place in range(1, window + 1))
 
 
-def token_counts(tokens: PackedTokens, vocab_size: int) -> np.ndarray:
-    """(V,) int64: occurrences of each token."""
-    found = np.zeros(vocab_size, dtype=np.int64)
-    for begin in range(0, len(tokens), CHUNK):
-        found += np.bincount(tokens.ids[begin : begin + CHUNK], minlength=vocab_size)
-    return found
-
-
 def cooccurrence(
     tokens: PackedTokens,
     vocab_size: int,

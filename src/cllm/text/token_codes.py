@@ -25,12 +25,10 @@ from cllm.lattice.similarity import similarity
 from cllm.text.code_pieces import Kind, frequency_order, label, piece_groups, piece_matrix
 from cllm.text.merge_tree import MergeTree
 from cllm.text.morphology import Morphology
-from cllm.text.packed import PackedTokens
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-_BLOCK = 1 << 22
 """Tokens counted at a time."""
 _ROWS = 64
 """Rows of similarities at a time."""
@@ -202,24 +200,6 @@ class TokenCodes:
         for token in np.asarray(tokens).tolist():
             if not 0 <= token < len(self):
                 raise ValueError(f"there is no token {token}: ids are 0 to {len(self) - 1}")
-
-
-def count_tokens(tokens: PackedTokens, vocab_size: int) -> np.ndarray:
-    """How often each token occurs: (V,) int64, read block by block.
-
-    Raises:
-        ValueError: an id beyond the vocabulary.
-    """
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for start in range(0, len(tokens), _BLOCK):
-        found = np.bincount(tokens.ids[start : start + _BLOCK], minlength=vocab_size)
-        if len(found) > vocab_size:
-            raise ValueError(
-                f"the corpus holds token {len(found) - 1}, the vocabulary ends at {vocab_size - 1}: "
-                "count a corpus that this tokenizer encoded"
-            )
-        counts += found
-    return counts
 
 
 def _codes(contents: csr_matrix, primes: np.ndarray) -> Codes:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cllm.core.errors import UsageError, UserError
+from cllm.text.counts import count_tokens
 from cllm.text.dataset import packed_path, prepared_key, tokens_key
 from cllm.text.merge_tree import MergeTree
 from cllm.text.morphology import Morphology, word_key
 from cllm.text.packed import PackedTokens
-from cllm.text.token_codes import TokenCodes, count_tokens
+from cllm.text.token_codes import TokenCodes
 from cllm.text.tokenizer import Tokenizer
 
 

@@ -10,7 +10,8 @@ from cllm.model.bigram_start import start_bigram
 from cllm.model.corpus_start import corpus_table
 from cllm.model.crystal_start import crystal_table, merge_pieces
 from cllm.model.transformer import Transformer
-from cllm.text.cooccurrence import cooccurrence, harmonic_weights, token_counts
+from cllm.text.cooccurrence import cooccurrence, harmonic_weights
+from cllm.text.counts import count_tokens
 from cllm.text.dataset import Dataset
 from cllm.training.pieces import incidence_of
 from cllm.training.progress import Progress
@@ -33,7 +34,7 @@ def start_tables(config: Config, dataset: Dataset, model: Transformer, progress:
     assert config.model.vocab_size is not None
     tokens, size, width = dataset.train, config.model.vocab_size, config.model.d_model
     with progress.stage("reading the corpus's statistics"):
-        counts = token_counts(tokens, size)
+        counts = count_tokens(tokens, size)
         if init == "crystal":
             pieces = merge_pieces(dataset.tokenizer, size)
             _set(model, crystal_table(pieces, counts, width, std=std))
