@@ -12,6 +12,9 @@ from cllm.model.rebase import Rebased, rebase
 from cllm.model.transformer import Transformer
 from cllm.training.step import TrainStep
 
+UNASKED_RANK = 128
+"""Up to this rank a report has the basis's figures unasked: they take seconds there, and minutes at 384."""
+
 
 def reduce_bases(model: Transformer, method: str) -> list[str]:
     """Rewrite the factors of every reduced table by lattice reduction; lines that say what came of it.
@@ -64,9 +67,11 @@ def table_facts(model: Transformer, step: TrainStep, config: Config) -> dict[str
     if embedding.basis is not None:
         facts["rank"] = embedding.basis.shape[0]
         method = wide.embedding.reduction
-        found = _rebased(embedding, method if method != "none" else "lll")
-        facts["basis"] = found.before.to_json()
-        facts[f"basis after {method if method != 'none' else 'lll'}"] = found.after.to_json()
+        if method != "none" or facts["rank"] <= UNASKED_RANK:
+            method = method if method != "none" else "lll"
+            found = _rebased(embedding, method)
+            facts["basis"] = found.before.to_json()
+            facts[f"basis after {method}"] = found.after.to_json()
     if step.cores:
         computed, read = step.core_uses["computed"], step.core_uses["read"]
         facts["core_bytes"] = sum(core.nbytes for core in step.cores.values())
