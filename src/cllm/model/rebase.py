@@ -17,7 +17,7 @@ from torch import Tensor
 from cllm import lattice
 
 SECONDS = 5.0
-"""Time for a shortest vector beyond ``EXACT_SHORTEST``: the figure is for the report, and training has ended."""
+"""Time for a shortest vector beyond ``EXACT_SHORTEST`` dimensions: the figure is for a report."""
 EXACT_SHORTEST = 40
 """Dimension up to which λ1 is found by enumeration, which ends in a second there."""
 HKZ_LIMIT = 50
@@ -74,10 +74,8 @@ def basis_facts(basis_rd: Tensor) -> BasisFacts:
     """Figures of a basis (k, D). Raises ``ValueError`` if its rows are dependent."""
     rows = basis_rd.detach().double().cpu().numpy()
     exact = len(rows) <= EXACT_SHORTEST
-    if exact:
-        found = lattice.shortest(rows, "exact")
-    else:
-        found = lattice.shortest(rows, "bkz", max_seconds=SECONDS)
+    method, limit = ("exact", None) if exact else ("bkz", SECONDS)
+    found = lattice.shortest(rows, method, max_seconds=limit)
     return BasisFacts(
         log2_defect=lattice.orthogonality_defect(rows, log=True) / np.log(2),
         profile=tuple(map(float, lattice.profile(rows))),
