@@ -25,9 +25,8 @@ def test_a_quick_run_trains_and_judges_nothing(isolated: Path, corpus: Path) -> 
 
 
 def test_what_there_was_no_time_for_is_said(isolated: Path, corpus: Path) -> None:
-    trainings = Trainings(quick=False, until=0.0)
-    rates = {(case.name, case.start): RATES[0] for case in main_cases(BUDGETS[0])}
-    judge = _Judge(trainings, str(corpus), BUDGETS[0], rates)
+    trainings = Trainings(quick=False, until=0.0, tuned_on=str(corpus))
+    judge = _Judge(trainings, str(corpus), BUDGETS[0])
     assert judge.row(NORMAL)["bits per byte"] is None
     claims = judge.claims(quick=False)
     assert all(claim.holds is None for claim in claims)

@@ -16,7 +16,7 @@ from cllm.core.config import DataConfig, TokenizerConfig
 from cllm.lattice.curves import hilbert_number, morton_number
 from cllm.lattice.ulam import ulam
 from cllm.text.corpus import prepare
-from cllm.text.layout import ORDERS, Order, laid_out, permutation
+from cllm.text.layout import LARGE, ORDERS, Order, chosen_order, laid_out, permutation
 from cllm.text.tokenizer import Tokenizer
 
 COUNTS = st.lists(st.integers(0, 20), min_size=1, max_size=400).map(np.array)
@@ -76,7 +76,13 @@ def test_an_unknown_order_is_refused() -> None:
 
 
 def test_the_setting_knows_the_same_orders() -> None:
-    assert get_args(TokenizerConfig.model_fields["order"].annotation) == ORDERS
+    assert get_args(TokenizerConfig.model_fields["order"].annotation) == ("auto", *ORDERS)
+
+
+def test_auto_is_bpes_own_order_below_the_size_at_which_pages_matter() -> None:
+    assert chosen_order("auto", LARGE - 1) == "tokenizer"
+    assert chosen_order("auto", LARGE) == "frequency"
+    assert all(chosen_order(order, size) == order for order in ORDERS for size in (2, LARGE))
 
 
 @pytest.mark.parametrize("order", ORDERS)

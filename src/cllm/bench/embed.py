@@ -42,7 +42,20 @@ class Trainings:
 
     quick: bool
     until: float | None
+    tuned_on: str
+    """The corpus on which learning rates are tuned."""
     made: dict[Any, dict[str, Any] | None] = field(default_factory=dict)
+
+    def rate(self, case: Case) -> float:
+        """The best learning rate of a table and start; of the tried ones while not all are measured."""
+        if self.quick:
+            return RATES[0]
+        whole, scores = replace(case, share=1.0), {}
+        for lr in RATES:
+            facts = self.facts(whole, self.tuned_on, BUDGETS[0], lr, SEEDS[0])
+            if facts is not None:
+                scores[lr] = facts["validation_bpb"]
+        return min(scores, key=lambda lr: scores[lr]) if scores else RATES[0]
 
     def facts(
         self, case: Case, corpus: str, budget: Budget, lr: float, seed: int
@@ -68,20 +81,19 @@ def run(options: Options) -> Result:
     """Train what is not kept, and compare; ``quick`` trains next to nothing and judges nothing."""
     load = load_now()
     until = time.monotonic() + 60 * options.minutes if options.minutes is not None else None
-    trainings = Trainings(quick=options.quick, until=until)
     corpora = list(options.data) if options.quick else ["", *options.data]
+    trainings = Trainings(quick=options.quick, until=until, tuned_on=corpora[0])
     budgets = (QUICK,) if options.quick else BUDGETS
-    rates = _tune(trainings, corpora[0], budgets[0], options.quick)
     rows: list[dict[str, Any]] = []
     claims: list[Claim] = []
     for budget in budgets:
         for corpus in corpora:
-            judge = _Judge(trainings, corpus, budget, rates)
+            judge = _Judge(trainings, corpus, budget)
             cases = main_cases(budget) if not options.quick else [NORMAL, CORPUS, RANK64]
             rows += [judge.row(case) for case in cases]
             claims += judge.claims(quick=options.quick)
     if not options.quick:
-        judge = _Judge(trainings, corpora[0], budgets[0], rates)
+        judge = _Judge(trainings, corpora[0], budgets[0])
         rows += [judge.row(case) for case in other_cases()]
     if options.quick:
         claims = [replace(claim, judged=False, why="quick: too short to judge") for claim in claims]
@@ -97,24 +109,6 @@ def run(options: Options) -> Result:
     )
 
 
-Rates = dict[tuple[str, str], float]
-
-
-def _tune(trainings: Trainings, corpus: str, budget: Budget, quick: bool) -> Rates:
-    """The best learning rate of each table and start; of the tried ones while not all are measured."""
-    rates: Rates = {}
-    for case in [NORMAL, CORPUS, RANK64, RANK32, COMPOSED, *([] if quick else other_cases())]:
-        scores = {}
-        for lr in RATES[:1] if quick else RATES:
-            facts = trainings.facts(case, corpus, budget, lr, SEEDS[0])
-            if facts is not None:
-                scores[lr] = facts["validation_bpb"]
-        rates[case.name, case.start] = (
-            min(scores, key=lambda lr: scores[lr]) if scores else RATES[0]
-        )
-    return rates
-
-
 @dataclass
 class _Judge:
     """Rows and claims of one corpus and budget."""
@@ -122,15 +116,14 @@ class _Judge:
     trainings: Trainings
     corpus: str
     budget: Budget
-    rates: Rates
 
     def bpbs(self, case: Case) -> list[float]:
-        lr = self.rates[case.name, case.start]
+        lr = self.trainings.rate(case)
         return self.trainings.bpbs(case, self.corpus, self.budget, lr)
 
     def row(self, case: Case) -> dict[str, Any]:
         """One line of the table; figures that are not measured are ``None``."""
-        lr, found = self.rates[case.name, case.start], self.bpbs(case)
+        lr, found = self.trainings.rate(case), self.bpbs(case)
         facts = self.trainings.facts(case, self.corpus, self.budget, lr, SEEDS[0]) or {}
         table = facts.get("table", {})
         basis = table.get("basis", {})
@@ -214,6 +207,6 @@ class _Judge:
         )
 
     def _rate(self, case: Case) -> float | None:
-        lr = self.rates[case.name, case.start]
+        lr = self.trainings.rate(case)
         facts = self.trainings.facts(case, self.corpus, self.budget, lr, SEEDS[0]) or {}
         return facts.get("tokens_per_second")

@@ -60,7 +60,7 @@ def text_streams(
     streams: list[Stream] = []
     first: float | None = None
     for size in sizes:
-        settings = TokenizerConfig(vocab_size=size)
+        settings = TokenizerConfig(vocab_size=size, order="tokenizer")
         with tempfile.TemporaryDirectory() as place:
             data = DataConfig(paths=paths, near_duplicates="off")
             found = prepare(data, settings, Path(place) / "data", seed=0, context=WINDOW)

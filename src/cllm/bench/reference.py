@@ -8,12 +8,11 @@ import shutil
 
 from cllm.core.config import Config
 from cllm.core.machine import cache_dir
-from cllm.core.settings import to_toml
 from cllm.store.run import RunDirectory, is_run
 from cllm.text.sources import expand
 
-FORMAT = 1
-"""Raised when training changes so that kept runs no longer stand for it."""
+FORMAT = 2
+"""Raised when training, or the default of a setting, changes so that kept runs no longer stand for it."""
 
 DONE = ("finished", "stopped early")
 
@@ -21,9 +20,10 @@ DONE = ("finished", "stopped early")
 def reference_run(config: Config) -> RunDirectory:
     """The run of ``config``: the kept one, or one trained now (silently; it takes as long as it takes).
 
-    The key is the hash of the whole configuration and of the content of its text, so that a changed
-    file trains anew. A run that was interrupted goes on from its last checkpoint. Raises ``UserError``
-    as training does, and while another process trains the same run.
+    The key is the hash of what the configuration changes of the defaults and of the content of its
+    text: a changed file trains anew, a setting that is new to the house does not. A run that was
+    interrupted goes on from its last checkpoint. Raises ``UserError`` as training does, and while
+    another process trains the same run.
     """
     from cllm.training.progress import Silent
     from cllm.training.session import resume, start
@@ -53,5 +53,6 @@ def reference_key(config: Config) -> str:
     prints = [[f.size, f.sha256] for f in (source.fingerprint() for source in sources)]
     # Where the text lies decides nothing; what it says does.
     where = {"data": config.data.model_copy(update={"paths": ()})}
-    facts = json.dumps([FORMAT, to_toml(config.model_copy(update=where)), prints])
+    changed = config.model_copy(update=where).model_dump(mode="json", exclude_defaults=True)
+    facts = json.dumps([FORMAT, changed, prints], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

@@ -37,6 +37,12 @@ def train(
         int, typer.Option(help="At most this many bytes of the text are used, drawn by the seed.")
     ] = 100_000_000,
     field: Annotated[str, typer.Option(help="The field of a JSONL record with the text.")] = "text",
+    order: Annotated[
+        str,
+        typer.Option(
+            help="Numbering of the ids: tokenizer, frequency, ulam, morton, hilbert, random."
+        ),
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Draws the sample from a larger text.")] = 0,
 ) -> None:
     """Train a tokenizer on text, for `--set tokenizer.file=FILE` of a later `cllm train`.
@@ -54,6 +60,7 @@ def train(
         "tokenizer.vocab_size": vocab_size,
         "tokenizer.sample_bytes": sample_bytes,
         "tokenizer.special_tokens": tuple(special or ()),
+        "tokenizer.order": order,
     }
     settings = merge(Config(), values).tokenizer
     with clear_errors(out):

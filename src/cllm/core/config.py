@@ -62,8 +62,8 @@ class TokenizerConfig(Section):
     """At most this many bytes of the training split are sampled to train the tokenizer."""
     special_tokens: tuple[str, ...] = ()
     """Further special tokens beside the end token ``<|endoftext|>``."""
-    order: Literal["tokenizer", "frequency", "ulam", "morton", "hilbert", "random"] = "tokenizer"
-    """Numbering of a trained tokenizer's ids, which is the order of the token table in memory."""
+    order: Literal["auto", "tokenizer", "frequency", "ulam", "morton", "hilbert", "random"] = "auto"
+    """Numbering of a trained tokenizer's ids: the token table's order in memory; ``auto`` goes by size."""
 
 
 class TrainConfig(Section):

@@ -13,7 +13,7 @@ from cllm.core.config import DataConfig, TokenizerConfig
 from cllm.text.dataset import TOKENIZER, packed_path, tokens_key, write_manifest
 from cllm.text.duplicates import remove_duplicates
 from cllm.text.fingerprint import Fingerprint
-from cllm.text.layout import laid_out
+from cllm.text.layout import chosen_order, laid_out
 from cllm.text.lengths import refuse_hopeless, refuse_short
 from cllm.text.notes import Notes
 from cllm.text.packed import Header
@@ -116,7 +116,8 @@ def train_tokenizer(
 ) -> tuple[Tokenizer, int]:
     """A tokenizer trained on a sample of the segments, its ids in the order that ``settings`` ask
     for, and the sample's bytes."""
-    passes = 1 if settings.order == "tokenizer" else 2
+    order = chosen_order(settings.order, settings.vocab_size)
+    passes = 1 if order == "tokenizer" else 2
     total = passes * min(settings.sample_bytes, segment_bytes(segments))
     read = 0
 
@@ -129,7 +130,7 @@ def train_tokenizer(
 
     tokenizer = Tokenizer.train(texts(), settings.vocab_size, settings.special_tokens)
     if passes == 2:
-        tokenizer = laid_out(tokenizer, settings.order, texts(), seed)
+        tokenizer = laid_out(tokenizer, order, texts(), seed)
     return tokenizer, read // passes
 
 

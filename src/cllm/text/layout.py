@@ -20,6 +20,15 @@ from cllm.text.tokenizer import Tokenizer
 
 Order = Literal["tokenizer", "frequency", "ulam", "morton", "hilbert", "random"]
 ORDERS: tuple[Order, ...] = get_args(Order)
+LARGE = 32_768
+"""Tokens from which on frequency order was measured to be the quicker (``cllm bench layout``)."""
+
+
+def chosen_order(order: Literal["auto"] | Order, size: int) -> Order:
+    """The order that ``auto`` stands for in a vocabulary of ``size`` tokens; any other is itself."""
+    if order != "auto":
+        return order
+    return "frequency" if size >= LARGE else "tokenizer"
 
 
 def permutation(order: Order, counts: np.ndarray, seed: int = 0) -> np.ndarray:
