@@ -34,7 +34,7 @@ def naive(ids: np.ndarray, weights: tuple[float, ...]) -> np.ndarray:
 
 
 streams = st.lists(st.integers(0, VOCABULARY - 1), max_size=60)
-windows = st.lists(st.sampled_from([1.0, 0.5, 0.25]), min_size=1, max_size=5).map(tuple)
+windows = st.lists(st.sampled_from([1.0, 0.5, 0.25, 0.0]), min_size=1, max_size=5).map(tuple)
 
 
 @settings(deadline=None)

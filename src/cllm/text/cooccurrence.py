@@ -14,8 +14,8 @@ from scipy import sparse
 
 from cllm.text.packed import PackedTokens
 
-CHUNK = 1 << 20
-"""Tokens read at a time."""
+CHUNK = 1 << 22
+"""Tokens read at a time, at most; a table of all pairs is gone over once for each chunk."""
 MEMORY = 1 << 30
 """Bytes that counting may take."""
 _ENTRY_BYTES = 24
@@ -42,8 +42,8 @@ def cooccurrence(
     x_{t+d} = j}.
 
     The symmetric window of both sides is F + Fᵀ. The end token, which separates documents, is counted
-    like any other, but no pair reaches across one. ``memory`` (bytes) bounds what counting takes; where
-    pairs must be dropped for it, ``say`` is told once, at the end.
+    like any other, but no pair reaches across one. Places of weight 0 cost nothing. ``memory`` (bytes)
+    bounds what counting takes; where pairs must be dropped for it, ``say`` is told once, at the end.
     """
     assert weights, "a window of no places"
     if 3 * 8 * vocab_size**2 <= memory:  # the sum, one count, and that count weighted
@@ -55,7 +55,7 @@ def cooccurrence(
 
 def _dense(tokens: PackedTokens, size: int, weights: Sequence[float]) -> sparse.csr_array:
     total = np.zeros(size * size)
-    for place, first, second in _pairs(tokens, len(weights), CHUNK):
+    for place, first, second in _pairs(tokens, weights, CHUNK):
         total += weights[place] * np.bincount(first * size + second, minlength=size * size)
     return sparse.csr_array(total.reshape(size, size))
 
@@ -71,7 +71,7 @@ def _sparse(
     """The same with at most about ``most`` entries."""
     total = sparse.csr_array((size, size))
     dropped, below = 0, 0.0
-    for place, first, second in _pairs(tokens, len(weights), chunk):
+    for place, first, second in _pairs(tokens, weights, chunk):
         values = np.full(len(first), weights[place])
         total = total + sparse.coo_array((values, (first, second)), shape=(size, size)).tocsr()
         if total.nnz > most:
@@ -90,14 +90,15 @@ def _sparse(
 
 
 def _pairs(
-    tokens: PackedTokens, window: int, chunk: int
+    tokens: PackedTokens, weights: Sequence[float], chunk: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(place − 1, first ids, second ids), int64, of all pairs of each chunk and each place."""
-    end_id = int(tokens.ids[0])
+    """(place − 1, first ids, second ids), int64, of all pairs of each chunk and each place that weighs."""
+    end_id, window = int(tokens.ids[0]), len(weights)
+    places = [place for place, weight in enumerate(weights, start=1) if weight]
     for begin in range(0, len(tokens), chunk):
         ids = tokens.ids[begin : begin + chunk + window].astype(np.int64)
         ends = np.concatenate([[0], np.cumsum(ids == end_id)])
-        for place in range(1, window + 1):
+        for place in places:
             count = min(chunk, len(ids) - place)
             if count <= 0:
                 continue

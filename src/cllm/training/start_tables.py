@@ -39,9 +39,10 @@ def start_tables(config: Config, dataset: Dataset, model: Transformer, progress:
             pieces = merge_pieces(dataset.tokenizer, size)
             _set(model, crystal_table(pieces, counts, width, std=std))
             return
-        following = cooccurrence(tokens, size, harmonic_weights(WINDOW), say=progress.say)
+        near, *further = harmonic_weights(WINDOW)
+        bigrams = cooccurrence(tokens, size, (near,), say=progress.say)
+        following = bigrams + cooccurrence(tokens, size, (0.0, *further), say=progress.say)
         _set(model, corpus_table(following, counts, width, std=std, seed=config.train.seed))
-        bigrams = cooccurrence(tokens, size, (1.0,), say=progress.say)
         if not start_bigram(model, bigrams):
             progress.say("only the tables start from the corpus: batch norm hides the rest")
 
