@@ -13,8 +13,7 @@ from cllm.lattice.babai import Frame
 
 # Rows a block; with the beam's origin they fill one 64-byte line of float32, which moves as one.
 BLOCK = 15
-# Targets worked on together: a row of K beams stays in the second-level cache. No power of two, so that
-# the K lines of a target do not all fall into one set of a cache.
+# Targets worked on together: a row of K beams stays in the second-level cache.
 CHUNK = 1040
 
 
@@ -43,9 +42,10 @@ def k_best(
 def _chunk(fr: Frame, targets: torch.Tensor, K: int, children: int, compiled: bool) -> torch.Tensor:
     m, n = len(targets), len(fr.L)
     level = _Level(fr, m, K, children, compiled)
-    # Beam k of target t is line k·m + t: targets lie along the contiguous dimension of (K, m).
-    opened = (targets @ fr.Q.T).repeat(K, 1)
-    slots = torch.arange(K, dtype=targets.dtype).repeat_interleave(m)
+    # Beam k of target t is line t·K + k, so that a target's beams are gathered from one place.
+    opened = (targets @ fr.Q.T).repeat_interleave(K, dim=0)
+    slots = torch.arange(K, dtype=targets.dtype).repeat(m)
+    centre = targets.new_empty(m * K)
     decided = []
     for stop in range(n, 0, -BLOCK):
         begin = max(0, stop - BLOCK)
@@ -55,16 +55,20 @@ def _chunk(fr: Frame, targets: torch.Tensor, K: int, children: int, compiled: bo
         other = torch.empty_like(block)
         weights = _weights(fr, begin, stop)
         for i in range(stop - 1, begin - 1, -1):
-            parent, x = level.decide(torch.mv(block, weights[i - begin]).view(K, m), i)
-            block, other = torch.index_select(block, 0, parent, out=other), block
-            block[:, i - begin] = x
-        origin = block[:, -1].long().mul_(m).add_(level.target)
+            torch.mv(block, weights[i - begin], out=centre)
+            parent, x = level.decide(centre.numpy(), i)
+            # Of whole lines NumPy's gather is faster than torch's.
+            np.take(block.numpy(), parent, axis=0, out=other.numpy(), mode="clip")
+            block, other = other, block
+            block.numpy()[:, i - begin] = x
+        origin = block[:, -1].long().add_(level.first)
         decided.append((begin, stop, block, origin))
         if begin:
             opened = opened[:, :begin].index_select(0, origin)
             opened.addmm_(block[:, :-1], fr.L[begin:stop, :begin], alpha=-1)
     out = targets.new_empty(m, n)
-    beam = torch.from_numpy(level.distance).argmin(dim=0).mul_(m).add_(level.target[:m])
+    best = torch.from_numpy(level.distance).view(m, K).argmin(dim=1)
+    beam = best.add_(level.first[::K])
     for begin, stop, block, origin in reversed(decided):
         out[:, begin:stop] = block[:, :-1].index_select(0, beam)
         beam = origin[beam]
@@ -82,50 +86,50 @@ def _weights(fr: Frame, begin: int, stop: int) -> torch.Tensor:
 
 
 class _Level:
-    """One row of the tree for m targets with K beams each, in arrays (K, m) and (children, K, m).
+    """One row of the tree for m targets with K beams each, in arrays (m·K,) and (children, m·K).
 
     NumPy, since its passes start sooner than torch's.
     """
 
     def __init__(self, fr: Frame, m: int, K: int, children: int, compiled: bool) -> None:
         dtype = torch.empty(0, dtype=fr.L.dtype).numpy().dtype
+        size = m * K
         self.m, self.K, self.children = m, K, children
         self.squares = (torch.diagonal(fr.L) ** 2).numpy()
         self.box = None
         if fr.low is not None and fr.high is not None:
             self.box = fr.low.numpy().astype(dtype), fr.high.numpy().astype(dtype)
-        self.target = torch.arange(m).repeat(K)
-        self.distance = np.full((K, m), np.inf, dtype=dtype)
-        self.distance[0] = 0
+        self.first = torch.arange(0, size, K).repeat_interleave(K)
+        self.distance = np.full(size, np.inf, dtype=dtype)
+        self.distance[::K] = 0
         # Schnorr–Euchner order: to the side of the centre first, then to and fro.
         self.steps = [dtype.type((c + 1) // 2 if c % 2 else -(c // 2)) for c in range(children)]
         self.offers = _compiled() if compiled else None
         self.integer = np.dtype(f"i{dtype.itemsize}")
         self.one = dtype.type(1).view(self.integer)
+        self.sign = np.iinfo(self.integer).min
         count = K * children
-        self.mask = (1 << (count - 1).bit_length()) - 1
-        numbers = np.arange(count, dtype=self.integer).reshape(children, K, 1)
-        self.numbers = np.repeat(numbers, m, axis=2)
-        self.gap, self.side, self.x = np.empty((3, K, m), dtype=dtype)
-        self.costs, self.choices = np.empty((2, children, K, m), dtype=dtype)
-        self.keys, self.spare = np.empty((2, children, K, m), dtype=self.integer)
-        # Other numbers are left to a partition, which is slower.
-        paired = children == 2 and not K & (K - 1)
-        self.sort = SortRows(self.keys, self.spare) if paired else None
-        self.child, self.parent = np.empty((2, K, m), dtype=np.int64)
-        self.narrow = np.empty((K, m), dtype=self.integer)
-        self.places = np.arange(m, dtype=self.integer)
+        self.mask = self.integer.type((1 << (count - 1).bit_length()) - 1)
+        # Child c of beam k of a target is number c·K + k.
+        numbers = np.arange(count, dtype=self.integer).reshape(children, 1, K)
+        self.numbers = np.repeat(numbers, m, axis=1).reshape(children, size)
+        self.gap, self.side, self.x = np.empty((3, size), dtype=dtype)
+        self.costs, self.choices = np.empty((2, children, size), dtype=dtype)
+        self.keys = np.empty((m, children, K), dtype=self.integer)
+        self.best, self.narrow = np.empty((2, m, K), dtype=self.integer)
+        self.narrow_first = self.first.numpy().astype(self.integer).reshape(m, K)
+        self.child, self.parent = np.empty((2, size), dtype=np.int64)
 
-    def decide(self, centre: torch.Tensor, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Parents (lines of the block) and coefficients of row i of the K best children, flat."""
+    def decide(self, centre: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Parents (lines of the block) and coefficients (m·K,) of row i of the K best children."""
         if self.offers is not None:
             self._offer_compiled(self.offers, centre, i)
         else:
-            self._offer(centre.numpy(), i)
+            self._offer(centre, i)
         self._choose()
-        np.take(self.costs, self.child, out=self.distance, mode="clip")
-        np.take(self.choices, self.child, out=self.x, mode="clip")
-        return torch.from_numpy(self.parent).view(-1), torch.from_numpy(self.x).view(-1)
+        np.take(self.costs.reshape(-1), self.child, out=self.distance, mode="clip")
+        np.take(self.choices.reshape(-1), self.child, out=self.x, mode="clip")
+        return self.parent, self.x
 
     def _offer(self, centre: np.ndarray, i: int) -> None:
         """Costs and coefficients of all children."""
@@ -135,10 +139,9 @@ class _Level:
             np.clip(near, self.box[0][i], self.box[1][i], out=near)
         np.subtract(centre, near, out=gap)
         # ±1 by the sign bit alone.
-        np.bitwise_and(
-            gap.view(self.integer), np.iinfo(self.integer).min, out=side.view(self.integer)
-        )
-        np.bitwise_or(side.view(self.integer), self.one, out=side.view(self.integer))
+        bits = side.view(self.integer)
+        np.bitwise_and(gap.view(self.integer), self.sign, out=bits)
+        np.bitwise_or(bits, self.one, out=bits)
         if self.box is not None:
             beyond = near + side
             side[(beyond < self.box[0][i]) | (beyond > self.box[1][i])] *= -1
@@ -154,88 +157,50 @@ class _Level:
             np.add(near, side if step == 1 else side * step, out=x)
             if self.box is not None:
                 cost[(x < self.box[0][i]) | (x > self.box[1][i])] = np.inf
+        self._number()
 
-        np.bitwise_and(self.costs.view(self.integer), ~self.mask, out=self.keys)
-        np.bitwise_or(self.keys, self.numbers, out=self.keys)
+    def _number(self) -> None:
+        # In place where the next pass needs it: targets apart, since they are sorted apart.
+        for c, cost in enumerate(self.costs):
+            key = self.gap.view(self.integer)
+            np.bitwise_and(cost.view(self.integer), ~self.mask, out=key)
+            np.bitwise_or(key, self.numbers[c], out=key)
+            np.copyto(self.keys[:, c], key.reshape(self.m, self.K))
 
-    def _offer_compiled(self, offers: Any, centre: torch.Tensor, i: int) -> None:
+    def _offer_compiled(self, offers: Any, centre: np.ndarray, i: int) -> None:
         box = None
         if self.box is not None:
             box = torch.from_numpy(self.box[0])[i], torch.from_numpy(self.box[1])[i]
         distance, numbers = torch.from_numpy(self.distance), torch.from_numpy(self.numbers)
         square, steps = torch.from_numpy(self.squares)[i], [float(step) for step in self.steps]
-        found = offers(centre, distance, square, box, numbers, steps, self.mask)
+        found = offers(
+            torch.from_numpy(centre), distance, square, box, numbers, steps, int(self.mask)
+        )
         self.costs, self.choices = found[0].numpy(), found[1].numpy()
-        np.copyto(self.keys, found[2].numpy())
+        for c, key in enumerate(found[2].numpy()):
+            np.copyto(self.keys[:, c], key.reshape(self.m, self.K))
 
     def _choose(self) -> None:
-        """Places of the best children, and of their beams (K, m).
+        """Places of the best children, and of their beams.
 
         Non-negative floats order as the integers of the same bits, so that a child's number rides in
-        the lowest bits, and minima and maxima of integers move both at once.
+        the lowest bits, and sorting integers moves both at once.
         """
-        if self.children == 1:
-            self._place(self.numbers[0], self.child)
-            self._place(self.numbers[0], self.parent)
-            return
-        if self.sort is not None:
-            keys, spare = self.sort()
-            # Of two sorted lists, the K least of both: the i-th of one against the i-th last.
-            best = np.minimum(keys[0], keys[1, ::-1], out=spare[0])
-        else:
-            flat = self.keys.reshape(-1, self.m)
-            best = np.partition(flat, self.K - 1, axis=0)[: self.K]
-        np.bitwise_and(best, self.mask, out=best)
-        self._place(best, self.child)
-        if self.K & (self.K - 1):
-            np.remainder(best, self.K, out=best)
-        else:
-            np.bitwise_and(best, self.K - 1, out=best)
-        self._place(best, self.parent)
-
-    def _place(self, numbers: np.ndarray, out: np.ndarray) -> None:
-        """Places in a flat (..., m) of rows given by number (K, m), computed in the narrow type."""
-        np.multiply(numbers, self.m, out=self.narrow)
-        np.add(self.narrow, self.places, out=self.narrow)
-        np.copyto(out, self.narrow)
-
-
-class SortRows:
-    """Sorts (lists, K, m) along K, a power of two, by a bitonic network (Batcher, "Sorting networks and
-    their applications", AFIPS 1968): passes of minima and maxima over whole rows.
-
-    The passes go to and fro between the two arrays given, and their views are made once.
-    """
-
-    def __init__(self, keys: np.ndarray, spare: np.ndarray) -> None:
-        K = keys.shape[1]
-        self._passes: list[tuple[np.ndarray, ...]] = []
-        size = 2
-        while size <= K:
-            # Two sorted halves, the second read backwards, make a bitonic list.
-            (a, b), (low, high) = _halves(keys, size // 2), _halves(spare, size // 2)
-            self._passes.append((a, b[:, ::-1], low, high[:, ::-1]))
-            keys, spare = spare, keys
-            half = size // 4
-            while half:
-                self._passes.append((*_halves(keys, half), *_halves(spare, half)))
-                keys, spare = spare, keys
-                half //= 2
-            size *= 2
-        self._ends = keys, spare
-
-    def __call__(self) -> tuple[np.ndarray, np.ndarray]:
-        """The sorted array and the one to spare."""
-        for a, b, low, high in self._passes:
-            np.minimum(a, b, out=low)
-            np.maximum(a, b, out=high)
-        return self._ends
-
-
-def _halves(rows: np.ndarray, half: int) -> tuple[np.ndarray, np.ndarray]:
-    """First and second half of every 2·half rows, each (groups, half, m)."""
-    pairs = rows.reshape(-1, 2, half, rows.shape[-1])
-    return pairs[:, 0], pairs[:, 1]
+        keys = self.keys.reshape(self.m, -1)
+        if self.children > 1:
+            # Small sorts are a network in registers, and as fast as a partition.
+            keys.sort(axis=1)
+        best, narrow = self.best, self.narrow
+        np.bitwise_and(keys[:, : self.K], self.mask, out=best)
+        np.floor_divide(best, self.K, out=narrow)
+        np.multiply(narrow, self.K, out=narrow)
+        np.subtract(best, narrow, out=best)
+        np.add(best, self.narrow_first, out=best)
+        np.copyto(self.parent.reshape(best.shape), best)
+        # Child c of line j is at c·(m·K) + j.
+        np.multiply(narrow, self.m, out=narrow)
+        np.add(narrow, best, out=best)
+        np.copyto(self.child.reshape(best.shape), best)
 
 
 Box = tuple[torch.Tensor, torch.Tensor] | None
