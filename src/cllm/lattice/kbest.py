@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from cllm.lattice.babai import Frame
+from cllm.lattice.kbest_compiled import compiled_offers
 
-# Rows a block; with the beam's origin they fill one 64-byte line of float32, which moves as one.
-BLOCK = 15
+# Coefficients a line of 32 bytes of float32 holds beside the beam's origin; the line moves as one.
+BLOCK = 7
+LINE = BLOCK + 1
+# Blocks a group, up to whose end the other rows wait for what it contributes to them.
+GROUP = 4
 # Targets worked on together: a row of K beams stays in the second-level cache.
 CHUNK = 1040
 
@@ -31,58 +33,124 @@ def k_best(
     A beam can lose Babai's own path: ``closest`` compares the two and returns the better.
     """
     out = torch.empty(len(targets), len(fr.L), dtype=targets.dtype)
+    lined = _Lined(fr)
     for start in range(0, len(targets), CHUNK):
         part = targets[start : start + CHUNK]
         # Code is compiled for full chunks; what remains would compile once more.
         whole = compiled and len(part) == CHUNK
-        out[start : start + CHUNK] = _chunk(fr, part, K, children, whole)
+        out[start : start + CHUNK] = _chunk(lined, part, K, children, whole)
     return out
 
 
-def _chunk(fr: Frame, targets: torch.Tensor, K: int, children: int, compiled: bool) -> torch.Tensor:
-    m, n = len(targets), len(fr.L)
-    level = _Level(fr, m, K, children, compiled)
-    # Beam k of target t is line t·K + k, so that a target's beams are gathered from one place.
-    opened = (targets @ fr.Q.T).repeat_interleave(K, dim=0)
-    slots = torch.arange(K, dtype=targets.dtype).repeat(m)
-    centre = targets.new_empty(m * K)
+class _Lined:
+    """L and Q with their rows dealt to lines of ``LINE`` places. The last of each line is left empty, for
+    the beam's origin, and so are places of the first line where the rows do not come out even.
+
+    Attributes:
+        count: lines of all rows.
+        L, Q: zero where a row or column is empty.
+        weights: (count, LINE, LINE). Of line b, row j takes a beam's line (open coordinates, decided
+            coefficients, origin) to the centre of coefficient j: its coordinate less what the line's
+            decided coefficients contribute, over r_j.
+    """
+
+    def __init__(self, fr: Frame) -> None:
+        self.fr = fr
+        n = len(fr.L)
+        self.count = -(-n // BLOCK)
+        first = n - (self.count - 1) * BLOCK
+        self.rows = [list(range(first))]
+        self.rows += [list(range(i, i + BLOCK)) for i in range(first, n, BLOCK)]
+        self.places = torch.tensor(
+            [b * LINE + j for b, row in enumerate(self.rows) for j in range(len(row))]
+        )
+        self.Q = fr.Q.new_zeros(self.count * LINE, fr.Q.shape[1])
+        self.Q[self.places] = fr.Q
+        self.L = fr.L.new_zeros(self.count * LINE, self.count * LINE)
+        self.L[self.places[:, None], self.places] = fr.L
+        self.weights = fr.L.new_zeros(self.count, LINE, LINE)
+        for b, rows in enumerate(self.rows):
+            w = len(rows)
+            square = self.square(b, b)[:w, :w]
+            centre = torch.eye(w, dtype=fr.L.dtype) - torch.tril(square, -1).T
+            self.weights[b, :w, :w] = centre / torch.diagonal(square)[:, None]
+
+    def square(self, a: int, b: int) -> torch.Tensor:
+        """What coefficients of line a contribute to the coordinates of line b."""
+        return self.L[a * LINE : (a + 1) * LINE, b * LINE : (b + 1) * LINE]
+
+
+def _chunk(
+    lined: _Lined, targets: torch.Tensor, K: int, children: int, compiled: bool
+) -> torch.Tensor:
+    m = len(targets)
+    level = _Level(lined.fr, m, K, children, compiled)
+    # Beam k of target t is number t·K + k, so that a target's beams are gathered from one place.
+    opened = (targets @ lined.Q.T).repeat_interleave(K, dim=0)
     decided = []
-    for stop in range(n, 0, -BLOCK):
-        begin = max(0, stop - BLOCK)
-        # A line: the block's coordinates still open, then (from the right) coefficients decided, and
-        # last the beam that it began as.
-        block = torch.cat([opened[:, begin:stop], slots[:, None]], dim=1)
-        other = torch.empty_like(block)
-        weights = _weights(fr, begin, stop)
-        for i in range(stop - 1, begin - 1, -1):
-            torch.mv(block, weights[i - begin], out=centre)
-            parent, x = level.decide(centre.numpy(), i)
-            # Of whole lines NumPy's gather is faster than torch's.
-            np.take(block.numpy(), parent, axis=0, out=other.numpy(), mode="clip")
-            block, other = other, block
-            block.numpy()[:, i - begin] = x
-        origin = block[:, -1].long().add_(level.first)
-        decided.append((begin, stop, block, origin))
+    for stop in range(lined.count, 0, -GROUP):
+        begin = max(0, stop - GROUP)
+        lines, origin = _group(lined, level, opened, begin, stop)
+        decided.append((begin, lines, origin))
         if begin:
-            opened = opened[:, :begin].index_select(0, origin)
-            opened.addmm_(block[:, :-1], fr.L[begin:stop, :begin], alpha=-1)
-    out = targets.new_empty(m, n)
-    best = torch.from_numpy(level.distance).view(m, K).argmin(dim=1)
-    beam = best.add_(level.first[::K])
-    for begin, stop, block, origin in reversed(decided):
-        out[:, begin:stop] = block[:, :-1].index_select(0, beam)
+            cut, end = begin * LINE, stop * LINE
+            opened = opened[:, :cut].index_select(0, origin)
+            opened.addmm_(torch.cat(lines, dim=1), lined.L[cut:end, :cut], alpha=-1)
+    out = targets.new_empty(m, lined.count * LINE)
+    beam = torch.from_numpy(level.distance).view(m, K).argmin(dim=1).add_(level.first[::K])
+    for begin, lines, origin in reversed(decided):
+        for b, line in enumerate(lines, start=begin):
+            out[:, b * LINE : (b + 1) * LINE] = line[beam]
         beam = origin[beam]
-    return out
+    return out[:, lined.places]
 
 
-def _weights(fr: Frame, begin: int, stop: int) -> torch.Tensor:
-    """Row j takes a beam's line (open coordinates, decided coefficients, origin) to the centre of
-    coefficient j: its coordinate less what the block's decided coefficients contribute, over r_j."""
-    width = stop - begin
-    square = fr.L[begin:stop, begin:stop]
-    weights = fr.L.new_zeros(width, width + 1)
-    weights[:, :width] = torch.eye(width, dtype=fr.L.dtype) - torch.tril(square, -1).T
-    return weights / torch.diagonal(square)[:, None]
+def _group(
+    lined: _Lined, level: _Level, opened: torch.Tensor, begin: int, stop: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Decide the lines [begin, stop): each (m·K, LINE), and the beams (m·K,) that they began as."""
+    every = torch.arange(len(opened)) * (opened.shape[1] // LINE)
+    lines = [_take(opened.view(-1, LINE), every + b) for b in range(begin, stop)]
+    origin = None
+    for number in reversed(range(len(lines))):
+        lines[number], parent = _line(lined, level, lines[number], begin + number)
+        origin = parent if origin is None else origin[parent]
+        for other in range(len(lines)):
+            if other != number:
+                lines[other] = _take(lines[other], parent)
+            if other < number:
+                square = lined.square(begin + number, begin + other)
+                _subtract_product(lines[other], lines[number], square)
+    assert origin is not None
+    return lines, origin
+
+
+def _line(
+    lined: _Lined, level: _Level, line: torch.Tensor, b: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decide line b from the right, and say which beam each began as."""
+    line[:, -1] = level.slots
+    centre = line.new_empty(len(line))
+    for j in reversed(range(len(lined.rows[b]))):
+        torch.mv(line, lined.weights[b, j], out=centre)
+        parent, x = level.decide(centre.numpy(), lined.rows[b][j])
+        line = _take(line, torch.from_numpy(parent))
+        line.numpy()[:, j] = x
+    return line, line[:, -1].long().add_(level.first)
+
+
+def _take(lines: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    # Of whole lines NumPy's gather is several times as fast as torch's.
+    return torch.from_numpy(np.take(lines.numpy(), numbers.numpy(), axis=0, mode="clip"))
+
+
+def _subtract_product(out: torch.Tensor, lines: torch.Tensor, square: torch.Tensor) -> None:
+    """out -= lines @ square. Products of two lines in one, where they pair, are three times as fast: a
+    row of eight is too short for BLAS."""
+    if len(out) % 2 == 0:
+        out, lines = out.view(-1, 2 * LINE), lines.view(-1, 2 * LINE)
+        square = torch.block_diag(square, square)
+    out.addmm_(lines, square, alpha=-1)
 
 
 class _Level:
@@ -100,35 +168,39 @@ class _Level:
         if fr.low is not None and fr.high is not None:
             self.box = fr.low.numpy().astype(dtype), fr.high.numpy().astype(dtype)
         self.first = torch.arange(0, size, K).repeat_interleave(K)
+        self.slots = torch.arange(K, dtype=fr.L.dtype).repeat(m)
         self.distance = np.full(size, np.inf, dtype=dtype)
         self.distance[::K] = 0
         # Schnorr–Euchner order: to the side of the centre first, then to and fro.
         self.steps = [dtype.type((c + 1) // 2 if c % 2 else -(c // 2)) for c in range(children)]
-        self.offers = _compiled() if compiled else None
+        self.offers = compiled_offers() if compiled else None
         self.integer = np.dtype(f"i{dtype.itemsize}")
         self.one = dtype.type(1).view(self.integer)
         self.sign = np.iinfo(self.integer).min
-        count = K * children
-        self.mask = self.integer.type((1 << (count - 1).bit_length()) - 1)
-        # Child c of beam k of a target is number c·K + k.
-        numbers = np.arange(count, dtype=self.integer).reshape(children, 1, K)
-        self.numbers = np.repeat(numbers, m, axis=1).reshape(children, size)
+        # Child c of beam k of a target is number c·2^s + k, 2^s the least that is K or more.
+        self.step = 1 << (K - 1).bit_length()
+        self.mask = self.integer.type((1 << (children * self.step - 1).bit_length()) - 1)
+        numbers = self.step * np.arange(children, dtype=self.integer)[:, None, None] + np.arange(K)
+        self.numbers = np.repeat(numbers.astype(self.integer), m, axis=1).reshape(children, size)
         self.gap, self.side, self.x = np.empty((3, size), dtype=dtype)
-        self.costs, self.choices = np.empty((2, children, size), dtype=dtype)
-        self.keys = np.empty((m, children, K), dtype=self.integer)
-        self.best, self.narrow = np.empty((2, m, K), dtype=self.integer)
+        # Children are m·2^s apart.
+        self.all_costs, self.all_choices = np.zeros((2, children, m * self.step), dtype=dtype)
+        self.costs, self.choices = self.all_costs[:, :size], self.all_choices[:, :size]
+        self.key = np.empty(size, dtype=self.integer)
+        self.keys = np.empty((size, children), dtype=self.integer)
+        self.best, self.place, self.narrow = np.empty((3, m, K), dtype=self.integer)
         self.narrow_first = self.first.numpy().astype(self.integer).reshape(m, K)
         self.child, self.parent = np.empty((2, size), dtype=np.int64)
 
     def decide(self, centre: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Parents (lines of the block) and coefficients (m·K,) of row i of the K best children."""
+        """Parents (numbers of beams) and coefficients (m·K,) of row i of the K best children."""
         if self.offers is not None:
             self._offer_compiled(self.offers, centre, i)
         else:
             self._offer(centre, i)
         self._choose()
-        np.take(self.costs.reshape(-1), self.child, out=self.distance, mode="clip")
-        np.take(self.choices.reshape(-1), self.child, out=self.x, mode="clip")
+        np.take(self.all_costs.reshape(-1), self.child, out=self.distance, mode="clip")
+        np.take(self.all_choices.reshape(-1), self.child, out=self.x, mode="clip")
         return self.parent, self.x
 
     def _offer(self, centre: np.ndarray, i: int) -> None:
@@ -160,12 +232,11 @@ class _Level:
         self._number()
 
     def _number(self) -> None:
-        # In place where the next pass needs it: targets apart, since they are sorted apart.
+        """Keys to sort by. Non-negative floats order as the integers of the same bits, so that a child's
+        number rides in the lowest bits."""
         for c, cost in enumerate(self.costs):
-            key = self.gap.view(self.integer)
-            np.bitwise_and(cost.view(self.integer), ~self.mask, out=key)
-            np.bitwise_or(key, self.numbers[c], out=key)
-            np.copyto(self.keys[:, c], key.reshape(self.m, self.K))
+            np.bitwise_and(cost.view(self.integer), ~self.mask, out=self.key)
+            np.bitwise_or(self.key, self.numbers[c], out=self.keys[:, c])
 
     def _offer_compiled(self, offers: Any, centre: np.ndarray, i: int) -> None:
         box = None
@@ -176,78 +247,23 @@ class _Level:
         found = offers(
             torch.from_numpy(centre), distance, square, box, numbers, steps, int(self.mask)
         )
-        self.costs, self.choices = found[0].numpy(), found[1].numpy()
-        for c, key in enumerate(found[2].numpy()):
-            np.copyto(self.keys[:, c], key.reshape(self.m, self.K))
+        np.copyto(self.costs, found[0].numpy())
+        np.copyto(self.choices, found[1].numpy())
+        np.copyto(self.keys, found[2].numpy().T)
 
     def _choose(self) -> None:
-        """Places of the best children, and of their beams.
-
-        Non-negative floats order as the integers of the same bits, so that a child's number rides in
-        the lowest bits, and sorting integers moves both at once.
-        """
+        """Places of the best children, and of their beams."""
         keys = self.keys.reshape(self.m, -1)
         if self.children > 1:
-            # Small sorts are a network in registers, and as fast as a partition.
+            # NumPy sorts so few by a network in registers, faster than it partitions them.
             keys.sort(axis=1)
-        best, narrow = self.best, self.narrow
+        best, place, narrow = self.best, self.place, self.narrow
         np.bitwise_and(keys[:, : self.K], self.mask, out=best)
-        np.floor_divide(best, self.K, out=narrow)
-        np.multiply(narrow, self.K, out=narrow)
-        np.subtract(best, narrow, out=best)
-        np.add(best, self.narrow_first, out=best)
-        np.copyto(self.parent.reshape(best.shape), best)
-        # Child c of line j is at c·(m·K) + j.
+        np.bitwise_and(best, self.step - 1, out=place)
+        # The number of the child times the step, and then times m.
+        np.subtract(best, place, out=narrow)
         np.multiply(narrow, self.m, out=narrow)
-        np.add(narrow, best, out=best)
-        np.copyto(self.child.reshape(best.shape), best)
-
-
-Box = tuple[torch.Tensor, torch.Tensor] | None
-
-
-def _offers(
-    centre: torch.Tensor,
-    distance: torch.Tensor,
-    square: torch.Tensor,
-    box: Box,
-    numbers: torch.Tensor,
-    steps: list[float],
-    mask: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What ``_Level._offer`` fills in: costs, coefficients and keys (children, K, m), as one function
-    for Inductor to make one pass of."""
-    near = centre.round()
-    if box is not None:
-        near = torch.maximum(torch.minimum(near, box[1]), box[0])
-    gap = centre - near
-    side = torch.copysign(torch.ones((), dtype=gap.dtype), gap)
-    if box is not None:
-        beyond = near + side
-        side = torch.where((beyond < box[0]) | (beyond > box[1]), -side, side)
-    gap = gap * side
-    costs, choices = [], []
-    for step in steps:
-        off, x = gap - step, near + side * step
-        cost = off * off * square + distance
-        if box is not None:
-            cost = cost.masked_fill((x < box[0]) | (x > box[1]), torch.inf)
-        costs.append(cost)
-        choices.append(x)
-    cost = torch.stack(costs)
-    return cost, torch.stack(choices), (cost.view(numbers.dtype) & ~mask) | numbers
-
-
-@cache
-def _compiled() -> Any:
-    """``_offers`` through Inductor, tried once; None where that fails."""
-    offers = torch.compile(_offers, dynamic=False)
-    try:
-        numbers = torch.zeros(2, 1, 2, dtype=torch.int32)
-        offers(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(()), None, numbers, [0.0, 1.0], 1)
-    except Exception as error:
-        # Whatever Inductor raises without a C++ compiler, the answer is the same without it.
-        reason = str(error).splitlines()[0]
-        warnings.warn(f"k-best runs uncompiled: {reason}", RuntimeWarning, stacklevel=2)
-        return None
-    return offers
+        np.add(place, self.narrow_first, out=place)
+        np.copyto(self.parent.reshape(place.shape), place)
+        np.add(narrow, place, out=place)
+        np.copyto(self.child.reshape(place.shape), place)
