@@ -84,6 +84,29 @@ def test_beams_of_any_number(K, children):
             assert beam.mean() < plane.mean()
 
 
+@pytest.mark.parametrize("n", [1, 6, 7, 8, 28, 29, 36, 60])
+def test_beams_of_any_dimension_find_what_a_plain_beam_search_finds(n, rng):
+    """Rows are dealt to lines and lines to groups, of which the last are not full."""
+    B = lattice.reduce(rng.standard_normal((n, n)), "lll").basis
+    T = rng.uniform(-9, 9, (5, n)) @ B
+    Q, R = np.linalg.qr(B.T)
+    for target in T:
+        # The whole tree level by level, eight of its vertices kept: rows of (open coordinates, cost).
+        beams = [(target @ Q, 0.0)]
+        for i in reversed(range(n)):
+            offers = []
+            for y, cost in beams:
+                centre = y[i] / R[i, i]
+                near = np.rint(centre)
+                for x in (near, near + (1 if centre >= near else -1)):
+                    rest = y - x * R[:, i]
+                    offers.append((rest, cost + rest[i] ** 2))
+            beams = sorted(offers, key=lambda offer: offer[1])[:8]
+        distance = lattice.closest(B, target, "k-best", K=8).distances
+        best = min(np.sqrt(beams[0][1]), lattice.closest(B, target).distances[0])
+        assert distance[0] == pytest.approx(best)
+
+
 def test_nearest_plane_beats_rounding_in_the_mean(covariance, q_ary, rng):
     for B in (covariance(20, 0), q_ary(20, 101, 0), rng.standard_normal((20, 20))):
         basis = lattice.reduce(B).basis
@@ -384,6 +407,7 @@ def test_without_a_compiler_it_warns_once_and_goes_on(rng, monkeypatch):
     import torch
 
     from cllm.lattice import kbest
+    from cllm.lattice.kbest_compiled import compiled_offers
 
     def no_compiler(function, **options):
         def call(*arguments):
@@ -391,11 +415,11 @@ def test_without_a_compiler_it_warns_once_and_goes_on(rng, monkeypatch):
 
         return call
 
-    kbest._compiled.cache_clear()
+    compiled_offers.cache_clear()
     monkeypatch.setattr(kbest, "CHUNK", 8)
     monkeypatch.setattr(torch, "compile", no_compiler)
     B, T = np.eye(3), rng.uniform(-9, 9, (8, 3))
     with pytest.warns(RuntimeWarning, match="uncompiled: no C\\+\\+ compiler$"):
         found = lattice.closest(B, T, "k-best", K=2, compiled=True)
-    kbest._compiled.cache_clear()
+    compiled_offers.cache_clear()
     assert (found.coefficients == np.rint(T)).all()

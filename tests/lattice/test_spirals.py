@@ -48,6 +48,35 @@ def test_ulam_around_squares(root, offset):
     assert abs(x[1] - x[0]) + abs(y[1] - y[0]) == 1
 
 
+def test_ulam_around_every_square_of_narrow_integers():
+    """Below 2^31 single precision finds the corner, and is one off just before many of them."""
+    corners = np.arange(3, 46341)[:, None] ** 2 + np.arange(-5, 6)
+    x, y = lattice.ulam(corners)
+    assert (lattice.ulam_number(x, y) == corners).all()
+    assert (np.abs(np.diff(x)) + np.abs(np.diff(y)) == 1).all()
+    roots = np.sqrt((corners - 1).astype(np.float32)).astype(np.int64)
+    assert (roots**2 > corners - 1).sum() > 1000
+    assert lattice.ulam_number(*lattice.ulam([2**31 - 1, 2**31])).tolist() == [2**31 - 1, 2**31]
+
+
+def test_ulam_chunks_of_narrow_and_wide_numbers_mix():
+    n = np.arange(1, 3 * _CHUNK + 1)
+    n[_CHUNK + 5] = 2**62 - 1
+    assert (lattice.ulam_number(*lattice.ulam(n)) == n).all()
+    for bad in (0, -1, -(2**63), 2**62, 2**63 - 1):
+        n[2 * _CHUNK + 5] = bad
+        with pytest.raises(ValueError, match=r"\[1, 2\^62\)"):
+            lattice.ulam(n)
+
+
+def test_ulam_numbers_of_broadcast_coordinates():
+    x, y = np.arange(-200, 201)[:, None], np.arange(-100, 101, dtype=np.int32)
+    n = lattice.ulam_number(x, y)
+    assert n.shape == (401, 201)
+    assert (lattice.ulam(n)[0] == x).all()
+    assert (lattice.ulam(n)[1] == y).all()
+
+
 def test_ulam_shapes_and_chunks():
     n = np.arange(1, 2 * _CHUNK + 8)
     x, y = lattice.ulam(n)

@@ -76,7 +76,7 @@ class NearestPlane:
         n = len(fr.L)
         # Scratch of a chunk and a block's rows stay in the caches; no power of two, so that a column's
         # elements do not all fall into one set of a cache.
-        self.chunk, self.block = (2064, 16) if n <= 128 else (1040, 32)
+        self.chunk, self.block = (3088, 16) if n <= 128 else (1040, 32)
         diagonal = torch.diagonal(fr.L)
         self._columns = (fr.L / diagonal).T.contiguous()
         self._Q = fr.Q / diagonal[:, None]

@@ -124,7 +124,8 @@ def magnitude(x: torch.Tensor) -> float:
     """max |x|, or NaN or infinity where x has one; one pass, and no copy of the size of x."""
     if x.numel() == 0:
         return 0.0
-    low, high = torch.aminmax(x)
+    # Of columns that lie in memory as rows torch would make a copy first.
+    low, high = torch.aminmax(x.T if x.ndim == 2 and not x.is_contiguous() else x)
     return float(torch.maximum(-low, high))
 
 
