@@ -27,6 +27,8 @@ COMPILE_SHARE = 0.4
 """Of a time budget, what cold compilation may take: the compiled step is at least twice as fast."""
 LOGITS_AT_ONCE = 256 * 2**20
 """Bytes of logits above which head and loss are computed in chunks of a quarter of that."""
+LAZY_FROM = 8192
+"""Tokens from which on updating tables by rows pays (``docs/embeddings.md``)."""
 MATMUL_CONTEXT = {"on": 1024, "off": 512}
 """Longest context, compiled or not, for which explicit attention was measured to beat the fused kernel
 on a CPU (``docs/results/attention.md``)."""
@@ -67,6 +69,7 @@ def choose(config: Config, *, seconds: float | None = None) -> Choices:
         _choose_compile(choices, seconds)
     _choose_attention(choices)
     _choose_chunk(choices)
+    _choose_lazy_rows(choices)
     return choices
 
 
@@ -220,3 +223,26 @@ def _choose_chunk(choices: Choices) -> None:
     else:
         chunk = max(LOGITS_AT_ONCE // 4 // row, 1)
         choices.settle("loss_chunk", chunk, f"{rows * row / 2**20:,.0f} MiB of logits are too many")
+
+
+def _choose_lazy_rows(choices: Choices) -> None:
+    config = choices.config
+    if config.train.lazy_rows != "auto":
+        return
+    if not config.rows_can_idle:
+        choices.config = config.replace(
+            **{"train.lazy_rows": "off"}
+        )  # the usual case, and no choice
+        return
+    size = config.model.vocab_size
+    assert size is not None
+    if config.train.momentum_outlasts_scale:
+        choices.settle(
+            "lazy_rows", "off", "what an idle row does has no closed form with these betas"
+        )
+    elif size >= LAZY_FROM:
+        choices.settle(
+            "lazy_rows", "on", f"measured to be faster from some {LAZY_FROM:,} tokens on"
+        )
+    else:
+        choices.settle("lazy_rows", "off", f"with fewer than {LAZY_FROM:,} tokens it saves nothing")

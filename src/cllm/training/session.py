@@ -35,7 +35,10 @@ from cllm.training.arena import Arena
 from cllm.training.board import open_board
 from cllm.training.choose import DTYPES, choose
 from cllm.training.conclude import Outcome, conclude, first_facts
+from cllm.training.draw_sources import draws_of
+from cllm.training.draws import Draws
 from cllm.training.interrupt import Interrupt
+from cllm.training.lazy_rows import idling_tables
 from cllm.training.optimizer import OPTIMIZERS
 from cllm.training.pace import measure_pace
 from cllm.training.pieces import resolve_pieces
@@ -74,7 +77,7 @@ def start(
         dataset = _prepare(config, draft.run.data, reuse, progress)
         dataset.tokenizer.save(draft.run.tokenizer)
         config = _resolve(config, dataset, progress, seconds=seconds)
-        model, step = build(config)
+        model, step = build(config, draws_of(config, dataset, progress))
         if from_run is not None:
             _adopt(Path(from_run), model, step)
         else:
@@ -131,7 +134,7 @@ def resume(path: Path | str, settings: Sequence[str], progress: Progress) -> Out
         progress.warn(
             f"{', '.join(changes)} changed on resume: an uninterrupted run would have differed"
         )
-    model, step = build(config)
+    model, step = build(config, draws_of(config, dataset, progress))
     standing = restore(saved, model, step)
     if state == "stopped early":
         standing.stale = 0  # who resumes it nevertheless wants to go on: patience begins anew
@@ -142,12 +145,14 @@ def resume(path: Path | str, settings: Sequence[str], progress: Progress) -> Out
     return train_run(config, run, dataset, model, step, standing, progress, newest)
 
 
-def build(config: Config) -> tuple[Transformer, TrainStep]:
+def build(config: Config, draws: Draws | None = None) -> tuple[Transformer, TrainStep]:
     """The model with its random start and its training step, on the configured device.
 
-    ``config`` must be resolved (see ``cllm.training.choose``). Sets torch's number of threads.
+    ``config`` must be resolved (see ``cllm.training.choose``). ``draws``: what its steps draw from; with
+    none they are on the exact loss alone. Sets torch's number of threads.
     """
     train = config.train
+    assert train.loss == "exact" or draws is not None
     assert isinstance(train.threads, int)
     assert isinstance(train.loss_chunk, int)
     torch.set_num_threads(train.threads)
@@ -159,9 +164,13 @@ def build(config: Config) -> tuple[Transformer, TrainStep]:
     model = Transformer(config.model, attention=train.attention)
     model.start(train.seed)
     model.to(train.device)
-    arena = Arena.adopt(model, DTYPES[train.dtype], OPTIMIZERS[train.optimizer].moments)
+    moments = OPTIMIZERS[train.optimizer].moments
+    arena = Arena.adopt(
+        model, DTYPES[train.dtype], moments, idling_tables(train, config.model.tie_embeddings)
+    )
     compiled = train.compile == "on"
-    return model, TrainStep(model, arena, train, chunk=train.loss_chunk, compiled=compiled)
+    step = TrainStep(model, arena, train, chunk=train.loss_chunk, compiled=compiled, draws=draws)
+    return model, step
 
 
 def train_run(
