@@ -8,6 +8,7 @@ holds and what a resumed run uses again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -67,6 +68,13 @@ class TokenizerConfig(Section):
     """Numbering of a trained tokenizer's ids, which is the order of the token table in memory."""
 
 
+class ParallelConfig(Section):
+    """Several processes on one machine."""
+
+    workers: Literal["auto"] | PositiveInt = 1
+    """Processes that share the windows of a step; each has ``train.threads`` threads."""
+
+
 class TrainConfig(Section):
     """The training loop."""
 
@@ -113,7 +121,8 @@ class TrainConfig(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """``torch.compile``; ``auto`` weighs the length of the run."""
     threads: Literal["auto"] | PositiveInt = "auto"
-    """Threads of one operation."""
+    """Threads of one operation; one where there are several workers."""
+    parallel: ParallelConfig = ParallelConfig()
     loss_chunk: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Rows of the output head computed at a time; 0 means all at once."""
     loss: Literal["exact", "sampled"] = "exact"
@@ -194,6 +203,11 @@ class Config(Section):
             )
         self._check_candidates()
         self._check_lazy_rows()
+        if self.train.parallel.workers not in ("auto", 1):
+            for setting, why in self.against_workers():
+                raise ValueError(
+                    f"train.parallel.workers = {self.train.parallel.workers}: {setting} {why}"
+                )
         return self
 
     def _check_candidates(self) -> None:
@@ -218,6 +232,23 @@ class Config(Section):
                 f"train.lazy_rows = 'on' needs train.betas whose first squared is below the second, not "
                 f"{list(train.betas)}; leave one of them out"
             )
+
+    def against_workers(self) -> Iterator[tuple[str, str]]:
+        """Settings that do not go with several workers, and why."""
+        train = self.train
+        if train.device not in ("auto", "cpu"):
+            yield (
+                f"train.device = {train.device!r}",
+                "trains in one process; use torchrun for several",
+            )
+        if self.model.norm == "batchnorm":
+            yield "model.norm = 'batchnorm'", "has statistics of whole micro-batches; use 'rmsnorm'"
+        if train.loss == "sampled":
+            yield "train.loss = 'sampled'", "draws for whole steps; use 'exact'"
+        if train.similarity.weight:
+            yield "train.similarity.weight", "draws for whole steps; set it to 0"
+        if train.lazy_rows == "on":
+            yield "train.lazy_rows = 'on'", "updates rows in one process; set it to off"
 
     @property
     def rows_can_idle(self) -> bool:

@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from cllm.core.shared_memory import SharedMemory
+
 ALIGN = 32
 """Elements to whose multiple each view is padded: 64 bytes of a 2-byte type."""
 
@@ -96,8 +98,14 @@ class Arena(Part):
         dtype: torch.dtype,
         moments: tuple[str, ...],
         by_rows: tuple[str, ...] = (),
+        memory: SharedMemory | None = None,
+        owner: bool = True,
     ) -> Arena:
-        """Move a model's parameters into an arena: they become views of ``weights``."""
+        """Move a model's parameters into an arena: they become views of ``weights``.
+
+        ``memory``: where weights and their copy lie, if other processes share them; one that is not
+        their ``owner`` takes the weights as they are there.
+        """
         found = dict(model.named_parameters())
         parameters = {name: p for name, p in found.items() if name not in by_rows}
         parameters |= {name: found[name] for name in by_rows}
@@ -105,6 +113,15 @@ class Arena(Part):
         tensors = {name: parameter.detach() for name, parameter in parameters.items()}
         master = next(iter(tensors.values())).dtype
         weights = layout.flatten(tensors, master)
+        compute = weights if dtype == master else weights.to(dtype)
+        if memory is not None:
+            places = [memory.take(weights.shape, master)]
+            if dtype != master:
+                places.append(memory.take(weights.shape, dtype))
+            if owner:
+                places[0].copy_(weights)
+                places[-1].copy_(compute)
+            weights, compute = places[0], places[-1]
         for name, view in layout.views(weights).items():
             parameters[name].data = view
         dense = layout.first(len(layout.names) - len(by_rows))
@@ -114,7 +131,7 @@ class Arena(Part):
         return cls(
             layout=layout,
             weights=weights,
-            compute=weights if dtype == master else weights.to(dtype),
+            compute=compute,
             grad=weights.new_zeros(dense.size),
             decay=dense.flatten(matrices, master),
             moments={name: torch.zeros_like(weights) for name in moments},

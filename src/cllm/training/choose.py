@@ -6,6 +6,7 @@ Every choice comes with its reason, in one line. The rules, and the measurements
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from cllm.core.errors import UsageError, UserError
 from cllm.core.machine import cannot_compile, machine
 from cllm.core.measurements import recall, remember
 from cllm.model.transformer import flops_per_token
+from cllm.training.parallel.shards import deal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BF16_PAYS = 1.5
@@ -59,10 +61,14 @@ def choose(config: Config, *, seconds: float | None = None) -> Choices:
     """
     choices = Choices(config)
     _choose_device(choices)
-    if config.train.threads == "auto":
+    _choose_workers(choices)
+    if choices.config.train.threads == "auto":
         here = machine()
         why = f"{here.cores} cores" + (f", quota {here.quota:g}" if here.quota else "")
-        choices.settle("threads", here.threads, why)
+        if choices.config.train.parallel.workers == 1:
+            choices.settle("threads", here.threads, why)
+        else:
+            choices.settle("threads", 1, "the workers share the cores")
     assert isinstance(choices.config.train.threads, int)
     with _threads(choices.config.train.threads):
         _choose_dtype(choices)
@@ -127,6 +133,29 @@ def _choose_device(choices: Choices) -> None:
         )
     elif asked.startswith("cuda:") and int(asked[5:]) >= torch.cuda.device_count():
         raise UserError(f"train.device = {asked!r}: there are {torch.cuda.device_count()} devices")
+
+
+def _choose_workers(choices: Choices) -> None:
+    """``auto``: as many as there are cores, where nothing speaks against it. Others are checked."""
+    config, cores = choices.config, machine().threads
+    asked = config.train.parallel.workers
+    workers = cores if asked == "auto" else asked
+    against = [f"{setting} {why}" for setting, why in config.against_workers()]
+    if workers > 1 and not hasattr(os, "memfd_create"):
+        against.append("workers share memory through memfd, which Linux has")
+    try:
+        deal(config.train.batch_size, config.train.accumulate, workers)
+    except ValueError as error:
+        against.append(str(error))
+    if asked == "auto":
+        if against:
+            choices.settle("parallel.workers", 1, against[0])
+        else:
+            choices.settle("parallel.workers", workers, f"{cores} cores")
+    elif workers > 1 and against:
+        raise UsageError(against[0])
+    elif workers > cores:
+        choices.settle("parallel.workers", workers, f"more than the {cores} cores: they take turns")
 
 
 def _choose_dtype(choices: Choices) -> None:
@@ -229,7 +258,7 @@ def _choose_lazy_rows(choices: Choices) -> None:
     config = choices.config
     if config.train.lazy_rows != "auto":
         return
-    if not config.rows_can_idle:
+    if not config.rows_can_idle or config.train.parallel.workers != 1:
         choices.config = config.replace(
             **{"train.lazy_rows": "off"}
         )  # the usual case, and no choice

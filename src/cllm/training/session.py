@@ -22,6 +22,7 @@ from cllm.core.cpu import is_busy
 from cllm.core.errors import UsageError, UserError
 from cllm.core.machine import cache_dir
 from cllm.core.settings import load_config, merge, parse_setting, to_toml
+from cllm.core.shared_memory import SharedMemory
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
 from cllm.store.draft import Draft
@@ -41,6 +42,7 @@ from cllm.training.interrupt import Interrupt
 from cllm.training.lazy_rows import idling_tables
 from cllm.training.optimizer import OPTIMIZERS
 from cllm.training.pace import measure_pace
+from cllm.training.parallel.crew import Crew, reserve
 from cllm.training.pieces import resolve_pieces
 from cllm.training.progress import Progress
 from cllm.training.report import write_report
@@ -149,10 +151,27 @@ def build(config: Config, draws: Draws | None = None) -> tuple[Transformer, Trai
     """The model with its random start and its training step, on the configured device.
 
     ``config`` must be resolved (see ``cllm.training.choose``). ``draws``: what its steps draw from; with
-    none they are on the exact loss alone. Sets torch's number of threads.
+    none they are on the exact loss alone. Sets torch's number of threads. Workers begin with the first
+    step, and end with ``step.close()``.
     """
+    assert config.train.loss == "exact" or draws is not None
+    if config.train.parallel.workers == 1:
+        return build_step(config, draws=draws)
+    memory = reserve(config)
+    model, step = build_step(config, memory)
+    step.crew = Crew(config, memory, model, step.arena, step.cores)
+    return model, step
+
+
+def build_step(
+    config: Config,
+    memory: SharedMemory | None = None,
+    *,
+    owner: bool = True,
+    draws: Draws | None = None,
+) -> tuple[Transformer, TrainStep]:
+    """The same for one process, with its weights in ``memory`` if that is given (see ``Arena.adopt``)."""
     train = config.train
-    assert train.loss == "exact" or draws is not None
     assert isinstance(train.threads, int)
     assert isinstance(train.loss_chunk, int)
     torch.set_num_threads(train.threads)
@@ -162,11 +181,16 @@ def build(config: Config, draws: Draws | None = None) -> tuple[Transformer, Trai
         (cache_dir() / "inductor").mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
     model = Transformer(config.model, attention=train.attention)
-    model.start(train.seed)
+    if owner:
+        model.start(train.seed)
     model.to(train.device)
-    moments = OPTIMIZERS[train.optimizer].moments
     arena = Arena.adopt(
-        model, DTYPES[train.dtype], moments, idling_tables(train, config.model.tie_embeddings)
+        model,
+        DTYPES[train.dtype],
+        OPTIMIZERS[train.optimizer].moments if owner else (),
+        idling_tables(train, config.model.tie_embeddings),
+        memory,
+        owner,
     )
     compiled = train.compile == "on"
     step = TrainStep(model, arena, train, chunk=train.loss_chunk, compiled=compiled, draws=draws)
@@ -191,6 +215,7 @@ def train_run(
     """
     resume_from = standing.step or None
     with ExitStack() as stack:
+        stack.callback(step.close)
         session = stack.enter_context(run.training(from_step=standing.step, say=progress.say))
         if newest is not None and run.steps()[-1] != newest:
             raise UserError(f"{run.path} was trained on meanwhile; call --resume again")

@@ -54,11 +54,16 @@ class Standing:
         return standing
 
 
+EARLIER = {"workers": 1}
+"""What checkpoints were made with that do not say."""
+
+
 def environment(config: TrainConfig) -> dict[str, Any]:
     """What the bits of a training step depend on beside configuration and data."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "workers": config.parallel.workers,
         "dtype": config.dtype,
         "device": config.device,
         "compile": config.compile,
@@ -115,5 +120,5 @@ def differences(checkpoint: Checkpoint, config: TrainConfig) -> list[str]:
     return [
         f"{name} {before.get(name)} then, {value} now"
         for name, value in now.items()
-        if before.get(name) != value
+        if before.get(name, EARLIER.get(name)) != value
     ]

@@ -29,6 +29,7 @@ from cllm.training.draws import Draws
 from cllm.training.gradient import Gradients, Micro
 from cllm.training.lazy_rows import LazyRows
 from cllm.training.optimizer import OPTIMIZERS
+from cllm.training.parallel.crew import Crew
 
 LOSS_SCALE_START = 2.0**14
 LOSS_SCALE_PATIENCE = 500
@@ -59,7 +60,8 @@ class _Figures(NamedTuple):
 class TrainStep:
     """The compiled (or eager) step over one model and its arena.
 
-    ``draws`` gives what is drawn for a micro-batch. ``counters`` holds, as scalar tensors on the CPU:
+    ``draws`` gives what is drawn for a micro-batch; ``crew``, where it is set, computes the gradient with
+    other processes. ``counters`` holds, as scalar tensors on the CPU:
     ``applied`` steps, ``skipped`` steps, ``in_row`` skipped ones since the last applied, and for fp16 the
     ``loss_scale`` and the ``calm`` steps since it changed. ``cores`` holds, by table, the cores that are
     computed rather than learned; ``core_uses`` counts how often they were ``computed`` and ``read``.
@@ -78,6 +80,7 @@ class TrainStep:
         self.model, self.arena, self.config = model, arena, config
         self.optimizer = OPTIMIZERS[config.optimizer](config)
         self.draws = draws if draws is not None else Draws()
+        self.crew: Crew | None = None
         self.scaling = arena.compute.dtype == torch.float16
         names = ("applied", "skipped", "in_row", "loss_scale", "calm")
         self.counters = {name: torch.zeros(()) for name in names}
@@ -116,11 +119,12 @@ class TrainStep:
         """
         targets = sum(int((y != IGNORE).sum()) for _, y in batches)
         numbers = self._numbers(1.0 / max(targets, 1), lr)
-        micros = self._micros(batches, similarity)
-        if len(micros) == 1 and self.lazy is None:
-            found = self._whole(micros[0], numbers)
+        if self.crew is not None:
+            found = self._with_crew(self.crew, batches, numbers)
+        elif len(batches) == 1 and self.lazy is None:
+            found = self._whole(self._micros(batches, similarity)[0], numbers)
         else:
-            found = self._in_parts(micros, numbers, lr)
+            found = self._in_parts(self._micros(batches, similarity), numbers, lr)
         self._weights_changed(len(batches))
         values = [value for value in found if value is not None]
         figures = torch.stack(values).tolist()
@@ -152,6 +156,34 @@ class TrainStep:
         if self.lazy is not None and bool(applied):
             self.lazy.apply(used, grads, factor, numbers[2:], lr)
         return _Figures(total, norm, applied, similarity)
+
+    def _with_crew(
+        self, crew: Crew, batches: Sequence[tuple[Tensor, Tensor]], numbers: Tensor
+    ) -> _Figures:
+        """The step of several workers: gradients are added in the workers' order."""
+        before = self._averages()
+        own = crew.begin(batches, float(numbers[0]))
+        total = self.accumulate([Micro(ids, targets) for ids, targets in own], float(numbers[0]))
+        for loss, grad in crew.results():
+            total += loss
+            self.arena.grad.add_(grad)
+        whole = torch.tensor(total, dtype=numbers.dtype)
+        norm, _, applied = self._end(self.arena.grad, whole, numbers, before, None)
+        return _Figures(whole, norm, applied, None)
+
+    def accumulate(self, micros: Sequence[Micro], scale: float) -> float:
+        """The summed gradient of ``scale`` times the loss of micro-batches goes into ``arena.grad``, in
+        their order; returns the summed loss."""
+        self.arena.grad.zero_()
+        total, numbers = 0.0, torch.tensor([scale], dtype=self.arena.grad.dtype)
+        for micro in micros:
+            total += float(self._part(micro, numbers, {}, {})[0])
+        return total
+
+    def close(self) -> None:
+        """Let workers end, if there are any."""
+        if self.crew is not None:
+            self.crew.close()
 
     def refresh(self) -> None:
         """Make everything that follows from the weights theirs again, after a change from outside."""
