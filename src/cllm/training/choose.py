@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cllm.core.config import Config
+from cllm.core.config import Config, TrainConfig
 from cllm.core.cpu import is_busy
 from cllm.core.errors import UsageError, UserError
 from cllm.core.machine import cannot_compile, machine
@@ -34,6 +34,12 @@ LAZY_FROM = 8192
 MATMUL_CONTEXT = {"on": 1024, "off": 512}
 """Longest context, compiled or not, for which explicit attention was measured to beat the fused kernel
 on a CPU (``docs/results/attention.md``)."""
+
+
+def arithmetic(train: TrainConfig) -> torch.dtype:
+    """The type that ``train.dtype`` names; float64 where that is torch's default, which proofs set."""
+    double = torch.get_default_dtype() == torch.float64
+    return torch.float64 if double else DTYPES[train.dtype]
 
 
 @dataclass

@@ -34,7 +34,7 @@ from cllm.text.dataset import Dataset, load_prepared
 from cllm.text.tokenizer import Tokenizer
 from cllm.training.arena import Arena
 from cllm.training.board import open_board
-from cllm.training.choose import DTYPES, choose
+from cllm.training.choose import arithmetic, choose
 from cllm.training.conclude import Outcome, conclude, first_facts
 from cllm.training.draw_sources import draws_of
 from cllm.training.draws import Draws
@@ -186,7 +186,7 @@ def build_step(
     model.to(train.device)
     arena = Arena.adopt(
         model,
-        DTYPES[train.dtype],
+        arithmetic(train),
         OPTIMIZERS[train.optimizer].moments if owner else (),
         idling_tables(train, config.model.tie_embeddings),
         memory,
