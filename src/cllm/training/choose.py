@@ -27,7 +27,7 @@ COMPILE_SHARE = 0.4
 """Of a time budget, what cold compilation may take: the compiled step is at least twice as fast."""
 LOGITS_AT_ONCE = 256 * 2**20
 """Bytes of logits above which head and loss are computed in chunks of a quarter of that."""
-LAZY_FROM = 8192
+LAZY_FROM = 32_768
 """Tokens from which on updating tables by rows pays (``docs/embeddings.md``)."""
 MATMUL_CONTEXT = {"on": 1024, "off": 512}
 """Longest context, compiled or not, for which explicit attention was measured to beat the fused kernel
