@@ -121,8 +121,10 @@ def test_an_estimate_is_called_one_and_scores_are_exact(start: Callable[..., Pat
     assert validation["bpb"][-1] == pytest.approx(scored.bpb, rel=1e-5)
     text = write_report(run).read_text(encoding="utf-8")
     assert "an estimate by sampled softmax, 32 candidates (unigram)" in text
-    shown = figures(Reading(step=1, loss=2.5, bpb=1.5, is_estimate=True, similarity=0.25), None)
-    assert shown[:3] == ["estimated loss 2.500", "~1.500 bpb", "similarity 0.250"]
+    shown = figures(
+        Reading(step=1, loss=2.5, bpb=1.5, is_estimate=True, tokens_per_second=950.0), None
+    )
+    assert shown[:2] == ["estimated loss 2.500", "950 tok/s"]
     assert figures(Reading(step=1, loss=2.5, bpb=1.5), None)[:2] == ["loss 2.500", "1.500 bpb"]
 
 
