@@ -74,8 +74,8 @@ def test_the_step_reports_it_apart_from_the_loss(
     batches = batches_of(2)
     exact, alike = expected_losses(pulled, batches)
     result = pulled(batches, 0.01, 5.0)
-    assert result.loss == pytest.approx(float(exact), rel=1e-10)
-    assert result.similarity == pytest.approx(float(alike), rel=1e-10)
+    assert result.loss == pytest.approx(exact.item(), rel=1e-10)
+    assert result.similarity == pytest.approx(alike.item(), rel=1e-10)
     other = plain(batches, 0.01)
     assert other.similarity is None
     assert other.loss == pytest.approx(result.loss, rel=1e-12)
