@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cllm.bench.reference import reference_key, reference_run
-from cllm.core.config import Config
+from cllm.bench.reference import ADDED, reference_key, reference_run, told_settings
+from cllm.core.config import Config, known_keys
 from cllm.core.settings import build
 from cllm.training.trainer import Trainer
 
@@ -49,5 +49,14 @@ def test_the_key_is_settings_and_text(config: Config, tmp_path: Path, corpus: Pa
     moved.write_bytes(corpus.read_bytes())
     assert reference_key(config.replace(data__paths=(str(moved),))) == key
     assert reference_key(config.replace(train__lr=1e-4)) != key
+    assert reference_key(config.replace(train__similarity__weight=1.0)) != key
     moved.write_bytes(corpus.read_bytes() + b"more")
     assert reference_key(config.replace(data__paths=(str(moved),))) != key
+
+
+def test_a_setting_that_came_later_and_is_not_used_is_no_part_of_the_key() -> None:
+    keys, later = set(known_keys()), set(ADDED)
+    assert later < keys
+    assert set(told_settings(Config())) == keys - later
+    used = Config(train={"loss": "sampled", "sampled": {"candidates": 7}})
+    assert set(told_settings(used)) & later == {"train.loss", "train.sampled.candidates"}

@@ -32,7 +32,7 @@ FEW = {"length": 3}
 
 def both(step_of: Steps, train: dict[str, Any], **fields: Any) -> tuple[TrainStep, TrainStep]:
     """A step by rows and a dense one."""
-    fine = {"eps": 1e-14} | train
+    fine, fields = {"eps": 1e-14} | train, {"n_layers": 1} | fields
     return (
         step_of(train=fine | {"lazy_rows": "on"}, **fields),
         step_of(train=fine | {"lazy_rows": "off"}, **fields),
@@ -44,9 +44,18 @@ def weights(step: TrainStep) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("fields", KINDS)
-@pytest.mark.parametrize("way", ["untied exact", "untied sampled", "tied sampled"])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(
+    ("optimizer", "way", "fields"),
+    [
+        *(("adamw", "untied sampled", fields) for fields in KINDS),
+        ("adamw", "untied exact", KINDS[0]),
+        ("adamw", "untied exact", KINDS[2]),
+        ("adamw", "tied sampled", KINDS[1]),
+        ("adamw", "tied sampled", KINDS[3]),
+        ("sgd", "untied sampled", KINDS[2]),
+        ("sgd", "tied sampled", KINDS[0]),
+    ],
+)
 def test_it_is_the_dense_training(
     optimizer: str,
     way: str,
@@ -63,7 +72,7 @@ def test_it_is_the_dense_training(
         fields = fields | UNTIED
     lazy, dense = both(step_of, train, **fields)
     idle = 0
-    for seed in range(12):
+    for seed in range(10):
         batch = batches_of(1, seed=seed, masked=0.3, **FEW)
         one, other = lazy(batch, 0.01 / (1 + seed)), dense(batch, 0.01 / (1 + seed))
         assert one.loss == pytest.approx(other.loss, rel=1e-9)
@@ -202,6 +211,7 @@ def test_it_goes_on_from_its_state_to_the_bit(step_of: Steps, batches_of: Batche
         torch.testing.assert_close(weights(straight)[name], tensor, rtol=1e-7, atol=1e-10, msg=name)
 
 
+@pytest.mark.slow
 def test_compiled_it_does_the_same(
     step_of: Steps,
     batches_of: Batches,

@@ -5,15 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from typing import Any
 
 from cllm.core.config import Config
 from cllm.core.machine import cache_dir
-from cllm.core.settings import to_toml
+from cllm.core.settings import flat_toml, flatten
 from cllm.store.run import RunDirectory, is_run
 from cllm.text.sources import expand
 
 FORMAT = 1
 """Raised when training changes so that kept runs no longer stand for it."""
+
+ADDED = (
+    "model.embedding.pieces_from",
+    "train.lazy_rows",
+    "train.loss",
+    "train.sampled.candidates",
+    "train.sampled.sampler",
+    "train.sampled.neighbours",
+    "train.sampled.share",
+    "train.similarity.weight",
+    "train.similarity.until",
+    "train.similarity.pairs",
+    "train.similarity.neighbours",
+)
+"""Settings that came since and whose defaults give the very same bits: at these they are not in the key."""
 
 DONE = ("finished", "stopped early")
 
@@ -53,5 +69,13 @@ def reference_key(config: Config) -> str:
     prints = [[f.size, f.sha256] for f in (source.fingerprint() for source in sources)]
     # Where the text lies decides nothing; what it says does.
     where = {"data": config.data.model_copy(update={"paths": ()})}
-    facts = json.dumps([FORMAT, to_toml(config.model_copy(update=where)), prints])
+    facts = json.dumps([FORMAT, flat_toml(told_settings(config.model_copy(update=where))), prints])
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def told_settings(config: Config) -> dict[str, Any]:
+    """The settings that the key is of: all but those ``ADDED`` that are at their defaults."""
+    values, defaults = flatten(config.model_dump()), flatten(Config().model_dump())
+    return {
+        key: value for key, value in values.items() if not (key in ADDED and value == defaults[key])
+    }

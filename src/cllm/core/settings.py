@@ -114,8 +114,13 @@ def to_toml(config: Config) -> str:
 
     Keys without a value (``None``) are left out, as TOML has no null.
     """
+    return flat_toml(flatten(config.model_dump()))
+
+
+def flat_toml(flat: Mapping[str, Any]) -> str:
+    """Dotted keys and values as TOML."""
     sections: dict[str, list[str]] = {}
-    for key, value in flatten(config.model_dump()).items():
+    for key, value in flat.items():
         section, _, name = key.rpartition(".")
         if value is not None:
             sections.setdefault(section, []).append(f"{name} = {_toml_value(value)}")

@@ -29,8 +29,9 @@ COMPILE_SHARE = 0.4
 """Of a time budget, what cold compilation may take: the compiled step is at least twice as fast."""
 LOGITS_AT_ONCE = 256 * 2**20
 """Bytes of logits above which head and loss are computed in chunks of a quarter of that."""
-LAZY_FROM = 8192
-"""Tokens from which on updating tables by rows pays (``docs/embeddings.md``)."""
+LAZY_FROM = 32_768
+"""Tokens from which on updating tables by rows pays: a step was shorter with 65,536 and longer with 4,096,
+which in a line meet at some 18,000 (``docs/embeddings.md``)."""
 MATMUL_CONTEXT = {"on": 1024, "off": 512}
 """Longest context, compiled or not, for which explicit attention was measured to beat the fused kernel
 on a CPU (``docs/results/attention.md``)."""
@@ -276,8 +277,6 @@ def _choose_lazy_rows(choices: Choices) -> None:
             "lazy_rows", "off", "what an idle row does has no closed form with these betas"
         )
     elif size >= LAZY_FROM:
-        choices.settle(
-            "lazy_rows", "on", f"measured to be faster from some {LAZY_FROM:,} tokens on"
-        )
+        choices.settle("lazy_rows", "on", f"with {LAZY_FROM:,} tokens or more it saves time")
     else:
-        choices.settle("lazy_rows", "off", f"with fewer than {LAZY_FROM:,} tokens it saves nothing")
+        choices.settle("lazy_rows", "off", f"with fewer than {LAZY_FROM:,} tokens it saves no time")

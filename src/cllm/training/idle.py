@@ -36,8 +36,7 @@ class IdleClock:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         fade = optimizer.drift_fade
-        assert fade < 1, "checked with the configuration"
-        self._horizon = math.ceil(math.log(_NOTHING) / math.log(fade)) if fade > 0 else 1
+        self._horizon = math.ceil(math.log(_NOTHING) / math.log(fade)) if 0 < fade < 1 else 1
         self.restart(0)
 
     def restart(self, count: int) -> None:
@@ -47,6 +46,7 @@ class IdleClock:
 
     def advance(self, lr: float) -> None:
         """One more step was applied, at learning rate ``lr``."""
+        assert self.optimizer.drift_fade < 1, "checked with the configuration"
         self.count += 1
         shrunk = 1.0 - lr * self.optimizer.decay
         self.decay, self.drift = self.decay * shrunk, self.drift * shrunk

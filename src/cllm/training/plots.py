@@ -23,9 +23,7 @@ def draw_plots(metrics: Path, folder: Path, *, clip: float = 0.0) -> list[Path]:
     the threshold ``clip``, if not 0) and ``speed.png`` (tokens/s). What was not measured is not drawn.
     """
     train, validation = read_columns(metrics, "train"), read_columns(metrics, "validation")
-    estimated = [name for name in ("loss", "bpb") if f"estimated_{name}" in train]
-    train |= {name: train[f"estimated_{name}"] for name in estimated}
-    training = "training (estimate)" if estimated else "training"
+    training = _label_estimates(train)
     figures = {
         "loss": _quality(train, validation, "loss", "loss (nats per token)", training),
         "bits_per_byte": _quality(train, validation, "bpb", "bits per byte", training),
@@ -45,6 +43,18 @@ def draw_plots(metrics: Path, folder: Path, *, clip: float = 0.0) -> list[Path]:
             figure.savefig(file, format="png")
         written.append(path)
     return written
+
+
+def _label_estimates(train: Columns) -> str:
+    """Put estimated losses among the exact ones, if there are any; returns the name of the curve."""
+    estimated = [name for name in ("loss", "bpb") if f"estimated_{name}" in train]
+    for name in estimated:
+        guesses = train[f"estimated_{name}"]
+        # A run whose loss was changed on resume has some of both.
+        exact = train.get(name, [math.nan] * len(guesses))
+        pairs = zip(guesses, exact, strict=True)
+        train[name] = [guess if math.isfinite(guess) else value for guess, value in pairs]
+    return "training (estimate)" if estimated else "training"
 
 
 def smooth(values: Sequence[float], half_life: float) -> list[float]:

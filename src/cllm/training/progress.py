@@ -32,8 +32,6 @@ class Reading:
     tokens_per_second: float | None = None
     is_estimate: bool = False
     """Whether the loss is an estimate by sampled softmax."""
-    similarity: float | None = None
-    """The similarity loss of the step."""
 
 
 class Progress(Protocol):
@@ -241,10 +239,8 @@ def figures(reading: Reading, seconds_left: float | None) -> list[str]:
     texts = []
     if reading.loss is not None:
         texts.append(f"{'estimated ' if reading.is_estimate else ''}loss {reading.loss:.3f}")
-    if reading.bpb is not None:
-        texts.append(f"{'~' if reading.is_estimate else ''}{reading.bpb:.3f} bpb")
-    if reading.similarity is not None:
-        texts.append(f"similarity {reading.similarity:.3f}")
+    if reading.bpb is not None and not reading.is_estimate:  # the line has room for one of both
+        texts.append(f"{reading.bpb:.3f} bpb")
     if reading.tokens_per_second is not None:
         texts.append(f"{amount(reading.tokens_per_second)} tok/s")
     if seconds_left is not None:

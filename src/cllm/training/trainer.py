@@ -141,7 +141,6 @@ class Trainer:
                 bpb=bpb,
                 tokens_per_second=speed,
                 is_estimate=self.step.draws.estimates,
-                similarity=result.similarity,
             )
         )
 
