@@ -49,5 +49,8 @@ def test_the_key_is_settings_and_text(config: Config, tmp_path: Path, corpus: Pa
     moved.write_bytes(corpus.read_bytes())
     assert reference_key(config.replace(data__paths=(str(moved),))) == key
     assert reference_key(config.replace(train__lr=1e-4)) != key
+    assert reference_key(config.replace(train__similarity__weight=1.0)) != key
+    # What is at its default is no part of it, or a new setting would make all runs new.
+    assert reference_key(config.replace(train__weight_decay=config.train.weight_decay)) == key
     moved.write_bytes(corpus.read_bytes() + b"more")
     assert reference_key(config.replace(data__paths=(str(moved),))) != key

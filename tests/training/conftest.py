@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,9 +17,14 @@ from cllm.model.transformer import Transformer
 from cllm.store import checkpoint
 from cllm.store.metrics import read_lines
 from cllm.training.arena import Arena
+from cllm.training.candidates import Sampler, unigram
+from cllm.training.draws import Draws
 from cllm.training.feed import MicroBatches
+from cllm.training.lazy_rows import idling_tables
+from cllm.training.neighbours import Neighbours
 from cllm.training.optimizer import OPTIMIZERS
 from cllm.training.progress import Silent
+from cllm.training.similarity import PairSource
 from cllm.training.step import TrainStep
 
 PIECES = 31
@@ -68,6 +74,7 @@ def step_of(incidence_of: Callable[[int, int], Any]) -> Callable[..., TrainStep]
         attention: str = "matmul",
         chunk: int = 0,
         compiled: bool = False,
+        draws: Draws | None = None,
         **fields: Any,
     ) -> TrainStep:
         """``dtype``: of the arithmetic; ``master``: of the weights (float64 or float32)."""
@@ -78,8 +85,9 @@ def step_of(incidence_of: Callable[[int, int], Any]) -> Callable[..., TrainStep]
         model.start(5)
         default = torch.float64 if dtype == torch.float64 else torch.float32
         model.to(master or default)
-        arena = Arena.adopt(model, dtype, OPTIMIZERS[config.optimizer].moments)
-        return TrainStep(model.train(), arena, config, chunk=chunk, compiled=compiled)
+        by_rows = idling_tables(config, model.config.tie_embeddings)
+        arena = Arena.adopt(model, dtype, OPTIMIZERS[config.optimizer].moments, by_rows)
+        return TrainStep(model.train(), arena, config, chunk=chunk, compiled=compiled, draws=draws)
 
     return make
 
@@ -101,6 +109,31 @@ def batches_of() -> Callable[..., MicroBatches]:
             targets[torch.rand(size, length, generator=generator) < share] = IGNORE
             batches.append((ids[:, :-1].contiguous(), targets))
         return batches
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def neighbours() -> Neighbours:
+    """Four neighbours for each of the 23 tokens but the last, which has none."""
+    rng = np.random.default_rng(4)
+    ids = np.stack([rng.choice(np.delete(np.arange(23), i), 4, replace=False) for i in range(23)])
+    found = -np.sort(-rng.uniform(0.1, 0.9, (23, 4)), axis=1)
+    found[-1] = 0.0
+    return Neighbours(ids, found)
+
+
+@pytest.fixture(scope="session")
+def draws_of(neighbours: Neighbours) -> Callable[..., Draws]:
+    """Makes what a step draws from: ``candidates`` of the 23 tokens, ``pairs`` of them; 0 for none."""
+
+    def make(candidates: int = 0, pairs: int = 0, divisor: bool = False, seed: int = 3) -> Draws:
+        sampler = None
+        if candidates:
+            chances = unigram(np.arange(23))
+            known = (neighbours, 0.5) if divisor else (None, 0.0)
+            sampler = Sampler(candidates, chances, seed, *known)
+        return Draws(sampler, PairSource(neighbours, pairs, seed) if pairs else None)
 
     return make
 

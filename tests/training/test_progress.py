@@ -110,12 +110,21 @@ def test_nothing_printed_during_the_bar_is_lost(monkeypatch: pytest.MonkeyPatch)
         assert lines.count(f"warned {step}") == 1
 
 
-def test_the_bar_fits_eighty_columns() -> None:
+@pytest.mark.parametrize("is_estimate", [False, True])
+def test_the_bar_fits_eighty_columns(is_estimate: bool) -> None:
     stream = io.StringIO()
     progress = Live(Console(file=stream, force_terminal=True, width=80, color_system=None))
     with progress.training(100_000) as show:
-        show(Reading(step=99_998, loss=10.123, bpb=2.345, tokens_per_second=30_500))
-        show(Reading(step=99_999, loss=10.123, bpb=2.345, tokens_per_second=30_500))
+        for step in (99_998, 99_999):
+            show(
+                Reading(
+                    step=step,
+                    loss=10.123,
+                    bpb=2.345,
+                    tokens_per_second=30_500,
+                    is_estimate=is_estimate,
+                )
+            )
     last = plain(stream.getvalue()).replace("\r", "\n").strip().splitlines()[-1]
     assert "99999/100000" in last
     assert last.rstrip().endswith("GiB")

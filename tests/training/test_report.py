@@ -180,3 +180,15 @@ def test_smoothing() -> None:
     assert math.isnan(smooth([math.nan], 1)[0])
     step = smooth([0.0] * 100 + [1.0] * 10, 10)
     assert step[-1] == pytest.approx(0.5, abs=0.01)
+
+
+def test_an_estimated_training_loss_is_labelled_so_in_the_plots() -> None:
+    exact = {"step": [1, 2], "loss": [3.0, 2.0]}
+    assert plots._label_estimates(exact) == "training"
+    assert exact["loss"] == [3.0, 2.0]
+    mixed = {"step": [1, 2], "loss": [3.0, math.nan], "estimated_loss": [math.nan, 1.5]}
+    assert plots._label_estimates(mixed) == "training (estimate)"
+    assert mixed["loss"] == [3.0, 1.5]
+    alone = {"step": [1], "estimated_loss": [1.5], "estimated_bpb": [0.5]}
+    assert plots._label_estimates(alone) == "training (estimate)"
+    assert (alone["loss"], alone["bpb"]) == ([1.5], [0.5])

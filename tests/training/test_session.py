@@ -283,8 +283,8 @@ def test_a_run_that_was_trained_on_meanwhile_is_left_alone(
 ) -> None:
     run = start().run
 
-    def build_slowly(config: Config) -> Any:
-        found = build_at_once(config)
+    def build_slowly(config: Config, draws: Any) -> Any:
+        found = build_at_once(config, draws)
         if run.steps()[-1] == 12:  # while we build, another process goes on
             resume_as_another()
         return found

@@ -49,12 +49,14 @@ QUICK = replace(BUDGETS[0], name="quick", tokens=4096)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A token table: fields of ``model.embedding``, and the share of the budget's steps it gets."""
+    """A token table: fields of ``model.embedding``, what else trains it (fields of ``train``, dotted), and
+    the share of the budget's steps it gets."""
 
     name: str
     start: str
     fields: dict[str, Any] = field(default_factory=dict)
     share: float = 1.0
+    training: dict[str, Any] = field(default_factory=dict)
 
     def config(
         self, paths: tuple[str, ...], budget: Budget, lr: float, seed: int, quick: bool
@@ -78,6 +80,7 @@ class Case:
             "model.embedding.init": self.start,
         }
         settings |= {f"model.embedding.{name}": value for name, value in self.fields.items()}
+        settings |= {f"train.{name}": value for name, value in self.training.items()}
         return build(settings)
 
 
@@ -103,6 +106,7 @@ def other_cases() -> list[Case]:
     """What is there to be compared with."""
     own = {"kind": "composed", "own_vectors": False}
     both = {"kind": "composed+reduced", "rank": 64}
+    from_codes = {"pieces_from": "codes"}
     snapped = {"kind": "reduced", "rank": 64, "lattice": "reduced"}
     return [
         Case(name="reduced 64", start="normal", fields=dict(RANK64.fields)),
@@ -114,4 +118,25 @@ def other_cases() -> list[Case]:
         Case(name="dense on Z", start="corpus", fields={"lattice": "z"}),
         Case(name="dense on E8", start="corpus", fields={"lattice": "e8"}),
         Case(name="reduced 64 on its lattice", start="corpus", fields=snapped),
+        Case(name="composed from codes", start="corpus", fields=COMPOSED.fields | from_codes),
+        *_taught(),
+    ]
+
+
+def _taught() -> list[Case]:
+    """The dense table, trained on other than the exact loss alone."""
+    sampled = {"loss": "sampled", "sampled.candidates": 512}
+    near = sampled | {"sampled.sampler": "divisor"}
+    return [
+        Case(name="dense, 512 candidates", start="corpus", training=sampled),
+        Case(name="dense, 512 candidates by code", start="corpus", training=near),
+        *(
+            Case(
+                name=f"dense, similarity {weight:g}",
+                start=start,
+                training={"similarity.weight": weight},
+            )
+            for weight in (0.1, 1.0)
+            for start in ("corpus", "normal")
+        ),
     ]

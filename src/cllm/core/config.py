@@ -8,6 +8,7 @@ holds and what a resumed run uses again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -15,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from cllm.core.errors import UsageError
 from cllm.core.model_config import ModelConfig
 from cllm.core.section import Fraction, NonNegative, PositiveInt, Section
+from cllm.core.teaching_config import SampledConfig, SimilarityConfig
 
 
 class DataConfig(Section):
@@ -66,6 +68,13 @@ class TokenizerConfig(Section):
     """Numbering of a trained tokenizer's ids: the token table's order in memory; ``auto`` goes by size."""
 
 
+class ParallelConfig(Section):
+    """Several processes on one machine."""
+
+    workers: Literal["auto"] | PositiveInt = 1
+    """Processes that share the windows of a step; each has ``train.threads`` threads."""
+
+
 class TrainConfig(Section):
     """The training loop."""
 
@@ -112,9 +121,16 @@ class TrainConfig(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """``torch.compile``; ``auto`` weighs the length of the run."""
     threads: Literal["auto"] | PositiveInt = "auto"
-    """Threads of one operation."""
+    """Threads of one operation; one where there are several workers."""
+    parallel: ParallelConfig = ParallelConfig()
     loss_chunk: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Rows of the output head computed at a time; 0 means all at once."""
+    loss: Literal["exact", "sampled"] = "exact"
+    """Cross-entropy over the vocabulary, or an estimate of it from candidates; scores are always exact."""
+    sampled: SampledConfig = SampledConfig()
+    similarity: SimilarityConfig = SimilarityConfig()
+    lazy_rows: Literal["auto", "on", "off"] = "auto"
+    """Update only those rows of a token table that a step uses, where it does not use all."""
     eval_every: PositiveInt = 200
     """Steps between validations."""
     patience: Annotated[int, Field(ge=0)] = 0
@@ -132,6 +148,13 @@ class TrainConfig(Section):
     def warmup_steps(self) -> int:
         """Steps of warm-up, resolved."""
         return self.warmup if self.warmup is not None else min(200, self.steps // 20)
+
+    @property
+    def momentum_outlasts_scale(self) -> bool:
+        """Whether AdamW's mean decays no faster than the root of its square: what an idle row then does
+        has no closed form."""
+        beta1, beta2 = self.betas
+        return self.optimizer == "adamw" and beta1**2 >= beta2
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -178,7 +201,59 @@ class Config(Section):
                 "model.norm = 'batchnorm' normalises over the micro-batch: train.batch_size must be "
                 "at least 2"
             )
+        self._check_candidates()
+        self._check_lazy_rows()
+        if self.train.parallel.workers not in ("auto", 1):
+            for setting, why in self.against_workers():
+                raise ValueError(
+                    f"train.parallel.workers = {self.train.parallel.workers}: {setting} {why}"
+                )
         return self
+
+    def _check_candidates(self) -> None:
+        size, asked = self.model.vocab_size, self.train.sampled.candidates
+        if self.train.loss == "sampled" and size is not None and asked >= size:
+            raise ValueError(
+                f"train.sampled.candidates = {asked} is no sample of a vocabulary of {size}: lower it, "
+                "or use train.loss = 'exact'"
+            )
+
+    def _check_lazy_rows(self) -> None:
+        train = self.train
+        if train.lazy_rows != "on":
+            return
+        if not self.rows_can_idle:
+            raise ValueError(
+                "train.lazy_rows = 'on', but the exact loss of a tied table uses every row in every step: "
+                "set model.tie_embeddings = false or train.loss = 'sampled', or leave it out"
+            )
+        if train.momentum_outlasts_scale:
+            raise ValueError(
+                f"train.lazy_rows = 'on' needs train.betas whose first squared is below the second, not "
+                f"{list(train.betas)}; leave one of them out"
+            )
+
+    def against_workers(self) -> Iterator[tuple[str, str]]:
+        """Settings that do not go with several workers, and why."""
+        train = self.train
+        if train.device not in ("auto", "cpu"):
+            yield (
+                f"train.device = {train.device!r}",
+                "trains in one process; use torchrun for several",
+            )
+        if self.model.norm == "batchnorm":
+            yield "model.norm = 'batchnorm'", "has statistics of whole micro-batches; use 'rmsnorm'"
+        if train.loss == "sampled":
+            yield "train.loss = 'sampled'", "draws for whole steps; use 'exact'"
+        if train.similarity.weight:
+            yield "train.similarity.weight", "draws for whole steps; set it to 0"
+        if train.lazy_rows == "on":
+            yield "train.lazy_rows = 'on'", "updates rows in one process; set it to off"
+
+    @property
+    def rows_can_idle(self) -> bool:
+        """Whether a step may leave rows of a token table unused."""
+        return self.train.loss == "sampled" or not self.model.tie_embeddings
 
     def replace(self, **values: Any) -> Config:
         """A validated copy with dotted keys (``train__lr=…`` or a dict of ``{"train.lr": …}``) set."""

@@ -16,6 +16,8 @@ class EmbeddingConfig(Section):
     """A vector for each token; coordinates of ``rank``; sums of the vectors of a token's pieces; both."""
     rank: PositiveInt | None = None
     """``reduced``: coordinates of a token; none means half of ``model.d_model``."""
+    pieces_from: Literal["merges", "codes"] = "merges"
+    """``composed``: pieces are what a token was merged from, or those of its code (variants, stems)."""
     own_vectors: bool = True
     """``composed``: a token is one of its own pieces."""
     pieces: PositiveInt | None = None
@@ -72,6 +74,11 @@ class EmbeddingConfig(Section):
                         f"model.embedding.{name} needs a basis: set model.embedding.kind = 'reduced' or "
                         "'composed+reduced'"
                     )
+        if self.pieces_from != "merges" and not self.is_composed:
+            raise ValueError(
+                "model.embedding.pieces_from needs pieces: set model.embedding.kind = 'composed' or "
+                "'composed+reduced'"
+            )
         return self
 
 

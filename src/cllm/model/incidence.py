@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from scipy import sparse
@@ -39,6 +41,31 @@ def _backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None, None, None
 
 
 sum_rows.register_autograd(_backward, setup_context=_keep)
+
+
+@dataclass(frozen=True, eq=False)
+class Bags:
+    """Some tokens as sums of the pieces that they use, as CSR without values.
+
+    ``indices`` (n,) and ``offsets`` (tokens + 1,): each token's pieces; the ``back_`` pair: each piece's
+    tokens.
+    """
+
+    indices: Tensor
+    offsets: Tensor
+    back_indices: Tensor
+    back_offsets: Tensor
+
+    def sums(self, rows: Tensor) -> Tensor:
+        """Tokens' rows of the pieces' (p, r) -> (tokens, r)."""
+        made: Tensor = sum_rows(
+            rows.contiguous(), self.indices, self.offsets, self.back_indices, self.back_offsets
+        )
+        return made
+
+    def transposed(self) -> Bags:
+        """Pieces as sums of the tokens that have them, with which a gradient goes back."""
+        return Bags(self.back_indices, self.back_offsets, self.indices, self.offsets)
 
 
 class Incidence(nn.Module):
@@ -97,6 +124,19 @@ class Incidence(nn.Module):
         indices, offsets = self.indices.cpu().numpy(), self.offsets.cpu().numpy()
         shape = (self.tokens, self.pieces)
         return sparse.csr_matrix((np.ones(len(indices)), indices, offsets), shape=shape)
+
+    def bags(self, tokens_n: Tensor) -> tuple[Tensor, Bags]:
+        """The pieces (p,) of some tokens (n,), ascending, each once; and the tokens as sums of them."""
+        begin, end = self.offsets[tokens_n].long(), self.offsets[tokens_n + 1].long()
+        sizes = end - begin
+        offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        token = torch.repeat_interleave(sizes)
+        places = torch.arange(len(token), device=token.device) - offsets[token] + begin[token]
+        pieces, indices = torch.unique(self.indices[places], return_inverse=True)
+        order = torch.argsort(indices, stable=True)
+        back = torch.bincount(indices, minlength=len(pieces)).cumsum(0)
+        back_offsets = torch.cat([back.new_zeros(1), back])
+        return pieces.long(), Bags(indices, offsets, token[order], back_offsets)
 
     def mean_pieces(self) -> float:
         """Pieces of a token, on average."""

@@ -6,6 +6,7 @@ Every choice comes with its reason, in one line. The rules, and the measurements
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,12 +14,13 @@ from typing import Any
 
 import torch
 
-from cllm.core.config import Config
+from cllm.core.config import Config, TrainConfig
 from cllm.core.cpu import is_busy
 from cllm.core.errors import UsageError, UserError
 from cllm.core.machine import cannot_compile, machine
 from cllm.core.measurements import recall, remember
 from cllm.model.transformer import flops_per_token
+from cllm.training.parallel.shards import deal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BF16_PAYS = 1.5
@@ -27,9 +29,18 @@ COMPILE_SHARE = 0.4
 """Of a time budget, what cold compilation may take: the compiled step is at least twice as fast."""
 LOGITS_AT_ONCE = 256 * 2**20
 """Bytes of logits above which head and loss are computed in chunks of a quarter of that."""
+LAZY_FROM = 32_768
+"""Tokens from which on updating tables by rows pays: a step was shorter with 65,536 and longer with 4,096,
+which in a line meet at some 18,000 (``docs/embeddings.md``)."""
 MATMUL_CONTEXT = {"on": 1024, "off": 512}
 """Longest context, compiled or not, for which explicit attention was measured to beat the fused kernel
 on a CPU (``docs/results/attention.md``)."""
+
+
+def arithmetic(train: TrainConfig) -> torch.dtype:
+    """The type that ``train.dtype`` names; float64 where that is torch's default, which proofs set."""
+    double = torch.get_default_dtype() == torch.float64
+    return torch.float64 if double else DTYPES[train.dtype]
 
 
 @dataclass
@@ -57,16 +68,21 @@ def choose(config: Config, *, seconds: float | None = None) -> Choices:
     """
     choices = Choices(config)
     _choose_device(choices)
-    if config.train.threads == "auto":
+    _choose_workers(choices)
+    if choices.config.train.threads == "auto":
         here = machine()
         why = f"{here.cores} cores" + (f", quota {here.quota:g}" if here.quota else "")
-        choices.settle("threads", here.threads, why)
+        if choices.config.train.parallel.workers == 1:
+            choices.settle("threads", here.threads, why)
+        else:
+            choices.settle("threads", 1, "the workers share the cores")
     assert isinstance(choices.config.train.threads, int)
     with _threads(choices.config.train.threads):
         _choose_dtype(choices)
         _choose_compile(choices, seconds)
     _choose_attention(choices)
     _choose_chunk(choices)
+    _choose_lazy_rows(choices)
     return choices
 
 
@@ -124,6 +140,29 @@ def _choose_device(choices: Choices) -> None:
         )
     elif asked.startswith("cuda:") and int(asked[5:]) >= torch.cuda.device_count():
         raise UserError(f"train.device = {asked!r}: there are {torch.cuda.device_count()} devices")
+
+
+def _choose_workers(choices: Choices) -> None:
+    """``auto``: as many as there are cores, where nothing speaks against it. Others are checked."""
+    config, cores = choices.config, machine().threads
+    asked = config.train.parallel.workers
+    workers = cores if asked == "auto" else asked
+    against = [f"{setting} {why}" for setting, why in config.against_workers()]
+    if workers > 1 and not hasattr(os, "memfd_create"):
+        against.append("workers share memory through memfd, which Linux has")
+    try:
+        deal(config.train.batch_size, config.train.accumulate, workers)
+    except ValueError as error:
+        against.append(str(error))
+    if asked == "auto":
+        if against:
+            choices.settle("parallel.workers", 1, against[0])
+        else:
+            choices.settle("parallel.workers", workers, f"{cores} cores")
+    elif workers > 1 and against:
+        raise UsageError(against[0])
+    elif workers > cores:
+        choices.settle("parallel.workers", workers, f"more than the {cores} cores: they take turns")
 
 
 def _choose_dtype(choices: Choices) -> None:
@@ -220,3 +259,24 @@ def _choose_chunk(choices: Choices) -> None:
     else:
         chunk = max(LOGITS_AT_ONCE // 4 // row, 1)
         choices.settle("loss_chunk", chunk, f"{rows * row / 2**20:,.0f} MiB of logits are too many")
+
+
+def _choose_lazy_rows(choices: Choices) -> None:
+    config = choices.config
+    if config.train.lazy_rows != "auto":
+        return
+    if not config.rows_can_idle or config.train.parallel.workers != 1:
+        choices.config = config.replace(
+            **{"train.lazy_rows": "off"}
+        )  # the usual case, and no choice
+        return
+    size = config.model.vocab_size
+    assert size is not None
+    if config.train.momentum_outlasts_scale:
+        choices.settle(
+            "lazy_rows", "off", "what an idle row does has no closed form with these betas"
+        )
+    elif size >= LAZY_FROM:
+        choices.settle("lazy_rows", "on", f"with {LAZY_FROM:,} tokens or more it saves time")
+    else:
+        choices.settle("lazy_rows", "off", f"with fewer than {LAZY_FROM:,} tokens it saves no time")

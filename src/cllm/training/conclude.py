@@ -37,6 +37,7 @@ class Outcome:
 def conclude(trainer: Trainer, state: str) -> Outcome:
     """Load the best weights, score validation and test with them, and let them write."""
     standing, run, dataset = trainer.standing, trainer.run, trainer.dataset
+    trainer.step.settle()
     at = standing.best_step if standing.best_step >= 0 else standing.step
     if at != standing.step:
         best = checkpoints.load(run.path, "best", with_optimizer=False)

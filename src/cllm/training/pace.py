@@ -16,7 +16,7 @@ from cllm.model.transformer import Transformer
 from cllm.text.batches import BatchSource, evaluation_batches, evaluation_windows
 from cllm.text.dataset import Dataset
 from cllm.training.feed import micro_batches
-from cllm.training.schedule import learning_rate
+from cllm.training.schedule import learning_rate, similarity_weight
 from cllm.training.step import TrainStep
 
 TRIAL_STEPS = 10
@@ -49,7 +49,8 @@ def measure_pace(config: Config, dataset: Dataset, model: Transformer, step: Tra
         steps = []
         for at in range(TRIAL_STEPS + 2):
             before = time.monotonic()
-            step(micro_batches(source, train, at), learning_rate(train, at))
+            taken = micro_batches(source, train, at)
+            step(taken, learning_rate(train, at), similarity_weight(train, at))
             steps.append(time.monotonic() - before)
     validation = 0.0
     if dataset.validation is not None:
@@ -72,9 +73,12 @@ def _undone(model: Transformer, step: TrainStep) -> Iterator[None]:
     arena = step.arena
     live = [arena.weights, *arena.moments.values(), *step.counters.values(), *model.buffers()]
     before = [tensor.clone() for tensor in live]
+    idle = step.lazy.state() if step.lazy is not None else None
     try:
         yield
     finally:
         for tensor, kept in zip(live, before, strict=True):
             tensor.copy_(kept)
         step.refresh()
+        if step.lazy is not None and idle is not None:
+            step.lazy.load(idle)

@@ -23,9 +23,10 @@ def draw_plots(metrics: Path, folder: Path, *, clip: float = 0.0) -> list[Path]:
     the threshold ``clip``, if not 0) and ``speed.png`` (tokens/s). What was not measured is not drawn.
     """
     train, validation = read_columns(metrics, "train"), read_columns(metrics, "validation")
+    training = _label_estimates(train)
     figures = {
-        "loss": _quality(train, validation, "loss", "loss (nats per token)"),
-        "bits_per_byte": _quality(train, validation, "bpb", "bits per byte"),
+        "loss": _quality(train, validation, "loss", "loss (nats per token)", training),
+        "bits_per_byte": _quality(train, validation, "bpb", "bits per byte", training),
         "learning_rate": _learning_rate(train),
         "gradient_norm": _gradient_norm(train, clip),
         "speed": _speed(train),
@@ -44,6 +45,18 @@ def draw_plots(metrics: Path, folder: Path, *, clip: float = 0.0) -> list[Path]:
     return written
 
 
+def _label_estimates(train: Columns) -> str:
+    """Put estimated losses among the exact ones, if there are any; returns the name of the curve."""
+    estimated = [name for name in ("loss", "bpb") if f"estimated_{name}" in train]
+    for name in estimated:
+        guesses = train[f"estimated_{name}"]
+        # A run whose loss was changed on resume has some of both.
+        exact = train.get(name, [math.nan] * len(guesses))
+        pairs = zip(guesses, exact, strict=True)
+        train[name] = [guess if math.isfinite(guess) else value for guess, value in pairs]
+    return "training (estimate)" if estimated else "training"
+
+
 def smooth(values: Sequence[float], half_life: float) -> list[float]:
     """Exponential moving average, unbiased at its start; NaN is left out and carries the average on.
 
@@ -59,7 +72,9 @@ def smooth(values: Sequence[float], half_life: float) -> list[float]:
     return averages
 
 
-def _quality(train: Columns, validation: Columns, name: str, label: str) -> Any | None:
+def _quality(
+    train: Columns, validation: Columns, name: str, label: str, training: str
+) -> Any | None:
     if not _measured(train, name) and not _measured(validation, name):
         return None
     figure, axes = _axes(label)
@@ -72,10 +87,10 @@ def _quality(train: Columns, validation: Columns, name: str, label: str) -> Any 
             alpha=0.4,
             linewidth=0.8,
             marker=_marker(values),
-            label="training",
+            label=training,
         )
         averages = smooth(values, max(1.0, len(values) / 100))
-        axes.plot(steps, averages, color=BLUE, linewidth=1.8, label="training, smoothed")
+        axes.plot(steps, averages, color=BLUE, linewidth=1.8, label=f"{training}, smoothed")
     if _measured(validation, name):
         steps, values = validation["step"], validation[name]
         axes.plot(steps, values, color=ORANGE, linewidth=1.5, marker="o", ms=4, label="validation")

@@ -30,6 +30,8 @@ class Reading:
     bpb: float | None = None
     """Training loss in bits per byte."""
     tokens_per_second: float | None = None
+    is_estimate: bool = False
+    """Whether the loss is an estimate by sampled softmax."""
 
 
 class Progress(Protocol):
@@ -236,8 +238,8 @@ def figures(reading: Reading, seconds_left: float | None) -> list[str]:
     """The figures of ``reading`` as short texts, those that are known."""
     texts = []
     if reading.loss is not None:
-        texts.append(f"loss {reading.loss:.3f}")
-    if reading.bpb is not None:
+        texts.append(f"{'estimated ' if reading.is_estimate else ''}loss {reading.loss:.3f}")
+    if reading.bpb is not None and not reading.is_estimate:  # the line has room for one of both
         texts.append(f"{reading.bpb:.3f} bpb")
     if reading.tokens_per_second is not None:
         texts.append(f"{amount(reading.tokens_per_second)} tok/s")

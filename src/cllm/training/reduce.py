@@ -18,6 +18,7 @@ from cllm.store.draft import Draft
 from cllm.store.run import RunDirectory
 from cllm.text.dataset import load_prepared
 from cllm.training.conclude import Outcome, first_facts
+from cllm.training.draw_sources import draws_of
 from cllm.training.progress import Progress
 from cllm.training.session import build, train_run
 from cllm.training.snapshot import Standing
@@ -60,7 +61,7 @@ def reduce_run(
         shutil.copytree(parent.data, draft.run.data)
         shutil.copy2(parent.tokenizer, draft.run.tokenizer)
         dataset = load_prepared(draft.run.data)
-        model, step = build(config)
+        model, step = build(config, draws_of(config, dataset, progress))
         _take_over(source, model, step, tables, keep=keep)
         _say_retained(progress, model, tables)
         before = parent.status().facts.get("validation_bpb")

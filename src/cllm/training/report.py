@@ -104,6 +104,8 @@ def _what(
         ("steps", f"{last.get('step', 0):,} of {train['steps']:,}" if "steps" in train else None),
         ("tokens seen", last.get("tokens", facts.get("tokens"))),
         ("optimizer", train.get("optimizer")),
+        ("training loss", _training_loss(train)),
+        ("similarity loss", _similarity_loss(train.get("similarity", {}), last)),
         ("learning rate", train.get("lr")),
         ("schedule", train.get("schedule")),
         ("arithmetic", train.get("dtype")),
@@ -111,6 +113,25 @@ def _what(
         ("size on disk", f"{size_of(run.path) / 1e6:,.1f} MB"),
     ]
     return _table((name, value) for name, value in rows if value not in (None, ""))
+
+
+def _training_loss(train: Mapping[str, Any]) -> str | None:
+    """What the training loss is where it is no exact cross-entropy."""
+    if train.get("loss") != "sampled":
+        return None
+    sampled = train.get("sampled", {})
+    return (
+        f"an estimate by sampled softmax, {sampled.get('candidates'):,} candidates "
+        f"({sampled.get('sampler')}); validation and test are exact"
+    )
+
+
+def _similarity_loss(settings: Mapping[str, Any], last: Mapping[str, Any]) -> str | None:
+    if not settings.get("weight"):
+        return None
+    text = f"weight {settings['weight']:g}, faded at {settings.get('until'):.0%} of the steps"
+    found = last.get("similarity_loss")
+    return text if found is None else f"{text}; {found:.4f} at the end"
 
 
 def _token_table(facts: Mapping[str, Any]) -> str:
@@ -131,6 +152,7 @@ def _token_table(facts: Mapping[str, Any]) -> str:
             rows.append((key, text))
     rows.append(("computed core kept, bytes", facts.get("core_bytes")))
     rows.append(("read without computing it again", facts.get("core_hit_rate")))
+    rows.append(("updated by rows", facts.get("updated by rows")))
     return _table((name, value) for name, value in rows if value is not None)
 
 

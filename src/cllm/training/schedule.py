@@ -1,4 +1,5 @@
-"""The learning rate of a step: a linear warm-up, then one of five shapes."""
+"""What changes from step to step by plan: the learning rate (a linear warm-up, then one of five shapes)
+and the weight of the similarity loss."""
 
 from __future__ import annotations
 
@@ -18,6 +19,13 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return config.lr * (step + 1) / warmup
     done = (step - warmup) / max(last - warmup, 1) if last > warmup else 1.0
     return config.lr * _share(config, min(done, 1.0), step)
+
+
+def similarity_weight(config: TrainConfig, step: int) -> float:
+    """The weight of the similarity loss in the step that leads from ``step`` to ``step`` + 1: it falls in
+    a line, and is 0 from the share ``similarity.until`` of the steps on."""
+    pulled = config.similarity
+    return pulled.weight * max(1.0 - step / (pulled.until * config.steps), 0.0)
 
 
 def _share(config: TrainConfig, done: float, step: int) -> float:

@@ -22,6 +22,7 @@ from cllm.core.cpu import is_busy
 from cllm.core.errors import UsageError, UserError
 from cllm.core.machine import cache_dir
 from cllm.core.settings import load_config, merge, parse_setting, to_toml
+from cllm.core.shared_memory import SharedMemory
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
 from cllm.store.draft import Draft
@@ -33,11 +34,15 @@ from cllm.text.dataset import Dataset, load_prepared
 from cllm.text.tokenizer import Tokenizer
 from cllm.training.arena import Arena
 from cllm.training.board import open_board
-from cllm.training.choose import DTYPES, choose
+from cllm.training.choose import arithmetic, choose
 from cllm.training.conclude import Outcome, conclude, first_facts
+from cllm.training.draw_sources import draws_of
+from cllm.training.draws import Draws
 from cllm.training.interrupt import Interrupt
+from cllm.training.lazy_rows import idling_tables
 from cllm.training.optimizer import OPTIMIZERS
 from cllm.training.pace import measure_pace
+from cllm.training.parallel.crew import Crew, reserve
 from cllm.training.pieces import resolve_pieces
 from cllm.training.progress import Progress
 from cllm.training.report import write_report
@@ -74,7 +79,7 @@ def start(
         dataset = _prepare(config, draft.run.data, reuse, progress)
         dataset.tokenizer.save(draft.run.tokenizer)
         config = _resolve(config, dataset, progress, seconds=seconds)
-        model, step = build(config)
+        model, step = build(config, draws_of(config, dataset, progress))
         if from_run is not None:
             _adopt(Path(from_run), model, step)
         else:
@@ -131,7 +136,7 @@ def resume(path: Path | str, settings: Sequence[str], progress: Progress) -> Out
         progress.warn(
             f"{', '.join(changes)} changed on resume: an uninterrupted run would have differed"
         )
-    model, step = build(config)
+    model, step = build(config, draws_of(config, dataset, progress))
     standing = restore(saved, model, step)
     if state == "stopped early":
         standing.stale = 0  # who resumes it nevertheless wants to go on: patience begins anew
@@ -142,11 +147,30 @@ def resume(path: Path | str, settings: Sequence[str], progress: Progress) -> Out
     return train_run(config, run, dataset, model, step, standing, progress, newest)
 
 
-def build(config: Config) -> tuple[Transformer, TrainStep]:
+def build(config: Config, draws: Draws | None = None) -> tuple[Transformer, TrainStep]:
     """The model with its random start and its training step, on the configured device.
 
-    ``config`` must be resolved (see ``cllm.training.choose``). Sets torch's number of threads.
+    ``config`` must be resolved (see ``cllm.training.choose``). ``draws``: what its steps draw from; with
+    none they are on the exact loss alone. Sets torch's number of threads. Workers begin with the first
+    step, and end with ``step.close()``.
     """
+    assert config.train.loss == "exact" or draws is not None
+    if config.train.parallel.workers == 1:
+        return build_step(config, draws=draws)
+    memory = reserve(config)
+    model, step = build_step(config, memory)
+    step.crew = Crew(config, memory, model, step.arena, step.cores)
+    return model, step
+
+
+def build_step(
+    config: Config,
+    memory: SharedMemory | None = None,
+    *,
+    owner: bool = True,
+    draws: Draws | None = None,
+) -> tuple[Transformer, TrainStep]:
+    """The same for one process, with its weights in ``memory`` if that is given (see ``Arena.adopt``)."""
     train = config.train
     assert isinstance(train.threads, int)
     assert isinstance(train.loss_chunk, int)
@@ -157,11 +181,20 @@ def build(config: Config) -> tuple[Transformer, TrainStep]:
         (cache_dir() / "inductor").mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
     model = Transformer(config.model, attention=train.attention)
-    model.start(train.seed)
+    if owner:
+        model.start(train.seed)
     model.to(train.device)
-    arena = Arena.adopt(model, DTYPES[train.dtype], OPTIMIZERS[train.optimizer].moments)
+    arena = Arena.adopt(
+        model,
+        arithmetic(train),
+        OPTIMIZERS[train.optimizer].moments if owner else (),
+        idling_tables(train, config.model.tie_embeddings),
+        memory,
+        owner,
+    )
     compiled = train.compile == "on"
-    return model, TrainStep(model, arena, train, chunk=train.loss_chunk, compiled=compiled)
+    step = TrainStep(model, arena, train, chunk=train.loss_chunk, compiled=compiled, draws=draws)
+    return model, step
 
 
 def train_run(
@@ -182,6 +215,7 @@ def train_run(
     """
     resume_from = standing.step or None
     with ExitStack() as stack:
+        stack.callback(step.close)
         session = stack.enter_context(run.training(from_step=standing.step, say=progress.say))
         if newest is not None and run.steps()[-1] != newest:
             raise UserError(f"{run.path} was trained on meanwhile; call --resume again")

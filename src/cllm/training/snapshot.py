@@ -15,6 +15,7 @@ from cllm.core.config import TrainConfig
 from cllm.core.errors import UserError
 from cllm.model.transformer import Transformer
 from cllm.store.checkpoint import Checkpoint
+from cllm.training.lazy_rows import restore_idle
 from cllm.training.step import TrainStep
 
 
@@ -53,11 +54,16 @@ class Standing:
         return standing
 
 
+EARLIER = {"workers": 1}
+"""What checkpoints were made with that do not say."""
+
+
 def environment(config: TrainConfig) -> dict[str, Any]:
     """What the bits of a training step depend on beside configuration and data."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "workers": config.parallel.workers,
         "dtype": config.dtype,
         "device": config.device,
         "compile": config.compile,
@@ -67,13 +73,17 @@ def environment(config: TrainConfig) -> dict[str, Any]:
 
 
 def weights_of(model: Transformer) -> dict[str, torch.Tensor]:
-    """Named weights and buffers to save, each once."""
+    """Named weights and buffers to save, each once; to be called and saved within ``step.settled()``."""
     return dict(model.state_dict())
 
 
 def optimizer_of(step: TrainStep) -> dict[str, Any]:
-    """Optimizer state by moment and parameter name, and the step's counters."""
-    return {"moments": step.arena.named_moments(), "counters": dict(step.counters)}
+    """Optimizer state by moment and parameter name, the step's counters, and what idle rows have missed.
+
+    To be called outside ``step.settled()``.
+    """
+    found = {"moments": step.arena.named_moments(), "counters": dict(step.counters)}
+    return found if step.lazy is None else found | {"idle": step.lazy.state()}
 
 
 def restore(checkpoint: Checkpoint, model: Transformer, step: TrainStep) -> Standing:
@@ -93,12 +103,14 @@ def restore(checkpoint: Checkpoint, model: Transformer, step: TrainStep) -> Stan
     for name, tensor in checkpoint.weights.items():
         if name in buffers:
             buffers[name].copy_(tensor)
-    step.refresh()
     scaled = checkpoint.state["environment"]["dtype"] == "fp16"
     for name, value in checkpoint.optimizer["counters"].items():
         # A run that changes to or from fp16 on resume begins with the loss scale of its own.
         if scaled == step.scaling or name not in ("loss_scale", "calm"):
             step.counters[name].copy_(value)
+    step.refresh()
+    if "idle" in checkpoint.optimizer:
+        restore_idle(step.arena, step.optimizer, step.lazy, checkpoint.optimizer["idle"])
     return Standing.from_json(checkpoint.state["standing"])
 
 
@@ -108,5 +120,5 @@ def differences(checkpoint: Checkpoint, config: TrainConfig) -> list[str]:
     return [
         f"{name} {before.get(name)} then, {value} now"
         for name, value in now.items()
-        if before.get(name) != value
+        if before.get(name, EARLIER.get(name)) != value
     ]

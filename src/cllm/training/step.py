@@ -1,107 +1,70 @@
-"""One training step as one function: forward, backward, clipping, optimizer and the cast of the weights.
+"""One training step: forward, backward, clipping, optimizer and the cast of the weights.
 
 Everything is functional over the arena's flat buffers, so that ``torch.compile`` sees a single graph
 with no autograd boundary in it: gradients go from the backward's products straight into the flat
-buffer, and one pass updates moments, weights and their low-precision copy.
+buffer, and one pass updates moments, weights and their low-precision copy. Several micro-batches, and
+tables that are updated by rows, take two graphs: up to the summed gradient, and from there.
 
 A step whose loss or gradient is not finite changes nothing but its counters.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from cllm.core.config import TrainConfig
-from cllm.model.cross_entropy import IGNORE, cross_entropy_sum, linear_cross_entropy
-from cllm.model.embedding import add_rows
-from cllm.model.norms import BatchNorm, Statistics, wide
+from cllm.model.cross_entropy import IGNORE
+from cllm.model.norms import BatchNorm
 from cllm.model.transformer import Transformer
 from cllm.training.arena import Arena
+from cllm.training.clipping import clip_factor
+from cllm.training.compiled import perhaps_compiled
+from cllm.training.draws import Draws
+from cllm.training.gradient import Gradients, Micro
+from cllm.training.lazy_rows import LazyRows
 from cllm.training.optimizer import OPTIMIZERS
+from cllm.training.parallel.crew import Crew
 
-INPUT = "embedding"
 LOSS_SCALE_START = 2.0**14
 LOSS_SCALE_PATIENCE = 500
 """Steps without overflow after which fp16's loss scale is doubled."""
 
 
-class _Trunk(nn.Module):
-    """The model between the cores of its two tables, for ``functional_call``."""
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, coordinates_btr: Tensor, statistics: Statistics) -> Tensor:
-        vectors_btd = self.model.embedding.expand(coordinates_btr)
-        return self.model.output.contract(self.model.trunk(vectors_btd, statistics=statistics))
-
-
-@torch.library.custom_op("cllm::clip_factor", mutates_args=())
-def clip_factor(norm: Tensor, loss: Tensor, unscale: Tensor, clip: float) -> Tensor:
-    """(2,): the factor for the gradient (``unscale``, and clipping at ``clip`` if that is above 0), and
-    1.0 if norm and loss are finite, else 0.0.
-
-    An operator of its own, so that Inductor computes it once and not again for each element of the
-    update that it is fused into; four divisions an element were a third of a small model's step.
-    """
-    if norm.device.type == "cpu":  # plain numbers are quicker than six tiny operations
-        size, usable = float(norm), math.isfinite(norm) and math.isfinite(loss)
-        share = min(clip / (size + 1e-6), 1.0) if clip > 0 else 1.0
-        return torch.tensor([float(unscale) * share, float(usable)], dtype=norm.dtype)
-    factor = unscale * (clip / (norm + 1e-6)).clamp_max(1.0) if clip > 0 else unscale
-    finite = torch.isfinite(norm) & torch.isfinite(loss)
-    return torch.stack([factor, finite.to(factor.dtype)])
-
-
-@clip_factor.register_fake
-def _(norm: Tensor, loss: Tensor, unscale: Tensor, clip: float) -> Tensor:
-    return norm.new_empty(2)
-
-
 @dataclass(frozen=True)
 class StepResult:
-    """What a step reports: mean loss in nats per target token, gradient norm before clipping, whether
-    the step was applied."""
+    """What a step reports: mean loss in nats per target token (an estimate where it is trained on sampled
+    softmax), gradient norm before clipping, whether the step was applied, and the similarity loss, which
+    is no part of the loss but of the norm."""
 
     loss: float
     grad_norm: float
     applied: bool
+    similarity: float | None = None
 
 
-F = TypeVar("F", bound=Callable[..., Any])
+class _Figures(NamedTuple):
+    """Scalars of a step: the summed loss, the norm before clipping, 1.0 or 0.0."""
 
-
-def _perhaps_compiled(function: F, compiled: bool) -> F:
-    """``function``, compiled for the shapes it is called with.
-
-    Dynamo checks before each call that nothing the code was compiled for has changed; over a model's
-    many attributes this takes a third of a millisecond. Here nothing can change but tensors: each step
-    has compiled code of its own, and each function is called in one mode of the model only.
-    """
-    if not compiled:
-        return function
-    options = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
-    found = torch.compile(  # type: ignore[call-overload]
-        function, dynamic=False, fullgraph=True, isolate_recompiles=True, options=options
-    )
-    return cast(F, found)
+    loss: Tensor
+    norm: Tensor
+    applied: Tensor
+    similarity: Tensor | None
 
 
 class TrainStep:
     """The compiled (or eager) step over one model and its arena.
 
-    ``counters`` holds, as scalar tensors on the CPU: ``applied`` steps, ``skipped`` steps, ``in_row``
-    skipped ones since the last applied, and for fp16 the ``loss_scale`` and the ``calm`` steps since it
-    changed. ``cores`` holds, by table, the cores that are computed rather than learned; ``core_uses``
-    counts how often they were ``computed`` and ``read``.
+    ``draws`` gives what is drawn for a micro-batch; ``crew``, where it is set, computes the gradient with
+    other processes. ``counters`` holds, as scalar tensors on the CPU:
+    ``applied`` steps, ``skipped`` steps, ``in_row`` skipped ones since the last applied, and for fp16 the
+    ``loss_scale`` and the ``calm`` steps since it changed. ``cores`` holds, by table, the cores that are
+    computed rather than learned; ``core_uses`` counts how often they were ``computed`` and ``read``.
     """
 
     def __init__(
@@ -112,74 +75,156 @@ class TrainStep:
         *,
         chunk: int = 0,
         compiled: bool = False,
+        draws: Draws | None = None,
     ) -> None:
-        self.model, self.arena, self.config, self.chunk = model, arena, config, chunk
+        self.model, self.arena, self.config = model, arena, config
         self.optimizer = OPTIMIZERS[config.optimizer](config)
+        self.draws = draws if draws is not None else Draws()
+        self.crew: Crew | None = None
         self.scaling = arena.compute.dtype == torch.float16
         names = ("applied", "skipped", "in_row", "loss_scale", "calm")
         self.counters = {name: torch.zeros(()) for name in names}
         self.counters["loss_scale"].fill_(LOSS_SCALE_START if self.scaling else 1.0)
-        self._trunk = _Trunk(model)
-        self._tables, self._output = model.tables, model.output_name
-        self.cores = {
-            name: table.core().detach().to(arena.compute.dtype, copy=True)
-            for name, table in self._tables.items()
-            if table.computes_core
-        }
-        self.core_uses = {"computed": len(self.cores), "read": 0}
-        self._norms = {m.name: m for m in model.modules() if isinstance(m, BatchNorm)}
-        self._running = [buffer for norm in self._norms.values() for buffer in norm.buffers()]
-        self._whole = _perhaps_compiled(self._whole_step, compiled)
-        self._part = _perhaps_compiled(self._accumulate, compiled)
-        self._end = _perhaps_compiled(self._finish, compiled)
-        self._loss = _perhaps_compiled(self._summed_loss, compiled)
+        self.gradients = Gradients(model, arena, chunk)
+        self.lazy = LazyRows(self.gradients, self.optimizer) if arena.by_rows else None
+        by_rows = self.lazy.tables if self.lazy is not None else ()
+        # Attributes of their own, so that a compiled graph sees tensors and no properties.
+        self._dense, self._dense_compute = arena.dense, arena.dense_compute
+        self._kept_cores = tuple(name for name in self.cores if name not in by_rows)
+        self.core_uses = {"computed": len(self._kept_cores), "read": 0}
+        self._running = [
+            buffer for m in model.modules() if isinstance(m, BatchNorm) for buffer in m.buffers()
+        ]
+        self._whole = perhaps_compiled(self._whole_step, compiled)
+        self._part = perhaps_compiled(self._accumulate, compiled)
+        self._end = perhaps_compiled(self._finish, compiled)
+        self._loss = perhaps_compiled(self.gradients.summed_loss, compiled)
 
-    def __call__(self, batches: Sequence[tuple[Tensor, Tensor]], lr: float) -> StepResult:
-        """Train on micro-batches of (ids, targets), each (B, T) int64 on the model's device."""
+    @property
+    def cores(self) -> dict[str, Tensor]:
+        """Computed cores by table."""
+        return self.gradients.cores
+
+    @property
+    def number(self) -> int:
+        """Steps so far, the skipped ones included: what draws depend on beside the seed."""
+        return int(self.counters["applied"]) + int(self.counters["skipped"])
+
+    def __call__(
+        self, batches: Sequence[tuple[Tensor, Tensor]], lr: float, similarity: float = 0.0
+    ) -> StepResult:
+        """Train on micro-batches of (ids, targets), each (B, T) int64 on the model's device.
+
+        ``similarity``: the present weight of the similarity loss, if there is one.
+        """
         targets = sum(int((y != IGNORE).sum()) for _, y in batches)
         numbers = self._numbers(1.0 / max(targets, 1), lr)
-        if len(batches) == 1:
-            loss, norm, applied = self._whole(*batches[0], numbers)
+        if self.crew is not None:
+            found = self._with_crew(self.crew, batches, numbers)
+        elif len(batches) == 1 and self.lazy is None:
+            found = self._whole(self._micros(batches, similarity)[0], numbers)
         else:
-            before = self._averages()
-            self.arena.grad.zero_()
-            total = numbers.new_zeros(())
-            for ids, y in batches:
-                total += self._part(ids, y, numbers)
-            loss, norm, applied = self._end(self.arena.grad, total, numbers, before)
+            found = self._in_parts(self._micros(batches, similarity), numbers, lr)
         self._weights_changed(len(batches))
-        figures = torch.stack([loss, norm, applied]).tolist()
+        values = [value for value in found if value is not None]
+        figures = torch.stack(values).tolist()
         self._count(bool(figures[2]))
         return StepResult(
-            loss=figures[0] / max(targets, 1), grad_norm=figures[1], applied=bool(figures[2])
+            loss=figures[0] / max(targets, 1),
+            grad_norm=figures[1],
+            applied=bool(figures[2]),
+            similarity=figures[3] if found.similarity is not None else None,
         )
+
+    def _in_parts(self, micros: list[Micro], numbers: Tensor, lr: float) -> _Figures:
+        before = self._averages()
+        self.arena.grad.zero_()
+        micros, rows, used = self.lazy.begin(micros) if self.lazy is not None else (micros, {}, {})
+        grads = {n: torch.zeros_like(c, dtype=numbers.dtype) for n, c in rows.items()}
+        total, similarity = numbers.new_zeros(()), None
+        for micro in micros:
+            loss, alike = self._part(micro, numbers, rows, grads)
+            total += loss
+            if alike is not None:
+                share = alike / len(micros)
+                similarity = share if similarity is None else similarity + share
+        square = None
+        if self.lazy is not None:
+            grads = self.lazy.pull(used, grads)
+            square = torch.stack([grad.square().sum() for grad in grads.values()]).sum()
+        norm, factor, applied = self._end(self.arena.grad, total, numbers, before, square)
+        if self.lazy is not None and bool(applied):
+            self.lazy.apply(used, grads, factor, numbers[2:], lr)
+        return _Figures(total, norm, applied, similarity)
+
+    def _with_crew(
+        self, crew: Crew, batches: Sequence[tuple[Tensor, Tensor]], numbers: Tensor
+    ) -> _Figures:
+        """The step of several workers: gradients are added in the workers' order."""
+        before = self._averages()
+        own = crew.begin(batches, float(numbers[0]))
+        total = self.accumulate([Micro(ids, targets) for ids, targets in own], float(numbers[0]))
+        for loss, grad in crew.results():
+            total += loss
+            self.arena.grad.add_(grad)
+        whole = torch.tensor(total, dtype=numbers.dtype)
+        norm, _, applied = self._end(self.arena.grad, whole, numbers, before, None)
+        return _Figures(whole, norm, applied, None)
+
+    def accumulate(self, micros: Sequence[Micro], scale: float) -> float:
+        """The summed gradient of ``scale`` times the loss of micro-batches goes into ``arena.grad``, in
+        their order; returns the summed loss."""
+        self.arena.grad.zero_()
+        total, numbers = 0.0, torch.tensor([scale], dtype=self.arena.grad.dtype)
+        for micro in micros:
+            total += float(self._part(micro, numbers, {}, {})[0])
+        return total
+
+    def close(self) -> None:
+        """Let workers end, if there are any."""
+        if self.crew is not None:
+            self.crew.close()
 
     def refresh(self) -> None:
         """Make everything that follows from the weights theirs again, after a change from outside."""
         self.arena.refresh()
-        for table in self._tables.values():
+        for table in self.model.tables.values():
             if table.incidence is not None:
                 table.incidence.transpose()
-        self._compute_cores()
+        self.gradients.compute_cores(tuple(self.cores))
+        if self.lazy is not None:
+            self.lazy.take_as_settled(int(self.counters["applied"]))
         self._weights_changed(0)
 
-    def _compute_cores(self) -> None:
-        """Pieces summed and coordinates snapped, once for all that an optimizer step reads of them."""
-        masters = self.arena.layout.views(self.arena.weights)
-        for name, kept in self.cores.items():
-            made = self._tables[name].core_of(*_factors(masters, name))
-            kept.copy_(made)
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Within it the model may be read: rows of its tables that were idle are up to date."""
+        if self.lazy is None:
+            yield
+            return
+        with self.lazy.settled():
+            yield
+
+    def settle(self) -> None:
+        """Bring the model up to date for good: training is over."""
+        if self.lazy is not None:
+            self.lazy.settle()
+
+    def _micros(self, batches: Sequence[tuple[Tensor, Tensor]], similarity: float) -> list[Micro]:
+        first = self.number * len(batches)
+        factor = similarity * float(self.counters["loss_scale"]) / len(batches)
+        weights = self.arena.weights
+        return [
+            self.draws.micro(ids, targets, first + i, factor, weights)
+            for i, (ids, targets) in enumerate(batches)
+        ]
 
     def _weights_changed(self, batches: int) -> None:
-        for table in self._tables.values():
+        for table in self.model.tables.values():
             table.after_step()
-        self.core_uses["computed"] += len(self.cores)
+        self.core_uses["computed"] += len(self._kept_cores)
         # Each micro-batch looks its tokens up in the input's core and scores them with the output's.
-        self.core_uses["read"] += 2 * batches if self.cores else 0
-
-    def _core(self, name: str, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The core (V, r) of a table, in the arithmetic's precision."""
-        return self.cores[name] if name in self.cores else parameters[f"model.{name}.weight"]
+        self.core_uses["read"] += 2 * batches if self._kept_cores else 0
 
     def _numbers(self, share: float, lr: float) -> Tensor:
         """What changes from step to step, computed once here rather than for each element there:
@@ -207,18 +252,27 @@ class TrainStep:
             counters["loss_scale"].mul_(2)
             counters["calm"].zero_()
 
-    def gradient(self, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Mean loss and its flat gradient over micro-batches, without a step."""
+    def gradient(
+        self, batches: Sequence[tuple[Tensor, Tensor]], similarity: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Mean loss and the gradient of all that is trained on, flat, without a step."""
         share = 1.0 / sum(int((y != IGNORE).sum()) for _, y in batches)
         numbers = self._numbers(share, 0.0)
+        micros = self._micros(batches, similarity)
+        micros, rows, used = self.lazy.begin(micros) if self.lazy is not None else (micros, {}, {})
         total, flat = numbers.new_zeros(()), torch.zeros_like(self.arena.weights)
-        for ids, y in batches:
-            loss, grad = self._backward(ids, y, numbers[0])
-            total, flat = total + loss, flat + grad
+        views = self.arena.layout.views(flat)
+        for micro in micros:
+            found = self.gradients.backward(micro, numbers[0], rows)
+            total = total + found.loss
+            flat[: len(found.flat)] += found.flat
+            if self.lazy is not None:
+                for name, grad in self.lazy.pull(used, found.rows).items():
+                    views[f"{name}.weight"].index_add_(0, used[name].rows, grad)
         return total * share, flat * numbers[1]
 
     def evaluate(self, ids_bt: Tensor, targets_bt: Tensor) -> Tensor:
-        """Summed loss in nats of one batch; the model must be in eval mode, as it was compiled for."""
+        """Summed exact loss of a batch in nats; the model must be in eval mode, as it was compiled for."""
         assert not self.model.training
         with torch.no_grad():
             return self._loss(ids_bt, targets_bt)
@@ -226,94 +280,52 @@ class TrainStep:
     def evaluate_eagerly(self, ids_bt: Tensor, targets_bt: Tensor) -> Tensor:
         """The same without compiled code, in whatever mode the model's parts are."""
         with torch.no_grad():
-            return self._summed_loss(ids_bt, targets_bt)
+            return self.gradients.summed_loss(ids_bt, targets_bt)
 
-    def _parameters(self) -> dict[str, Tensor]:
-        views = self.arena.layout.views(self.arena.compute)
-        return {f"model.{name}": view for name, view in views.items()}
+    def _accumulate(
+        self, micro: Micro, numbers: Tensor, rows: dict[str, Tensor], grads: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        found = self.gradients.backward(micro, numbers[0], rows)
+        self.arena.grad.add_(found.flat)
+        for name, grad in grads.items():
+            grad.add_(found.rows[name])
+        return found.loss, found.similarity
 
-    def _summed_loss(self, ids_bt: Tensor, targets_bt: Tensor) -> Tensor:
-        parameters = self._parameters()
-        coordinates = functional.embedding(ids_bt, self._core(INPUT, parameters))
-        hidden = torch.func.functional_call(self._trunk, parameters, (coordinates, []))
-        core = self._core(self._output, parameters)
-        return cross_entropy_sum(hidden.flatten(0, 1), core, targets_bt.flatten(), self.chunk)
-
-    def _backward(self, ids_bt: Tensor, targets_bt: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed loss, and the flat gradient of ``scale`` times it."""
-
-        def trunk(
-            parameters: dict[str, Tensor], coordinates: Tensor
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            statistics: Statistics = []
-            hidden = torch.func.functional_call(self._trunk, parameters, (coordinates, statistics))
-            return hidden.flatten(0, 1), dict(statistics)  # vjp takes names as keys only
-
-        parameters = self._parameters()
-        core = self._core(INPUT, parameters)
-        coordinates = functional.embedding(ids_bt, core)
-        hidden, pull, statistics = torch.func.vjp(  # type: ignore[misc]
-            trunk, parameters, coordinates, has_aux=True
-        )
-        scoring = self._core(self._output, parameters)
-        loss, hidden_grad, scoring_grad = linear_cross_entropy(
-            hidden, scoring, targets_bt.flatten(), scale, self.chunk
-        )
-        # The cores' gradients are added here rather than by autograd, each in a fixed order.
-        grads, coordinates_grad = pull(hidden_grad)
-        looked_up = add_rows(wide(coordinates_grad.flatten(0, 1)), ids_bt.flatten(), core.shape[0])
-        cores = {self._output: scoring_grad}
-        cores[INPUT] = looked_up + scoring_grad if self._output == INPUT else looked_up
-        for name, grad in cores.items():
-            grads[f"model.{name}.weight"] = self._tables[name].pull(grad)
-        self._observe(statistics)
-        named = {name.removeprefix("model."): grad for name, grad in grads.items()}
-        return loss, self.arena.layout.flatten(named, self.arena.weights.dtype)
-
-    def _observe(self, statistics: Mapping[str, Tensor]) -> None:
-        """Move batch norm's running averages towards what this batch showed."""
-        for name, value in statistics.items():
-            module, _, buffer = name.rpartition(".")
-            running = getattr(self._norms[module], buffer)
-            running.add_((value - running) * BatchNorm.momentum)
-
-    def _accumulate(self, ids_bt: Tensor, targets_bt: Tensor, numbers: Tensor) -> Tensor:
-        loss, grad = self._backward(ids_bt, targets_bt, numbers[0])
-        self.arena.grad.add_(grad)
-        return loss
-
-    def _whole_step(
-        self, ids_bt: Tensor, targets_bt: Tensor, numbers: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _whole_step(self, micro: Micro, numbers: Tensor) -> _Figures:
         before = self._averages()
-        loss, grad = self._backward(ids_bt, targets_bt, numbers[0])
-        return self._finish(grad, loss, numbers, before)
+        found = self.gradients.backward(micro, numbers[0], {})
+        norm, _, applied = self._finish(found.flat, found.loss, numbers, before, None)
+        return _Figures(found.loss, norm, applied, found.similarity)
 
     def _averages(self) -> list[Tensor]:
         """Batch norm's running averages as they are, in case the step must be skipped."""
         return [running.clone() for running in self._running]
 
     def _finish(
-        self, grad: Tensor, loss: Tensor, numbers: Tensor, before: list[Tensor]
+        self,
+        grad: Tensor,
+        loss: Tensor,
+        numbers: Tensor,
+        before: list[Tensor],
+        square: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Check, clip and update; returns loss, norm before clipping, and 1.0 if applied.
+        """Check, clip and update; returns the norm before clipping, the factor of the gradient, and 1.0 if
+        applied.
 
-        ``before``: the running averages from before the step, which a skipped one puts back.
+        ``before``: the running averages from before the step, which a skipped one puts back. ``square``:
+        the squared norm of the gradient outside the dense part, if there is any.
         """
-        arena = self.arena
-        norm = torch.linalg.vector_norm(grad) * numbers[1]
+        norm = torch.linalg.vector_norm(grad)
+        if square is not None:
+            norm = (norm * norm + square).sqrt()
+        norm = norm * numbers[1]
         factor, apply = clip_factor(norm, loss, numbers[1], self.config.clip).unbind()
         finite = apply > 0
         grad = torch.where(finite, grad * factor, 0.0)
-        self.optimizer.update(arena, grad, numbers[2:], apply)
+        self.optimizer.update(self._dense, grad, numbers[2:], apply)
         for running, kept in zip(self._running, before, strict=True):
             running.copy_(torch.where(finite, running, kept))
-        if arena.compute is not arena.weights:
-            arena.compute.copy_(arena.weights)
-        self._compute_cores()
-        return loss, norm, apply
-
-
-def _factors(parameters: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor | None]:
-    """Weight and basis of a table among flat views."""
-    return parameters[f"{name}.weight"], parameters.get(f"{name}.basis")
+        if self._dense_compute is not self._dense.weights:
+            self._dense_compute.copy_(self._dense.weights)
+        self.gradients.compute_cores(self._kept_cores)
+        return norm, factor, apply

@@ -76,6 +76,8 @@ def table_facts(model: Transformer, step: TrainStep, config: Config) -> dict[str
         computed, read = step.core_uses["computed"], step.core_uses["read"]
         facts["core_bytes"] = sum(core.nbytes for core in step.cores.values())
         facts["core_hit_rate"] = round(1 - computed / read, 4) if read else None
+    if step.lazy is not None:
+        facts["updated by rows"] = " and ".join(step.lazy.tables)
     return facts
 
 

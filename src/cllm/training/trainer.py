@@ -28,7 +28,7 @@ from cllm.training.feed import micro_batches, target_count
 from cllm.training.interrupt import Interrupt
 from cllm.training.progress import Progress, Reading
 from cllm.training.samples import sample_texts
-from cllm.training.schedule import learning_rate
+from cllm.training.schedule import learning_rate, similarity_weight
 from cllm.training.snapshot import Standing, environment, optimizer_of, weights_of
 from cllm.training.step import StepResult, TrainStep
 
@@ -97,7 +97,7 @@ class Trainer:
             torch.manual_seed((train.seed * 1_000_003 + at) % 2**63)
         batches = micro_batches(self.batches, train, at)
         self.standing.tokens += target_count(batches)
-        return self.step(batches, learning_rate(train, at))
+        return self.step(batches, learning_rate(train, at), similarity_weight(train, at))
 
     def _after_step(
         self, result: StepResult, clock: _Clock, show: Callable[[Reading], None]
@@ -114,8 +114,13 @@ class Trainer:
         speed = clock.rate(standing.tokens)
         loss = sum(standing.losses) / len(standing.losses) if standing.losses else float("nan")
         standing.losses.clear()
-        values = {"loss": loss, "bpb": loss * self.bits_per_nat, "grad_norm": result.grad_norm}
+        label = "estimated_" if self.step.draws.estimates else ""
+        bpb = loss * self.bits_per_nat
+        values = {f"{label}loss": loss, f"{label}bpb": bpb, "grad_norm": result.grad_norm}
         values |= {"lr": rate}
+        if result.similarity is not None:
+            values["similarity_loss"] = result.similarity
+            values["similarity_weight"] = similarity_weight(train, standing.step - 1)
         if self.step.scaling:
             values["loss_scale"] = float(self.step.counters["loss_scale"])
         standing.train_loss = loss
@@ -129,7 +134,15 @@ class Trainer:
         )
         scalars = {f"train/{name}": value for name, value in values.items()}
         self.board.scalars(standing.step, scalars | {"speed/tokens_per_second": speed})
-        show(Reading(step=standing.step, loss=loss, bpb=values["bpb"], tokens_per_second=speed))
+        show(
+            Reading(
+                step=standing.step,
+                loss=loss,
+                bpb=bpb,
+                tokens_per_second=speed,
+                is_estimate=self.step.draws.estimates,
+            )
+        )
 
     def _skipped(self, result: StepResult) -> None:
         standing, limit = self.standing, self.config.train.max_nonfinite
@@ -154,17 +167,18 @@ class Trainer:
             return False, False
         result = self.evaluate("validation")
         extra = {}
-        if self.config.model.norm == "batchnorm":
-            extra["mode_gap"] = norm_mode_gap(
-                self.model,
-                self.step.evaluate_eagerly,
-                tokens,
-                context=self.config.model.context,
-                batch_size=train.batch_size,
-                device=train.device,
-            )
-        self.metrics.write(standing.step, "validation", **result.to_json(), **extra)
-        self._log_validation(result, extra)
+        with self.step.settled():
+            if self.config.model.norm == "batchnorm":
+                extra["mode_gap"] = norm_mode_gap(
+                    self.model,
+                    self.step.evaluate_eagerly,
+                    tokens,
+                    context=self.config.model.context,
+                    batch_size=train.batch_size,
+                    device=train.device,
+                )
+            self.metrics.write(standing.step, "validation", **result.to_json(), **extra)
+            self._log_validation(result, extra)
         improved = result.bpb < standing.best_bpb
         if improved:
             standing.best_bpb, standing.best_step = result.bpb, standing.step
@@ -186,7 +200,8 @@ class Trainer:
         tokens = getattr(self.dataset, split)
         windows = -(-(len(tokens) - 1) // self.config.model.context)
         self.model.eval()
-        with self.progress.stage(f"evaluating on {split}", windows) as advance:
+        stage = self.progress.stage(f"evaluating on {split}", windows)
+        with self.step.settled(), stage as advance:
             result = evaluate(
                 self.step.evaluate,
                 tokens,
@@ -233,18 +248,20 @@ class Trainer:
         """Write metrics down, then the checkpoint of the present step."""
         self.metrics.sync()
         self.board.flush()
-        checkpoints.save(
-            self.run.path,
-            self.standing.step,
-            weights=weights_of(self.model),
-            optimizer=optimizer_of(self.step),
-            state={
-                "standing": self.standing.to_json(),
-                "environment": environment(self.config.train),
-            },
-            keep_last=self.config.train.keep_last,
-            best=best,
-        )
+        optimizer = optimizer_of(self.step)
+        with self.step.settled():
+            checkpoints.save(
+                self.run.path,
+                self.standing.step,
+                weights=weights_of(self.model),
+                optimizer=optimizer,
+                state={
+                    "standing": self.standing.to_json(),
+                    "environment": environment(self.config.train),
+                },
+                keep_last=self.config.train.keep_last,
+                best=best,
+            )
         self.run.note(step=self.standing.step, train_seconds=round(self.standing.train_seconds, 3))
 
     def save_once(self) -> None:

@@ -1,0 +1,42 @@
+"""What parent and workers say to each other, over a socket each."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from typing import Any
+
+ORDER = struct.Struct("<dq")
+"""Scale of the loss and seed of the step."""
+ANSWER = struct.Struct("<?d")
+"""Whether it went well, and the summed loss (or the length of a message that follows)."""
+_LENGTH = struct.Struct("<q")
+
+
+def receive(sock: socket.socket, size: int) -> bytes:
+    """Exactly ``size`` bytes. Raises ``EOFError`` when the other side is gone."""
+    parts, left = [], size
+    while left:
+        try:
+            part = sock.recv(left)
+        except ConnectionError as error:
+            raise EOFError from error
+        if not part:
+            raise EOFError
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def send_facts(sock: socket.socket, facts: dict[str, Any]) -> None:
+    """A JSON object, with its length before it."""
+    data = json.dumps(facts).encode()
+    sock.sendall(_LENGTH.pack(len(data)) + data)
+
+
+def receive_facts(sock: socket.socket) -> dict[str, Any]:
+    """What ``send_facts`` sent."""
+    (length,) = _LENGTH.unpack(receive(sock, _LENGTH.size))
+    facts: dict[str, Any] = json.loads(receive(sock, length))
+    return facts

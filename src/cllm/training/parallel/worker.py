@@ -1,0 +1,77 @@
+"""A worker's process: forward and backward of its share of each step, for as long as the parent is there.
+
+``python -m cllm.training.parallel.worker SOCKET MEMORY NUMBER`` with inherited file descriptors.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import traceback
+
+from cllm.core.threads import spin_briefly
+from cllm.training.parallel import wire
+
+
+def main(arguments: list[str]) -> None:
+    """Serve the parent until its end of the socket closes."""
+    socket_fd, memory_fd, number = map(int, arguments)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when it is over
+    spin_briefly()
+    sock = socket.socket(fileno=socket_fd)
+    try:
+        facts = wire.receive_facts(sock)
+        if facts["cores"]:
+            os.sched_setaffinity(0, facts["cores"])
+        _serve(sock, memory_fd, number, facts)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _serve(sock: socket.socket, memory_fd: int, number: int, facts: dict[str, object]) -> None:
+    import torch
+
+    from cllm.core.config import Config
+    from cllm.core.shared_memory import SharedMemory
+    from cllm.training.gradient import Micro
+    from cllm.training.parallel.crew import Shared
+    from cllm.training.parallel.shards import deal
+    from cllm.training.session import build_step
+
+    if facts["double"]:
+        torch.set_default_dtype(torch.float64)
+    config = Config.model_validate(facts["config"])
+    size, workers = facts["size"], config.train.parallel.workers
+    assert isinstance(size, int)
+    assert isinstance(workers, int)
+    memory = SharedMemory(memory_fd, size)
+    model, step = build_step(config, memory, owner=False)
+    shared = Shared(memory, config, step.arena, step.cores)
+    step.arena.grad = shared.grads[number]
+    step.cores.update(shared.cores)
+    buffers = shared.buffers(model)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    for table in model.tables.values():
+        if table.incidence is not None:
+            table.incidence.transpose()
+    model.train()
+    shards = deal(config.train.batch_size, config.train.accumulate, workers)[number]
+    while True:
+        scale, seed = wire.ORDER.unpack(wire.receive(sock, wire.ORDER.size))
+        try:
+            torch.manual_seed(seed)
+            micros = [Micro(ids, targets) for ids, targets in shared.share(shards)]
+            loss = step.accumulate(micros, scale)
+        except Exception as error:
+            traceback.print_exc()
+            text = f"{type(error).__name__}: {error}".encode()
+            sock.sendall(wire.ANSWER.pack(False, float(len(text))) + text)
+            raise SystemExit(1) from error
+        sock.sendall(wire.ANSWER.pack(True, loss))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

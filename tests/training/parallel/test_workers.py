@@ -1,0 +1,249 @@
+"""Workers compute what one process computes, and end when one of them is gone: with real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cllm.core.config import Config
+from cllm.core.errors import UsageError
+from cllm.store.metrics import read_columns
+from cllm.store.run import RunDirectory
+from cllm.training.choose import choose
+from cllm.training.feed import MicroBatches
+from cllm.training.parallel.crew import WorkerError
+from cllm.training.session import build
+from cllm.training.step import TrainStep
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd")
+
+BASE: dict[str, Any] = {
+    "model__vocab_size": 300,
+    "train__batch_size": 4,
+    "train__dtype": "fp32",
+    "train__attention": "matmul",
+    "train__loss_chunk": 0,
+    "train__lazy_rows": "off",
+    "train__device": "cpu",
+    "train__threads": 1,
+}
+ConfigOf = Callable[..., Config]
+
+
+@pytest.fixture
+def step_with(isolated: Path, config_of: ConfigOf) -> Iterator[Callable[..., TrainStep]]:
+    """Makes a step of ``workers``, which end with the test."""
+    made: list[TrainStep] = []
+
+    def make(workers: int, **changes: Any) -> TrainStep:
+        config = config_of(**BASE | changes, train__parallel__workers=workers)
+        model, step = build(config)
+        model.train()
+        made.append(step)
+        return step
+
+    yield make
+    for step in made:
+        step.close()
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """All in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def batches(number: int, count: int = 1, rows: int = 4, length: int = 64) -> MicroBatches:
+    """Micro-batches of step ``number``, with some targets masked."""
+    rng = np.random.default_rng(number)
+    found = []
+    for _ in range(count):
+        ids = torch.from_numpy(rng.integers(0, 300, (rows, length + 1)))
+        targets = ids[:, 1:].clone()
+        targets[torch.from_numpy(rng.random((rows, length)) < 0.2)] = -100
+        found.append((ids[:, :-1].contiguous(), targets))
+    return found
+
+
+def test_two_workers_give_the_bits_of_one_process_with_the_same_split(
+    step_with: Callable[..., TrainStep],
+) -> None:
+    together, alone = step_with(2), step_with(1)
+    for number in range(4):
+        ((ids, targets),) = batches(number)
+        parts = [(ids[:2], targets[:2]), (ids[2:], targets[2:])]
+        ours, reference = together([(ids, targets)], 1e-2), alone(parts, 1e-2)
+        assert ours.applied
+        assert ours.grad_norm == reference.grad_norm
+        assert ours.loss == pytest.approx(reference.loss, rel=1e-6)
+        assert torch.equal(together.arena.weights, alone.arena.weights)
+        assert torch.equal(together.arena.grad, alone.arena.grad)
+
+
+def test_computed_cores_and_low_precision_are_shared(step_with: Callable[..., TrainStep]) -> None:
+    changes = {"train__dtype": "bf16", "model__embedding__kind": "reduced"}
+    changes |= {"model__embedding__rank": 8, "model__embedding__lattice": "z"}
+    together, alone = step_with(2, **changes), step_with(1, **changes)
+    assert together.cores
+    for number in range(3):
+        ((ids, targets),) = batches(number)
+        together([(ids, targets)], 1e-2)
+        alone([(ids[:2], targets[:2]), (ids[2:], targets[2:])], 1e-2)
+        assert torch.equal(together.arena.weights, alone.arena.weights)
+
+
+def test_more_micro_batches_than_workers(step_with: Callable[..., TrainStep]) -> None:
+    changes = {"train__accumulate": 3, "train__batch_size": 3}
+    together, alone = step_with(2, **changes), step_with(1, **changes)
+    for number in range(2):
+        some = batches(number, count=3, rows=3)
+        norms = [step(some, 1e-2).grad_norm for step in (together, alone)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    difference = (together.arena.grad - alone.arena.grad).norm() / alone.arena.grad.norm()
+    assert float(difference) <= 1e-5
+
+
+def test_four_workers_follow_the_curve_of_one(
+    double: None, step_with: Callable[..., TrainStep]
+) -> None:
+    changes = {"model__d_model": 32, "model__n_layers": 1, "model__context": 16}
+    steps = [step_with(workers, **changes) for workers in (1, 4)]
+    assert steps[0].arena.compute.dtype == torch.float64
+    curves: list[list[float]] = [[], []]
+    for number in range(200):
+        some = batches(number % 10, length=16)
+        for step, curve in zip(steps, curves, strict=True):
+            curve.append(step(some, 3e-3).loss)
+    assert curves[0][-1] < curves[0][0] - 0.5
+    assert np.abs(np.array(curves[0]) - curves[1]).max() <= 1e-9
+    alone, together = steps
+    together.arena.weights.copy_(alone.arena.weights)
+    _, grad = alone.gradient(batches(0, length=16))
+    together(batches(0, length=16), 0.0)
+    assert float((grad - together.arena.grad).norm() / grad.norm()) <= 1e-12
+
+
+def test_a_lost_worker_is_named_and_nothing_of_its_step_is_applied(
+    step_with: Callable[..., TrainStep],
+) -> None:
+    step = step_with(2)
+    step(batches(0), 1e-2)
+    assert step.crew is not None
+    before = step.arena.weights.clone()
+    (process,) = step.crew._processes
+    process.kill()
+    with pytest.raises(
+        WorkerError, match=r"worker 1 \(process \d+\) was killed by signal 9.*resume"
+    ):
+        step(batches(1), 1e-2)
+    assert torch.equal(step.arena.weights, before)
+    step.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"train__batch_size": 3}, r"train\.batch_size = 3 does not divide"),
+        ({"model__norm": "batchnorm"}, "batchnorm"),
+        ({"train__loss": "sampled", "train__sampled__candidates": 8}, "sampled"),
+        ({"train__similarity__weight": 0.1}, "similarity"),
+        ({"train__device": "cuda"}, "torchrun"),
+    ],
+)
+def test_what_does_not_go_with_workers_is_refused(
+    changes: dict[str, Any], why: str, config_of: ConfigOf
+) -> None:
+    with pytest.raises(UsageError, match=why):
+        choose(config_of(**BASE | {"train__parallel__workers": 2} | changes))
+    resolved = choose(
+        config_of(
+            **BASE
+            | {"train__parallel__workers": "auto"}
+            | changes
+            | ({"train__device": "cpu"} if "train__device" in changes else {})
+        )
+    )
+    if "train__device" not in changes:
+        assert resolved.config.train.parallel.workers == 1 or why.startswith("train")
+
+
+def children(pid: int) -> list[int]:
+    """Processes that ``pid`` has started."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(word) for word in text.split()]
+
+
+def alive(pid: int) -> bool:
+    """Whether there is such a process, and it is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """Watch for at most 60 s."""
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_kills_leave_no_process_and_the_run_resumes_to_the_same_bits(
+    tmp_path: Path,
+    corpus: Path,
+    process: Callable[..., subprocess.Popen[str]],
+    options: Callable[..., list[str]],
+    assert_same_run: Callable[[Path, Path], None],
+) -> None:
+    dropout = {"model__residual_dropout": 0.1}
+    changes = {"train__steps": 60, "train__checkpoint_every": 10, "train__eval_every": 30}
+    arguments = options(**changes, **dropout, train__parallel__workers=2)
+    command = ["train", "--data", corpus, *arguments, "--out"]
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    child = process(*command, run)
+    wait_until(lambda: (run / "checkpoints" / "step-00000010").exists())
+    (worker,) = [pid for pid in children(child.pid) if b"parallel.worker" in cmdline(pid)]
+    os.kill(worker, signal.SIGKILL)
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == 1, err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith(
+        f"cllm: worker 1 (process {worker}) was killed by signal 9"
+    )
+    child = process("train", "--resume", run)
+    wait_until(lambda: (run / "checkpoints" / "step-00000030").exists())
+    workers = [pid for pid in children(child.pid) if b"parallel.worker" in cmdline(pid)]
+    child.kill()
+    child.wait()
+    wait_until(lambda: not any(alive(pid) for pid in workers))
+    child = process("train", "--resume", run)
+    _, err = child.communicate()
+    assert child.returncode == 0, err
+    child = process(*command, straight)
+    _, err = child.communicate()
+    assert child.returncode == 0, err
+    assert_same_run(run, straight)
+    assert RunDirectory.open(run).status().state == "finished"
+    assert len(read_columns(run / "metrics.jsonl", "train")["loss"]) > 3
+
+
+def cmdline(pid: int) -> bytes:
+    """The command of a process; empty where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return b""
