@@ -20,12 +20,12 @@ from cllm.model.norms import BatchNorm
 from cllm.text.batches import BatchSource
 from cllm.text.dataset import Dataset, load_prepared
 from cllm.text.packed import PackedTokens
+from cllm.training.build import build as build_model
 from cllm.training.evaluate import evaluate, norm_mode_gap
 from cllm.training.feed import MicroBatches, micro_batches, target_count
 from cllm.training.interrupt import Interrupt, InterruptedRunError
 from cllm.training.pace import FEWEST_STEPS, Pace, measure_pace
 from cllm.training.samples import sample_texts
-from cllm.training.session import build as build_model
 from cllm.training.step import TrainStep
 
 

@@ -16,6 +16,7 @@ from cllm.model.crystal_start import merge_pieces
 from cllm.store import checkpoint
 from cllm.text.tokenizer import Tokenizer
 from cllm.training import session
+from cllm.training.build import build
 
 TABLE = "embedding.weight"
 STARTED = {TABLE, "layers.1.mlp.gate_up.weight", "layers.1.mlp.out.weight"}
@@ -135,7 +136,7 @@ def test_crystal_pieces_are_the_merge_tree(corpus: Path) -> None:
 
 
 def test_a_model_without_a_corpus_is_random_with_the_usual_scale() -> None:
-    model, _ = session.build(
+    model, _ = build(
         Config().replace(
             model__vocab_size=400,
             train__threads=1,

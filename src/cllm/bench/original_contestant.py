@@ -16,7 +16,7 @@ from cllm.bench.original import BATCH, BATCHES, LENGTH, ROWS, read_words, word_i
 from cllm.core.config import Config
 from cllm.core.settings import merge, parse_setting
 from cllm.model.transformer import Transformer, flops_per_token, parameter_count
-from cllm.training import session
+from cllm.training import build as building
 from cllm.training.choose import choose, matmul_rates
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -39,7 +39,7 @@ def main() -> None:
 
         inductor.cpp.simdlen = args.simdlen
     if args.give_memory_back:
-        session.keep_freed_memory = lambda: False
+        building.keep_freed_memory = lambda: False
     config = workload(args.epochs, args.settings)
     batches = windows(read_words(args.words))
     reset, step = ours(config) if args.who == "ours" else plain(config)
@@ -107,7 +107,7 @@ def train(step: Step, batches: Batches, epochs: int) -> float:
 
 def ours(config: Config) -> tuple[Callable[[], None], Step]:
     """The step of ``cllm train``, and a function that begins anew."""
-    model, step = session.build(config)
+    model, step = building.build(config)
     model.train()
     rate = config.train.lr
     arena, first = step.arena, step.arena.weights.clone()

@@ -58,12 +58,12 @@ def main() -> None:
 
 def ours(config: Config, give_memory_back: bool) -> tuple[Step, str]:
     """The step of ``cllm train``, as it would be chosen here."""
-    from cllm.training import session
+    from cllm.training import build as building
 
     if give_memory_back:
-        session.keep_freed_memory = lambda: False
+        building.keep_freed_memory = lambda: False
     config = choose(config).config
-    model, step = session.build(config)
+    model, step = building.build(config)
     model.train()
     rate = config.train.lr
     return lambda ids, targets: step([(ids, targets)], rate), config.train.dtype

@@ -17,10 +17,11 @@ from cllm.store import checkpoint as checkpoints
 from cllm.store.draft import Draft
 from cllm.store.run import RunDirectory
 from cllm.text.dataset import load_prepared
+from cllm.training.build import build
 from cllm.training.conclude import Outcome, first_facts
 from cllm.training.draw_sources import draws_of
 from cllm.training.progress import Progress
-from cllm.training.session import build, train_run
+from cllm.training.session import train_run
 from cllm.training.snapshot import Standing
 from cllm.training.step import TrainStep
 from cllm.training.tables import reduce_bases

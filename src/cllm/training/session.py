@@ -6,23 +6,18 @@ goes on from a run's last checkpoint. Both end in a fit, the test score and the 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
-from cllm.core.allocator import keep_freed_memory
 from cllm.core.config import Config
 from cllm.core.cpu import is_busy
 from cllm.core.errors import UsageError, UserError
 from cllm.core.machine import cache_dir
 from cllm.core.settings import load_config, merge, parse_setting, to_toml
-from cllm.core.shared_memory import SharedMemory
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
 from cllm.store.draft import Draft
@@ -32,17 +27,13 @@ from cllm.store.steps import discard_after, locate
 from cllm.text.corpus import prepare
 from cllm.text.dataset import Dataset, load_prepared
 from cllm.text.tokenizer import Tokenizer
-from cllm.training.arena import Arena
 from cllm.training.board import open_board
-from cllm.training.choose import arithmetic, choose
+from cllm.training.build import build
+from cllm.training.choose import choose
 from cllm.training.conclude import Outcome, conclude, first_facts
 from cllm.training.draw_sources import draws_of
-from cllm.training.draws import Draws
 from cllm.training.interrupt import Interrupt
-from cllm.training.lazy_rows import idling_tables
-from cllm.training.optimizer import OPTIMIZERS
 from cllm.training.pace import measure_pace
-from cllm.training.parallel.crew import Crew, reserve
 from cllm.training.pieces import resolve_pieces
 from cllm.training.progress import Progress
 from cllm.training.report import write_report
@@ -145,56 +136,6 @@ def resume(path: Path | str, settings: Sequence[str], progress: Progress) -> Out
     progress.say(f"resuming {run.path} at step {standing.step}")
     newest = saved.step if locate(Path(path))[1] is None else None
     return train_run(config, run, dataset, model, step, standing, progress, newest)
-
-
-def build(config: Config, draws: Draws | None = None) -> tuple[Transformer, TrainStep]:
-    """The model with its random start and its training step, on the configured device.
-
-    ``config`` must be resolved (see ``cllm.training.choose``). ``draws``: what its steps draw from; with
-    none they are on the exact loss alone. Sets torch's number of threads. Workers begin with the first
-    step, and end with ``step.close()``.
-    """
-    assert config.train.loss == "exact" or draws is not None
-    if config.train.parallel.workers == 1:
-        return build_step(config, draws=draws)
-    memory = reserve(config)
-    model, step = build_step(config, memory)
-    step.crew = Crew(config, memory, model, step.arena, step.cores)
-    return model, step
-
-
-def build_step(
-    config: Config,
-    memory: SharedMemory | None = None,
-    *,
-    owner: bool = True,
-    draws: Draws | None = None,
-) -> tuple[Transformer, TrainStep]:
-    """The same for one process, with its weights in ``memory`` if that is given (see ``Arena.adopt``)."""
-    train = config.train
-    assert isinstance(train.threads, int)
-    assert isinstance(train.loss_chunk, int)
-    torch.set_num_threads(train.threads)
-    keep_freed_memory()
-    # A place of ours, so that the compiled code outlives the system's temporary files.
-    with suppress(OSError):
-        (cache_dir() / "inductor").mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
-    model = Transformer(config.model, attention=train.attention)
-    if owner:
-        model.start(train.seed)
-    model.to(train.device)
-    arena = Arena.adopt(
-        model,
-        arithmetic(train),
-        OPTIMIZERS[train.optimizer].moments if owner else (),
-        idling_tables(train, config.model.tie_embeddings),
-        memory,
-        owner,
-    )
-    compiled = train.compile == "on"
-    step = TrainStep(model, arena, train, chunk=train.loss_chunk, compiled=compiled, draws=draws)
-    return model, step
 
 
 def train_run(

@@ -19,10 +19,10 @@ from cllm.core.config import Config
 from cllm.core.errors import UsageError
 from cllm.store.metrics import read_columns
 from cllm.store.run import RunDirectory
+from cllm.training.build import build
 from cllm.training.choose import choose
 from cllm.training.feed import MicroBatches
 from cllm.training.parallel.crew import WorkerError
-from cllm.training.session import build
 from cllm.training.step import TrainStep
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd")

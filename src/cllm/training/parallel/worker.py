@@ -35,10 +35,10 @@ def _serve(sock: socket.socket, memory_fd: int, number: int, facts: dict[str, ob
 
     from cllm.core.config import Config
     from cllm.core.shared_memory import SharedMemory
+    from cllm.training.build import build_step
     from cllm.training.gradient import Micro
     from cllm.training.parallel.crew import Shared
     from cllm.training.parallel.shards import deal
-    from cllm.training.session import build_step
 
     if facts["double"]:
         torch.set_default_dtype(torch.float64)
