@@ -17,8 +17,7 @@ class GridSpec:
 
     Attributes:
         bits: 2, 3, 4 or 8 bits of a code.
-        symmetric: codes −2^(bits−1) … 2^(bits−1) − 1 times a scale; else 0 … 2^bits − 1 times a scale
-            plus an offset.
+        symmetric: codes −2^(bits−1) … 2^(bits−1) − 1 times a scale; else the same plus an offset.
         group: columns that share a scale, 0 for the whole row; the last group of a row may be shorter.
         block: "" for ours, or llama.cpp's ``gguf-q4_0`` (4 bits, −8 … 7) and ``gguf-q8_0`` (8 bits,
             −127 … 127): blocks of 32 columns with an fp16 scale.
@@ -35,19 +34,19 @@ class GridSpec:
         if self.group < 0:
             raise ValueError(f"a group has columns, not {self.group}")
         if self.block and (self.block, self.bits, self.symmetric, self.group) not in BLOCKS:
-            raise ValueError(f"no grid {self.block!r} of {self.bits} bits in groups of {self.group}")
+            raise ValueError(
+                f"no grid {self.block!r} of {self.bits} bits in groups of {self.group}"
+            )
 
     @property
     def low(self) -> int:
         """The least code."""
-        if not self.symmetric:
-            return 0
         return -127 if self.block == "gguf-q8_0" else -(2 ** (self.bits - 1))
 
     @property
     def high(self) -> int:
         """The largest code."""
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return 2 ** (self.bits - 1) - 1
 
     def group_of(self, columns: int) -> Tensor:
         """(columns,) int64: the group of each column."""
@@ -128,7 +127,9 @@ def as_stored(values: Tensor) -> Tensor:
     tiny = float(torch.finfo(torch.float16).tiny)
     near = values.double().clamp(-65504.0, 65504.0)
     size = near.abs()
-    near = torch.where(size < tiny, torch.where(size < tiny / 2, 0.0, torch.sign(near) * tiny), near)
+    near = torch.where(
+        size < tiny, torch.where(size < tiny / 2, 0.0, torch.sign(near) * tiny), near
+    )
     return near.to(torch.float16).double()
 
 
@@ -144,7 +145,7 @@ def range_grid(weight: Tensor, spec: GridSpec, shrink: float | Tensor = 1.0) -> 
         low, high = least * shrink, most * shrink
         scale = as_stored((high - low) / (spec.high - spec.low))
         # A constant group is all offset.
-        return Grid(spec, weight.shape[1], scale, as_stored(low))
+        return Grid(spec, weight.shape[1], scale, as_stored(low - spec.low * scale))
     if spec.block == "gguf-q8_0":
         scale = torch.maximum(least.abs(), most.abs()) / 127
     else:
@@ -158,6 +159,10 @@ def _extremes(weight: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
     """Least and largest entry (m, groups) of each group."""
     group = spec.group_of(weight.shape[1]).expand(weight.shape[0], -1)
     shape = (weight.shape[0], spec.groups(weight.shape[1]))
-    least = torch.full(shape, torch.inf, dtype=weight.dtype).scatter_reduce(1, group, weight, "amin")
-    most = torch.full(shape, -torch.inf, dtype=weight.dtype).scatter_reduce(1, group, weight, "amax")
+    least = torch.full(shape, torch.inf, dtype=weight.dtype).scatter_reduce(
+        1, group, weight, "amin"
+    )
+    most = torch.full(shape, -torch.inf, dtype=weight.dtype).scatter_reduce(
+        1, group, weight, "amax"
+    )
     return least, most

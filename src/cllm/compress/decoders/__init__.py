@@ -17,7 +17,17 @@ from cllm.compress.problem import Problem
 
 METHODS = ("rtn", "babai", "k-best", "k-best-lll", "k-best-bkz", "klein")
 
-__all__ = ["METHODS", "Decoder", "Points", "babai", "descend", "k_best", "klein", "points_of", "rtn"]
+__all__ = [
+    "METHODS",
+    "Decoder",
+    "Points",
+    "babai",
+    "descend",
+    "k_best",
+    "klein",
+    "points_of",
+    "rtn",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ def babai(problem: Problem, points: Points) -> Tensor:
     Geometry of LLM Quantization", 2025, theorem 1): GPTQ's updated weight is Babai's centre
     w_i + Σ_{j>i} U_ij (w_j − ŵ_j). A block's errors reach the other columns by one matrix product.
     """
-    m, n = problem.shape
+    n = problem.shape[1]
     # Columns as rows, so that what is decided at once lies together.
     centres, U = problem.weight.T.contiguous(), problem.U
     codes, errors = torch.empty_like(centres), torch.empty_like(centres)
