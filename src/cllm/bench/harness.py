@@ -39,6 +39,7 @@ BENCHES = {
     "tables": "tables",
     "lookup": "lookup",
     "codes": "codes",
+    "compress": "compress",
 }
 """Name of a bench to its module in ``cllm.bench``."""
 

@@ -7,7 +7,7 @@ the layer at hand has statistics in memory, beside the hidden vectors between tw
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -63,10 +63,12 @@ def layers_in_order(model: Transformer) -> list[str]:
     ]
 
 
-def calibrate(model: Transformer, windows: np.ndarray) -> Iterator[Layer]:
+def calibrate(
+    model: Transformer, windows: np.ndarray, *, skip: Collection[str] = ()
+) -> Iterator[Layer]:
     """Each linear layer of ``model`` in turn, with the statistics of its inputs on ``windows``.
 
-    The caller may replace the layer's weight before it takes the next one. Raises ``UserError`` where
+    Layers named in ``skip`` are taken as they are. The caller may replace the layer's weight before it takes the next one. Raises ``UserError`` where
     an input is not finite, and for fewer than two windows.
     """
     if len(windows) < 2:
@@ -88,6 +90,8 @@ def calibrate(model: Transformer, windows: np.ndarray) -> Iterator[Layer]:
                 if not isinstance(linear, nn.Linear):
                     continue
                 full = f"layers.{number}.{name}"
+                if full in skip:
+                    continue
                 judging = _moment(block, linear, hidden[:held], rotary, full)
                 fitting = _moment(block, linear, hidden[held:], rotary, full)
                 yield Layer(full, linear, fitting, judging, (len(ids) - held) * length)

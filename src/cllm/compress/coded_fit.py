@@ -61,15 +61,22 @@ def fit_coded(
     step = 4.13 * float(problem.weight.double().square().mean().sqrt())
     step *= 2.0 ** (-8 * target / problem.weight.numel())
     search = _Search(target, problem.weight.numel())
-    for method in dict.fromkeys((quick, decoder)):
+    plain = _Work(problem, octaves, CodedSpec(price=0, columns=spec.columns))
+    stages = [(plain, quick)]
+    if spec.price or decoder != quick:
+        stages.append((work, decoder))
+    for stage, method in stages:
         search.restart()
         for _ in range(_TRIES):
-            matrix = work.decode(method, step)
+            matrix = stage.decode(method, step)
             search.offer(matrix, encode(matrix))
             if search.done:
                 break
             step = search.next_step()
         step = search.last_step
+        if spec.price:  # weighing bits saves some: a smaller step takes as many
+            step *= 0.93
+        work.last = plain.last
     if search.best is None:
         least = len(encode(zeros))
         if target < least:
@@ -150,7 +157,7 @@ class _Work:
         if self.last is None:
             self.last = self.problem.back(babai(self.problem, points)).long().numpy()
         price = self._price(points)
-        return k_best(self.problem, points, K, children=3, price=price)
+        return k_best(self.problem, points, K, children=3 if K < 4 else 2, price=price)
 
     def _price(self, points: Points) -> Price:
         """Bits as the entropy coder would count them beside the integers of before."""

@@ -34,7 +34,9 @@ def store_plain(values: Tensor, dtype: str) -> tuple[Stored, Parts]:
     """
     cast = values.detach().to(CASTS[dtype])
     if bool(torch.isinf(cast).any()) and not bool(torch.isinf(values).any()):
-        raise UserError(f"weights beyond {torch.finfo(CASTS[dtype]).max:g} do not fit {dtype}: take bf16")
+        raise UserError(
+            f"weights beyond {torch.finfo(CASTS[dtype]).max:g} do not fit {dtype}: take bf16"
+        )
     return Stored(kind="plain", shape=tuple(values.shape), facts={"dtype": dtype}), {"": cast}
 
 

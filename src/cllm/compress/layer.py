@@ -51,7 +51,9 @@ def compress_layer(layer: Layer, settings: Settings, bits: float | None = None) 
         if settings.is_coded:
             spec = GridSpec(bits=3, group=0)  # the damping is chosen on a grid like it
             damping = choose_damping(weight, layer.fit, layer.held, spec, order=settings.order)
-            made = _coded(weight, metric, damping, settings, settings.bits if bits is None else bits)
+            made = _coded(
+                weight, metric, damping, settings, settings.bits if bits is None else bits
+            )
         else:
             spec = settings.grid_spec
             spec.check_shape((int(weight.shape[0]), int(weight.shape[1])))
@@ -62,16 +64,14 @@ def compress_layer(layer: Layer, settings: Settings, bits: float | None = None) 
     stored, parts, values = made
     whole = checked_metric(metric)
     size = float(objective(weight, torch.zeros_like(weight), whole).sum())
-    error = float(objective(weight, values, whole).sum()) / max(size, 1e-300)
-    return Piece(stored, parts, values, {"error": error, "damping": damping})
+    lost = float(objective(weight, values, whole).sum()) / max(size, 1e-300)
+    return Piece(stored, parts, values, {"error": lost, "damping": damping})
 
 
 def _on_grid(
     weight: Tensor, metric: Tensor, damping: float, settings: Settings, spec: GridSpec
 ) -> tuple[Stored, Parts, Tensor]:
-    prepared = problem(
-        weight, metric, damping=damping, order=settings.order, dtype=torch.float32
-    )
+    prepared = problem(weight, metric, damping=damping, order=settings.order, dtype=torch.float32)
     grid, codes = fit_grid(prepared, spec, settings.decoder, scales=settings.scales)
     stored, parts = store_grid(grid, codes)
     return stored, parts, grid.values(codes)
@@ -80,9 +80,7 @@ def _on_grid(
 def _coded(
     weight: Tensor, metric: Tensor, damping: float, settings: Settings, bits: float
 ) -> tuple[Stored, Parts, Tensor]:
-    prepared = problem(
-        weight, metric, damping=damping, order=settings.order, dtype=torch.float32
-    )
+    prepared = problem(weight, metric, damping=damping, order=settings.order, dtype=torch.float32)
     target = int(bits * weight.numel() / 8)
     matrix, data = fit_coded(prepared, target, settings.decoder, settings.coded_spec)
     stored = Stored(kind="coded", shape=(int(weight.shape[0]), int(weight.shape[1])))
@@ -95,9 +93,16 @@ def as_bytes(data: bytes) -> Tensor:
 
 
 def compress_table(
-    weight: Tensor, settings: Settings, seen: TableStatistics | None, *, head: bool, look_up: bool
+    weight: Tensor,
+    settings: Settings,
+    seen: TableStatistics | None,
+    *,
+    head: bool,
+    look_up: bool,
+    bits: float | None = None,
 ) -> Piece:
-    """A token table (V, r) by ``settings.table``; ``seen`` is ``None`` where rows are no tokens' vectors.
+    """A token table (V, r) by ``settings.table``, at ``bits`` a number in place of the settings' if given;
+    ``seen`` is ``None`` where rows are no tokens' vectors.
 
     ``head``, ``look_up``: what the table is used for. Raises ``UserError`` where the bytes are too few.
     """
@@ -108,7 +113,8 @@ def compress_table(
     if settings.table == "int8":
         codec: codecs.Codec = codecs.Rows(bits=8)
     else:
-        codec = codecs.Lattice(target_bytes=round(settings.table_bits * weight.numel() / 8))
+        rate = settings.table_bits if bits is None else bits
+        codec = codecs.Lattice(target_bytes=round(rate * weight.numel() / 8))
     metric = None
     if seen is not None:
         metric = codecs.table_metric(seen.moment, head=head, look_up=look_up)

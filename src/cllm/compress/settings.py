@@ -117,9 +117,7 @@ class Settings:
         """The grid. Raises ``ValueError`` for one that does not exist."""
         if self.bits != int(self.bits):
             raise ValueError(f"a grid has 2, 3, 4 or 8 bits, not {self.bits:g}")
-        return grid_spec(
-            int(self.bits), grid=self.grid, symmetric=self.symmetric, group=self.group
-        )
+        return grid_spec(int(self.bits), grid=self.grid, symmetric=self.symmetric, group=self.group)
 
     @property
     def coded_spec(self) -> CodedSpec:

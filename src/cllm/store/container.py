@@ -126,7 +126,9 @@ class Container:
                 "`cllm compress`"
             ) from error
         if metadata.get("format") != FORMAT:
-            raise UserError(f"{path} is no compressed model of cllm (a safetensors file of another kind)")
+            raise UserError(
+                f"{path} is no compressed model of cllm (a safetensors file of another kind)"
+            )
         text = metadata.get("header", "")
         if _sha256(text.encode("utf-8")) != metadata.get("sha256"):
             raise _damaged(path, "its header was altered")

@@ -133,8 +133,8 @@ class GridMatrix:
         return out.to(dtype)
 
     def packed_int4(self) -> Tensor:
-        """(m, ⌈n/2⌉) uint8: two codes of at most 4 bits a byte, the even column in the low half, each plus 8,
-        so that it is 0 … 15. Raises ``ValueError`` for 8-bit codes."""
+        """(m, ⌈n/2⌉) uint8: two codes of at most 4 bits a byte, the even column in the low half,
+        each plus 8, so that it is 0 … 15. Raises ``ValueError`` for 8-bit codes."""
         if self.bits > 4:
             raise ValueError(f"codes of {self.bits} bits do not fit into four")
         m, n = self.codes.shape

@@ -96,6 +96,7 @@ class _Level:
         m = len(points.step)
         self.squares, self.points, self.part, self.price = squares, points, part, price
         self.K, self.children = K, children
+        self.boxed = points.high < 2**20
         self.distance = torch.full((m, K), torch.inf, dtype=points.step.dtype)
         self.distance[:, 0] = 0
         self.first = (torch.arange(m) * K).repeat_interleave(K)
@@ -107,8 +108,10 @@ class _Level:
         weight = self.squares[j] * self.points.step[:, j].square()
         costs = (codes - real[:, None]).square_().mul_(weight[:, None, None])
         costs += self.distance[:, None]
-        outside = (codes < self.points.low) | (codes > self.points.high)
-        costs.masked_fill_(outside, torch.inf)
+        # The nearest is inside; of a second one the side is chosen so that it is, if any is.
+        if self.boxed:
+            outside = (codes < self.points.low) | (codes > self.points.high)
+            costs.masked_fill_(outside, torch.inf)
         if self.price is not None:
             flat = codes.flatten(1)
             costs += self.price(j, self.part, flat).view(costs.shape)
@@ -133,8 +136,10 @@ class _Level:
         """(m, children, K): the nearest code inside the box, then to and fro."""
         near = real.round().clamp_(self.points.low, self.points.high)
         side = torch.where(real >= near, 1.0, -1.0).to(real.dtype)
-        beyond = near + side
-        side = torch.where((beyond < self.points.low) | (beyond > self.points.high), -side, side)
+        if self.boxed:
+            beyond = near + side
+            turned = (beyond < self.points.low) | (beyond > self.points.high)
+            side = torch.where(turned, -side, side)
         offers = [near]
         for c in range(1, self.children):
             offers.append(near + side * ((c + 1) // 2 if c % 2 else -(c // 2)))
