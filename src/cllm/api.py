@@ -286,10 +286,10 @@ class Run(Model):
 def outcome_lines(outcome: Outcome) -> list[str]:
     """What a person wants to know when training has ended."""
     lines = []
-    for name, score in (("validation", outcome.validation), ("test", outcome.test)):
-        if score is not None:
+    for name, found in (("validation", outcome.validation), ("test", outcome.test)):
+        if found is not None:
             lines.append(
-                f"{name}: {score.bpb:.4f} bits per byte (loss {score.loss:.4f} nats per token, "
-                f"perplexity {score.perplexity:.1f}, {score.bytes:,} bytes held out)"
+                f"{name}: {found.bpb:.4f} bits per byte (loss {found.loss:.4f} nats per token, "
+                f"perplexity {found.perplexity:.1f}, {found.bytes:,} bytes held out)"
             )
     return lines

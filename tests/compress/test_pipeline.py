@@ -24,7 +24,7 @@ from cllm.text.dataset import load_prepared
 from cllm.training.progress import Silent
 
 Cllm = Callable[..., Any]
-QUICK = {"tokens": 512, "beams": 4, "table": "fp16"}
+QUICK = {"tokens": 256, "beams": 2, "table": "fp16", "scales": "range", "sweeps": 0}
 
 
 def make(run: Path, out: Path, **changes: Any) -> Any:

@@ -68,8 +68,8 @@ def calibrate(
 ) -> Iterator[Layer]:
     """Each linear layer of ``model`` in turn, with the statistics of its inputs on ``windows``.
 
-    Layers named in ``skip`` are taken as they are. The caller may replace the layer's weight before it takes the next one. Raises ``UserError`` where
-    an input is not finite, and for fewer than two windows.
+    Layers named in ``skip`` are taken as they are. The caller may replace a layer's weight before it takes
+    the next one. Raises ``UserError`` where an input is not finite, and for fewer than two windows.
     """
     if len(windows) < 2:
         raise UserError("calibration needs two windows of text at least; give more (--calibration)")

@@ -1,4 +1,4 @@
-"""Integers for the entropy coder: a matrix at a number of bytes, by nearest plane or K-best, rate weighed."""
+"""Integers for the entropy coder: a matrix at a number of bytes, by nearest plane or K-best."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def fit_coded(
     quick = Decoder(method="rtn" if decoder.method == "rtn" else "babai")
     step = 4.13 * float(problem.weight.double().square().mean().sqrt())
     step *= 2.0 ** (-8 * target / problem.weight.numel())
-    search = _Search(target, problem.weight.numel())
+    search = _Search(target, problem.weight.numel(), len(encode(zeros)))
     plain = _Work(problem, octaves, CodedSpec(price=0, columns=spec.columns))
     stages = [(plain, quick)]
     if spec.price or decoder != quick:
@@ -73,6 +73,10 @@ def fit_coded(
             if search.done:
                 break
             step = search.next_step()
+        while search.best is None and search.seen[-1][1] > search.floor:
+            step = 1.1 * search.last_step
+            matrix = stage.decode(method, step)
+            search.offer(matrix, encode(matrix))
         step = search.last_step
         if spec.price:  # weighing bits saves some: a smaller step takes as many
             step *= 0.93
@@ -90,8 +94,8 @@ def fit_coded(
 class _Search:
     """Looks for the step whose file is just below the target, by the secant of size over log step."""
 
-    def __init__(self, target: int, count: int) -> None:
-        self.target, self.count = target, count
+    def __init__(self, target: int, count: int, floor: int) -> None:
+        self.target, self.count, self.floor = target, count, floor
         self.restart()
 
     def restart(self) -> None:
@@ -119,7 +123,10 @@ class _Search:
         """Where the target should be, a little on the safe side."""
         wanted = self.target * (1 + _NEAR) / 2
         place, size = self.seen[-1]
-        slope = -self.count / 8  # a bit for each weight and octave
+        slope = -self.count / 8  # a bit for each weight and octave, fewer where many are 0
+        if len(self.seen) > 1 and self.seen[-2][0] != place:
+            (x0, y0), (x1, y1) = self.seen[-2:]
+            slope = min(-0.02 * self.count / 8, (y1 - y0) / (x1 - x0))
         above = [p for p in self.seen if p[1] > wanted]
         below = [p for p in self.seen if p[1] <= wanted]
         if above and below:

@@ -84,7 +84,7 @@ def sensitivities(source: Source, progress: Progress) -> dict[str, Sensitivity]:
     return found
 
 
-def _with(model: Transformer, weight: torch.nn.Parameter, values: Tensor, ids: Tensor) -> float:
+def _with(model: Transformer, weight: Tensor, values: Tensor, ids: Tensor) -> float:
     """The loss with other values of a weight, which is then as it was."""
     kept = weight.detach().clone()
     try:
@@ -94,7 +94,7 @@ def _with(model: Transformer, weight: torch.nn.Parameter, values: Tensor, ids: T
         _put(model, weight, kept)
 
 
-def _put(model: Transformer, weight: torch.nn.Parameter, values: Tensor) -> None:
+def _put(model: Transformer, weight: Tensor, values: Tensor) -> None:
     with torch.no_grad():
         weight.copy_(values)
     for table in model.tables.values():
