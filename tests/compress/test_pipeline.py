@@ -29,6 +29,7 @@ QUICK = {"tokens": 256, "beams": 2, "table": "fp16", "scales": "range", "sweeps"
 
 def make(run: Path, out: Path, **changes: Any) -> Any:
     """Compress ``run`` quickly."""
+    torch.set_num_threads(1)  # which opening a run has raised
     return compress_run(run, Settings(**(QUICK | changes)), Silent(), out=out)
 
 

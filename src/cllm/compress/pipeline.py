@@ -103,7 +103,8 @@ def open_source(
     config = load_config(run.config)
     checkpoint = checkpoints.load(checkpoints.find(path, _which(path)), with_optimizer=False)
     data = load_prepared(run.data)
-    torch.set_num_threads(machine().threads)
+    # A container's quota may be less than its cores; who asked for fewer has a reason.
+    torch.set_num_threads(min(torch.get_num_threads(), machine().threads))
     context = config.model.context
     if calibration:
         with tempfile.TemporaryDirectory() as place:
