@@ -11,7 +11,7 @@ from cllm.compress.pipeline import Compressed, Source, compress, open_default, o
 from cllm.compress.settings import Settings
 from cllm.core.atomic import clear_errors
 from cllm.core.errors import UsageError, UserError
-from cllm.store.container import SUFFIX
+from cllm.store.container import SUFFIX, is_container
 from cllm.training.progress import Progress
 
 LADDER = (2.0, 3.0, 4.0, 8.0)
@@ -33,6 +33,8 @@ def compress_run(
     ``size`` (``600KB``): entropy-coded at rates that fit the file. ``increase`` (``1%``): the fewest bits
     at which validation text costs at most that much more. Raises ``UsageError`` and ``UserError``.
     """
+    if is_container(path):
+        raise UsageError(f"{path} is compressed already: compress the run that it was made of")
     if size is not None and increase is not None:
         raise UsageError("give a size or a rise of the bits per byte, not both")
     if size is not None and (settings.is_cast or not settings.is_coded):

@@ -21,12 +21,11 @@ from cllm.compress.score import score
 from cllm.compress.settings import Settings
 from cllm.compress.statistics import table_statistics
 from cllm.core.config import Config
-from cllm.core.errors import UsageError
 from cllm.core.machine import machine
 from cllm.core.settings import load_config, merge, to_toml
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
-from cllm.store.container import Container, Header, is_container, tensor_name, write_container
+from cllm.store.container import Container, Header, tensor_name, write_container
 from cllm.store.run import RunDirectory
 from cllm.text.corpus import tokens_for_eval
 from cllm.text.dataset import Dataset, load_prepared
@@ -94,11 +93,8 @@ def open_source(
     """Open the run (or checkpoint) at ``path`` with calibration text: ``calibration`` or its own training
     split, never what it is scored on.
 
-    Raises ``UsageError`` for a file that is compressed already, ``UserError`` as opening a run, reading
-    its weights and reading text do.
+    Raises ``UserError`` as opening a run, reading its weights and reading text do.
     """
-    if is_container(path):
-        raise UsageError(f"{path} is compressed already: compress the run that it was made of")
     run = RunDirectory.open(path)
     config = load_config(run.config)
     checkpoint = checkpoints.load(checkpoints.find(path, _which(path)), with_optimizer=False)
@@ -175,7 +171,7 @@ def compress(
     tensors = {
         tensor_name(name, part): tensor
         for name, piece in pieces.items()
-        for part, tensor in piece.parts.items()
+        for part, tensor in sorted(piece.parts.items())
     }
     results = {"base_bpb": source.base, "bpb": bpb}
     header = Header(

@@ -1,8 +1,8 @@
 """``NAME.cllm``: a compressed model in one file, which is all that is needed to generate and to score.
 
-The file is a safetensors file. Its metadata holds a header of JSON: the version, the configuration, where
-the model comes from, how each weight is stored, and a SHA-256 of every tensor's bytes; the header has a
-SHA-256 of its own. Tensors are read when they are asked for, and checked then.
+The file is a safetensors file. Its metadata has one entry, ``cllm-container``: a SHA-256, a space, and the
+header that it is of, as JSON: the version, the configuration, where the model comes from, how each weight
+is stored, and a SHA-256 of every tensor's bytes. Tensors are read, and checked, when they are asked for.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def write_container(
         "digests": {name: _digest(tensor) for name, tensor in whole.items()},
     }
     text = json.dumps(body, separators=(",", ":"))
-    metadata = {"format": FORMAT, "header": text, "sha256": _sha256(text.encode("utf-8"))}
+    # One entry: safetensors writes several in no fixed order, and the same model is to be the same bytes.
+    metadata = {FORMAT: f"{_sha256(text.encode('utf-8'))} {text}"}
     data = save(whole, metadata=metadata)
     with new_file(path) as file:
         file.write(data)
@@ -125,12 +126,12 @@ class Container:
                 f"{path} is no compressed model, or is damaged or cut short: make it anew with "
                 "`cllm compress`"
             ) from error
-        if metadata.get("format") != FORMAT:
+        if FORMAT not in metadata:
             raise UserError(
                 f"{path} is no compressed model of cllm (a safetensors file of another kind)"
             )
-        text = metadata.get("header", "")
-        if _sha256(text.encode("utf-8")) != metadata.get("sha256"):
+        claimed, _, text = metadata[FORMAT].partition(" ")
+        if _sha256(text.encode("utf-8")) != claimed:
             raise _damaged(path, "its header was altered")
         body = _migrated(json.loads(text), path)
         digests = body.pop("digests")
