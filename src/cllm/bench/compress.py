@@ -130,7 +130,6 @@ def _place(path: Path, settings: Settings, tokens: int) -> Path:
 
 
 def _figures(source: Source, settings: Settings) -> Figures:
-    begin = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         made = compress(source, settings, Path(place) / "model.cllm", Silent())
     if made.bpb is None or made.base is None:
@@ -142,7 +141,6 @@ def _figures(source: Source, settings: Settings) -> Figures:
         "base": made.base,
         "bpb": made.bpb,
         "error": mean(layer["error"] for layer in layers),
-        "seconds": time.monotonic() - begin,
     }
 
 
@@ -203,7 +201,6 @@ def _claims(measured: list[dict[Case, Figures]], quick: bool) -> list[Claim]:
             0.7,
         ),
         *(_small(measured, quick, method) for method in (known.OURS, known.CODED_OURS)),
-        _time(measured, quick),
     ]
 
 
@@ -249,24 +246,6 @@ def _small(measured: list[dict[Case, Figures]], quick: bool, method: str) -> Cla
         name=f"rise of {method} at 4 bits, share of full precision's, the worst run",
         value=max(rises) if rises else None,
         required=0.005,
-        higher_is_better=False,
-        why=why,
-        judged=not why,
-    )
-
-
-def _time(measured: list[dict[Case, Figures]], quick: bool) -> Claim:
-    """Seconds of the whole command: what GPTQ and k-best share is in both."""
-    cases_ = [Case(method=method, bits=2.0) for method in (known.OURS, known.GPTQ)]
-    times = [
-        [f[case]["seconds"] for case in cases_] for f in measured if all(c in f for c in cases_)
-    ]
-    value = mean(t[0] / t[1] for t in times) if times else None
-    why = "quick: too small to judge" if quick else "" if times else "not measured"
-    return Claim(
-        name="time of k-best 16 over GPTQ's, calibration and scoring in both",
-        value=value,
-        required=10.0,
         higher_is_better=False,
         why=why,
         judged=not why,

@@ -34,6 +34,8 @@ def reduced_k_best(problem: Problem, points: Points, K: int, method: str = "lll"
     R = problem.U.double() * problem.squares.double().sqrt()[:, None]
     basis = step[:, None] * R.T
     targets = ((problem.weight - points.offset) / points.step[:, :1]).double() @ R.T
+    # A row without a step (a constant) is on its grid anyway, and far outside of any lattice's range.
+    targets[(points.step[:, 0].abs() < 1e-12) | (targets.abs().amax(dim=1) > 2.0**40)] = 0
     found = reduce(basis.numpy(), method)
     transform = torch.from_numpy(found.transform.astype("float64"))
     answer = closest((transform @ basis).numpy(), targets.numpy(), "k-best", K=K)
