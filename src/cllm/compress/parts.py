@@ -7,7 +7,6 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -63,10 +62,3 @@ class PartsFolder:
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"
-
-
-def equal_pieces(first: Piece, second: Piece) -> bool:
-    """Whether two pieces hold the same bytes."""
-    return first.parts.keys() == second.parts.keys() and all(
-        torch.equal(part, second.parts[name]) for name, part in first.parts.items()
-    )
