@@ -20,7 +20,7 @@ def descend(problem: Problem, points: Points, codes: Tensor, sweeps: int = 2) ->
     """
     H = problem.H[problem.order][:, problem.order].to(problem.weight.dtype).contiguous()
     n = problem.shape[1]
-    codes = codes.T.contiguous()
+    codes = codes.T.clone(memory_format=torch.contiguous_format)
     step, offset = points.step.T.contiguous(), points.offset.T.contiguous()
     errors = problem.weight.T - (offset + step * codes)
     for _ in range(sweeps):

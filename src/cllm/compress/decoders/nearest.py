@@ -26,8 +26,9 @@ def babai(problem: Problem, points: Points) -> Tensor:
     w_i + Σ_{j>i} U_ij (w_j − ŵ_j). A block's errors reach the other columns by one matrix product.
     """
     n = problem.shape[1]
-    # Columns as rows, so that what is decided at once lies together.
-    centres, U = problem.weight.T.contiguous(), problem.U
+    # Columns as rows, so that what is decided at once lies together. A copy even of a single row, whose
+    # transpose is contiguous as it is.
+    centres, U = problem.weight.T.clone(memory_format=torch.contiguous_format), problem.U
     codes, errors = torch.empty_like(centres), torch.empty_like(centres)
     for stop in range(n, 0, -BLOCK):
         begin = max(0, stop - BLOCK)
