@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from cllm.compress.formats import read_state
+from cllm.compress.score import score
 from cllm.core.config import Config
 from cllm.core.duration import parse_duration
 from cllm.core.errors import UsageError, UserError
@@ -20,18 +22,17 @@ from cllm.core.settings import build, flatten, load_config, merge, read_toml, wr
 from cllm.infer.generate import stream
 from cllm.infer.sampling import Sampling
 from cllm.infer.streaming import TextStream
-from cllm.model.cross_entropy import cross_entropy_sum
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
+from cllm.store.container import Container, is_container
 from cllm.store.metrics import Columns, read_columns
 from cllm.store.run import RunDirectory
 from cllm.text.corpus import tokens_for_eval
 from cllm.text.dataset import load_prepared
 from cllm.text.packed import PackedTokens
 from cllm.text.tokenizer import Tokenizer
-from cllm.training.choose import DTYPES
 from cllm.training.conclude import Outcome
-from cllm.training.evaluate import Evaluation, evaluate
+from cllm.training.evaluate import Evaluation
 from cllm.training.progress import Progress, Silent, open_progress
 from cllm.training.session import resume as resume_session
 from cllm.training.session import start
@@ -73,8 +74,13 @@ def train(
     return Run(start(whole, progress, out=out, from_run=from_run, seconds=seconds).run)
 
 
-def load(path: str | Path) -> Run:
-    """The run at ``path``; ``UserError`` if there is none."""
+def load(path: str | Path) -> Run | CompressedModel:
+    """The run (a ``Run``) or the compressed model (a ``CompressedModel``) at ``path``.
+
+    Raises ``UserError`` if there is none, or the file is damaged.
+    """
+    if is_container(path):
+        return CompressedModel(Container.open(path))
     return Run(RunDirectory.open(path), chosen=Path(path))
 
 
@@ -106,36 +112,39 @@ def resolve_config(
     return merge(whole, kept | dropouts)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A trained (or half-trained) run: generate, evaluate, look back."""
-
-    directory: RunDirectory
-    chosen: Path | None = None
-    """A checkpoint of the run to use; none means its best one."""
+class Model:
+    """A model that can be used: generate, evaluate. A ``Run`` or a ``CompressedModel``."""
 
     @property
     def path(self) -> Path:
-        """The run directory."""
-        return self.directory.path
+        """Where it is."""
+        raise NotImplementedError
 
     @cached_property
     def config(self) -> Config:
         """The resolved configuration."""
-        return load_config(self.directory.config)
+        raise NotImplementedError
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer."""
-        return Tokenizer.load(self.directory.tokenizer)
+        """The model's tokenizer."""
+        raise NotImplementedError
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights by parameter name, in float32."""
+        raise NotImplementedError
+
+    def split(self, name: str) -> PackedTokens:
+        """A split of its own text; ``UserError`` where there is none."""
+        raise NotImplementedError
 
     @cached_property
     def model(self) -> Transformer:
-        """The model with its best weights (or those of the chosen checkpoint), in eval mode."""
+        """The model with its weights, in eval mode."""
         torch.set_num_threads(machine().threads)  # a container's quota may be less than its cores
         attention = self.config.train.attention
         model = Transformer(self.config.model, "matmul" if attention == "auto" else attention)
-        model.load_state_dict(checkpoints.load_weights(self.chosen or self.path))
+        model.load_state_dict(self.weights())
         return model.eval()
 
     def generate(
@@ -179,7 +188,7 @@ class Run:
         split: str = "validation",
         progress: Progress | None = None,
     ) -> Evaluation:
-        """Score other text, or a split of the run's own, in the run's precision.
+        """Score other text, or a split of a run's own, in the run's precision.
 
         Raises ``UserError`` for text that cannot be read and for a split the run does not have.
         """
@@ -187,10 +196,7 @@ class Run:
         if not paths:
             if split not in ("train", "validation", "test"):
                 raise UsageError(f"split {split!r} is none of train, validation, test")
-            tokens = getattr(load_prepared(self.directory.data), split)
-            if tokens is None:
-                raise UserError(f"{self.path} has no {split} split")
-            return self._score(tokens, progress or Silent())
+            return self._score(self.split(split), progress or Silent())
         with tempfile.TemporaryDirectory() as place:
             names = [str(path) for path in paths]
             field = self.config.data.field
@@ -198,27 +204,74 @@ class Run:
             return self._score(tokens, progress or Silent())
 
     def _score(self, tokens: PackedTokens, progress: Progress) -> Evaluation:
-        train, context = self.config.train, self.config.model.context
-        # Parameters alone are cast: rotary tables and running averages stay exact, as in training.
-        model = copy.deepcopy(self.model)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(DTYPES.get(train.dtype, torch.float32))
-        chunk = train.loss_chunk if isinstance(train.loss_chunk, int) else 0
-
-        def summed_loss(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad():
-                hidden = model.output.contract(model.hidden(ids).flatten(0, 1))
-                return cross_entropy_sum(hidden, model.output.core(), targets.flatten(), chunk)
-
-        windows = -(-(len(tokens) - 1) // context)
+        windows = -(-(len(tokens) - 1) // self.config.model.context)
         with progress.stage("evaluating", windows) as advance:
-            return evaluate(
-                summed_loss,
-                tokens,
-                context=context,
-                batch_size=train.batch_size,
-                advance=advance,
-            )
+            return score(self.model, self.config, tokens, advance)
+
+
+@dataclass(frozen=True)
+class CompressedModel(Model):
+    """A compressed model in one file, made by ``cllm compress``."""
+
+    container: Container
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.container.path
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration of the run that it was made of, without the places of its text."""
+        return build(flatten(tomllib.loads(self.container.header.config)))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer in the file."""
+        return Tokenizer.from_json(self.container.tokenizer(), str(self.path))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights as the file holds them, dense in float32."""
+        return read_state(self.container)
+
+    def split(self, name: str) -> PackedTokens:
+        """None: the file has no text."""
+        raise UserError(f"{self.path} has no text of its own: give some (--data)")
+
+
+@dataclass(frozen=True)
+class Run(Model):
+    """A trained (or half-trained) run: generate, evaluate, look back."""
+
+    directory: RunDirectory
+    chosen: Path | None = None
+    """A checkpoint of the run to use; none means its best one."""
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self.directory.path
+
+    @cached_property
+    def config(self) -> Config:
+        """The resolved configuration."""
+        return load_config(self.directory.config)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
+        return Tokenizer.load(self.directory.tokenizer)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The best weights, or those of the chosen checkpoint."""
+        return checkpoints.load_weights(self.chosen or self.path)
+
+    def split(self, name: str) -> PackedTokens:
+        """The packed tokens of a split; ``UserError`` where the run has none."""
+        tokens: PackedTokens | None = getattr(load_prepared(self.directory.data), name)
+        if tokens is None:
+            raise UserError(f"{self.path} has no {name} split")
+        return tokens
 
     def metrics(self, kind: str = "train") -> Columns:
         """Columns of ``metrics.jsonl`` for one kind of line: ``train``, ``validation`` or ``test``."""
@@ -233,10 +286,10 @@ class Run:
 def outcome_lines(outcome: Outcome) -> list[str]:
     """What a person wants to know when training has ended."""
     lines = []
-    for name, score in (("validation", outcome.validation), ("test", outcome.test)):
-        if score is not None:
+    for name, found in (("validation", outcome.validation), ("test", outcome.test)):
+        if found is not None:
             lines.append(
-                f"{name}: {score.bpb:.4f} bits per byte (loss {score.loss:.4f} nats per token, "
-                f"perplexity {score.perplexity:.1f}, {score.bytes:,} bytes held out)"
+                f"{name}: {found.bpb:.4f} bits per byte (loss {found.loss:.4f} nats per token, "
+                f"perplexity {found.perplexity:.1f}, {found.bytes:,} bytes held out)"
             )
     return lines

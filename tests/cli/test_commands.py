@@ -23,6 +23,7 @@ COMMANDS = [
     [],
     ["train"],
     ["eval"],
+    ["compress"],
     ["generate"],
     ["info"],
     ["bench"],

@@ -40,6 +40,7 @@ BENCHES = {
     "lookup": "lookup",
     "codes": "codes",
     "parallel": "parallel",
+    "compress": "compress",
 }
 """Name of a bench to its module in ``cllm.bench``."""
 

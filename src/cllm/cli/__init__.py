@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cllm import __version__
-from cllm.cli import bench, config, lattice, reduce, runs, tokenizer, tokens, train, use
+from cllm.cli import bench, compress, config, lattice, reduce, runs, tokenizer, tokens, train, use
 from cllm.core.errors import UserError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(train.train)
 app.command()(reduce.reduce)
+app.command()(compress.compress)
 app.command("eval")(use.evaluate)
 app.command()(use.generate)
 app.command()(config.info)

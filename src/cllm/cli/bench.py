@@ -14,12 +14,14 @@ def bench(
         str,
         typer.Argument(
             help="Which bench: train, attention, original, startup, lattice, layout, embed, tables, "
-            "lookup or codes."
+            "lookup, codes or compress."
         ),
     ],
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", metavar="PATH", help="Text to use; may be repeated."),
+        typer.Option(
+            "--data", metavar="PATH", help="Text to use (`compress`: or runs); may be repeated."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     check: Annotated[
@@ -31,7 +33,9 @@ def bench(
     ] = False,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0, help="`embed`: begin no training after this; call again to go on."),
+        typer.Option(
+            min=0, help="`embed`, `compress`: begin nothing after this; call again to go on."
+        ),
     ] = None,
     write: Annotated[
         bool, typer.Option("--write", help="Also write docs/results/NAME.md below this directory.")

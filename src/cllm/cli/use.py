@@ -11,7 +11,8 @@ import typer
 from cllm.cli.terminal import printable
 
 RunPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run directory, or one of its checkpoints.")
+    Path,
+    typer.Argument(metavar="RUN", help="A run directory, one of its checkpoints, or a FILE.cllm."),
 ]
 
 

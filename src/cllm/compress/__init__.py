@@ -1,1 +1,1 @@
-"""Compression: codecs for tables and weights."""
+"""Compression: calibration, decoders, codecs, and a whole model in one file."""

@@ -49,7 +49,7 @@ def encode_integers(integers: np.ndarray) -> bytes:
 
     Raises ``UserError`` if ``constriction`` is not installed.
     """
-    stream = _constriction()
+    stream = constriction_stream()
     q = np.asarray(integers, dtype=np.int64)
     assert q.ndim == 2
     assert not q.size or np.abs(q).max() < LARGEST
@@ -72,7 +72,7 @@ def decode_integers(reader: Reader, rows: int, columns: int) -> np.ndarray:
 
     Raises ``ValueError`` for bytes that are no such thing.
     """
-    stream = _constriction()
+    stream = constriction_stream()
     codes = np.frombuffer(reader.take(columns), dtype=np.uint8)
     words = np.frombuffer(reader.take(reader.number("<I")), dtype=np.uint8)
     if len(words) % 4 or (len(words) and not words[-4:].any()):
@@ -237,5 +237,6 @@ def _pieces(bits: int) -> list[tuple[int, int]]:
     return [(start, min(16, bits - start)) for start in range(0, bits, 16)]
 
 
-def _constriction() -> Any:
-    return require("constriction", "compress", "coding a table's integers").stream
+def constriction_stream() -> Any:
+    """``constriction.stream``; ``UserError`` with the line that installs it."""
+    return require("constriction", "compress", "coding integers").stream

@@ -1,0 +1,252 @@
+"""``cllm bench compress``: what compressed models cost in bits per byte, at real bytes, over several runs.
+
+A measured case is kept in the user's cache by the run's weights and the settings, so that a bench that was
+cut short (``--minutes``) goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from cllm.bench import compress_cases as known
+from cllm.bench.compress_cases import Case, cases
+from cllm.bench.harness import Claim, Options, Result, load_now
+from cllm.bench.reference import reference_run
+from cllm.compress.pipeline import Source, compress, open_source
+from cllm.compress.settings import Settings
+from cllm.core.atomic import write_json
+from cllm.core.errors import UserError
+from cllm.core.machine import cache_dir
+from cllm.core.settings import build
+from cllm.store.run import RunDirectory, is_run
+from cllm.training.progress import Silent
+
+TAKES = frozenset({"data", "minutes"})
+FORMAT = 1
+"""Raised when compression changes so that kept figures no longer stand for it."""
+SEEDS = (1, 2, 3)
+
+Figures = dict[str, Any]
+
+
+def run(options: Options) -> Result:
+    """Compress every run in every way. ``--data``: runs, or text that three reference runs are trained on
+    (the built-in corpus if left out)."""
+    load = load_now()
+    until = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
+    runs = _runs(options)
+    wanted = cases(options.quick)
+    measured: list[dict[Case, Figures]] = [{} for _ in runs]
+    tokens = 512 if options.quick else Settings().tokens
+    for found, place in zip(measured, runs, strict=True):
+        _measure(place.path, wanted, found, until, tokens)
+    rows = [row for case in wanted if (row := _row(case, measured)) is not None]
+    missing = [case for case in wanted if any(case not in found for found in measured)]
+    notes = [
+        f"{len(runs)} runs; means, and the standard error of the rise. Rises are of the bits per byte of "
+        "validation text over the run as trained. Bits a weight are those of the linear layers, scales, "
+        "offsets and all else of theirs counted; entropy-coded layers get the bytes that GPTQ's grid "
+        "takes, and tables are fp16 throughout.",
+        "GPTQ: act-order, scales of least error under H of those searched, damping by held-out error, "
+        "sequential calibration; all methods share these.",
+    ]
+    if missing:
+        names = ", ".join(f"{case.method} at {case.bits:g}" for case in missing)
+        notes.append(f"Not measured for want of time: {names}.")
+    return Result(
+        bench="compress",
+        rows=rows,
+        claims=_claims(measured, options.quick),
+        notes=notes,
+        packages=("torch", "numpy", "constriction"),
+        load_before=load,
+    )
+
+
+def _runs(options: Options) -> list[RunDirectory]:
+    given = [Path(path) for path in options.data]
+    if given and all(is_run(path) for path in given):
+        return [RunDirectory.open(path) for path in given]
+    found = []
+    for seed in SEEDS[:1] if options.quick else SEEDS:
+        changes: dict[str, Any] = {
+            "data.paths": options.data,
+            "log.tensorboard": False,
+            "train.seed": seed,
+        }
+        if options.quick:
+            changes |= {
+                "model.preset": "nano",
+                "tokenizer.vocab_size": 400,
+                "train.steps": 8,
+                "train.compile": "off",
+                "train.dtype": "fp32",
+                "train.attention": "matmul",
+                "train.batch_size": 4,
+                "log.sample_tokens": 0,
+            }
+        found.append(reference_run(build(changes)))
+    return found
+
+
+def _measure(
+    path: Path, wanted: list[Case], found: dict[Case, Figures], until: float, tokens: int
+) -> None:
+    """Fill in what is kept, and what there is time to measure."""
+    source: Source | None = None
+    for case in wanted:
+        grid = found.get(Case(method=known.GPTQ, bits=case.bits))
+        if case.coded and case.bits == int(case.bits) and grid is None and case.bits < 4:
+            continue
+        bits = None if grid is None else grid["bits"]
+        settings = case.settings(bits)
+        place = _place(path, settings, tokens)
+        if place.is_file():
+            found[case] = json.loads(place.read_text(encoding="utf-8"))
+            continue
+        if time.monotonic() > until:
+            continue
+        settings = Settings(**{**asdict(settings), "tokens": tokens})
+        if source is None:
+            source = open_source(path, settings, Silent())
+        found[case] = _figures(source, settings)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_json(place, found[case])
+
+
+def _place(path: Path, settings: Settings, tokens: int) -> Path:
+    status = RunDirectory.open(path).status()
+    facts = [FORMAT, str(status.created), status.facts.get("validation_bpb"), tokens]
+    text = json.dumps([facts, path.resolve().name, settings.to_json()])
+    key = hashlib.sha256(text.encode("utf-8")).hexdigest()[:20]
+    return cache_dir() / "compress-bench" / f"{key}.json"
+
+
+def _figures(source: Source, settings: Settings) -> Figures:
+    with tempfile.TemporaryDirectory() as place:
+        made = compress(source, settings, Path(place) / "model.cllm", Silent())
+    if made.bpb is None or made.base is None:
+        raise UserError(f"{source.run.path} has no validation text: the bench needs some")
+    layers = [layer for layer in made.layers if layer["name"].startswith("layers.")]
+    return {
+        "bits": made.layer_bits,
+        "bytes": made.bytes,
+        "base": made.base,
+        "bpb": made.bpb,
+        "error": mean(layer["error"] for layer in layers),
+    }
+
+
+def _row(case: Case, measured: list[dict[Case, Figures]]) -> dict[str, Any] | None:
+    found = [figures[case] for figures in measured if case in figures]
+    if not found:
+        return None
+    rises = [f["bpb"] - f["base"] for f in found]
+    return {
+        "method": case.method,
+        "nominal bits": case.bits,
+        "bits a weight": round(mean(f["bits"] for f in found), 3),
+        "file, bytes": round(mean(f["bytes"] for f in found)),
+        "layer error": round(mean(f["error"] for f in found), 5),
+        "bits per byte": round(mean(f["bpb"] for f in found), 4),
+        "rise": round(mean(rises), 5),
+        "± error": round(_error(rises), 5) if len(rises) > 1 else None,
+        "runs": len(found),
+    }
+
+
+def _error(values: list[float]) -> float:
+    return float(stdev(values) / len(values) ** 0.5)
+
+
+def _claims(measured: list[dict[Case, Figures]], quick: bool) -> list[Claim]:
+    def claim(
+        name: str, ours: str, theirs: str, bits: float, required: float, aim: float | None
+    ) -> Claim:
+        return _ratio(measured, quick, name, (ours, theirs), bits, (required, aim))
+
+    whole = "rise of k-best over GPTQ's in the same grid"
+    return [
+        claim(f"{whole}, 2 bits", known.OURS, known.GPTQ, 2.0, 0.85, 0.7),
+        claim(f"{whole}, 3 bits", known.OURS, known.GPTQ, 3.0, 0.9, 0.8),
+        claim(
+            "rise of entropy-coded k-best over fixed-grid GPTQ's at the same bytes, 2 bits",
+            known.CODED_OURS,
+            known.GPTQ,
+            2.0,
+            0.4,
+            0.3,
+        ),
+        claim(
+            "rise of entropy-coded k-best over entropy-coded GPTQ's at the same bytes, 2 bits",
+            known.CODED_OURS,
+            known.CODED_GPTQ,
+            2.0,
+            0.88,
+            0.7,
+        ),
+        claim(
+            "rise of entropy-coded k-best over entropy-coded GPTQ's at the same bytes, 3 bits",
+            known.CODED_OURS,
+            known.CODED_GPTQ,
+            3.0,
+            0.88,
+            0.7,
+        ),
+        *(_small(measured, quick, method) for method in (known.OURS, known.CODED_OURS)),
+    ]
+
+
+def _ratio(
+    measured: list[dict[Case, Figures]],
+    quick: bool,
+    name: str,
+    methods: tuple[str, str],
+    bits: float,
+    bounds: tuple[float, float | None],
+) -> Claim:
+    """The mean rise of one method over that of another, of the runs that have both."""
+    ours, theirs = (Case(method=method, bits=bits) for method in methods)
+    both = [(f[ours], f[theirs]) for f in measured if ours in f and theirs in f]
+    why, value = "", None
+    if both:
+        rises = [[f["bpb"] - f["base"] for f in pair] for pair in both]
+        below = mean(rise[1] for rise in rises)
+        value = mean(rise[0] for rise in rises) / below if below > 0 else None
+        each = [rise[0] / rise[1] for rise in rises if rise[1] > 0]
+        spread = f" ± {_error(each):.3f}" if len(each) > 1 else ""
+        name += f" ({len(both)} runs{spread})"
+    if quick:
+        why = "quick: too small to judge"
+    elif len(both) < len(SEEDS):
+        why = f"{len(both)} runs of at least {len(SEEDS)}"
+    return Claim(
+        name=name,
+        value=value,
+        required=bounds[0],
+        aim=bounds[1],
+        higher_is_better=False,
+        why=why,
+        judged=not why,
+    )
+
+
+def _small(measured: list[dict[Case, Figures]], quick: bool, method: str) -> Claim:
+    case = Case(method=method, bits=4.0)
+    rises = [f[case]["bpb"] / f[case]["base"] - 1 for f in measured if case in f]
+    why = "quick: too small to judge" if quick else "" if rises else "not measured"
+    return Claim(
+        name=f"rise of {method} at 4 bits, share of full precision's, the worst run",
+        value=max(rises) if rises else None,
+        required=0.005,
+        higher_is_better=False,
+        why=why,
+        judged=not why,
+    )

@@ -1,0 +1,76 @@
+"""What ``cllm bench compress`` compares: methods at bits, each a setting of ``cllm compress``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from cllm.compress.settings import Settings
+
+COMMON = Settings(table="fp16", group="128", symmetric=False, sweeps=1)
+"""Tables are stored in fp16 by all, so that what differs is the linear layers."""
+
+RTN, GPTQ, LOOP, OURS, WIDE = (
+    "rtn",
+    "GPTQ",
+    "GPTQ, scales in the loop",
+    "k-best 16",
+    "k-best 64",
+)
+CODED_GPTQ, CODED_OURS, CODED_WATER = (
+    "GPTQ, entropy coded",
+    "k-best 16, entropy coded",
+    "k-best 16, entropy coded, water-filled",
+)
+
+_GRID = {
+    RTN: replace(COMMON, method="rtn", scales="search"),
+    # Act-order, the scales of least error of those searched, sequential calibration.
+    GPTQ: replace(COMMON, method="babai", scales="search"),
+    LOOP: replace(COMMON, method="babai", scales="least-squares"),
+    OURS: replace(COMMON, method="k-best", beams=16, scales="least-squares"),
+    WIDE: replace(COMMON, method="k-best", beams=64, scales="least-squares"),
+}
+_CODED = {
+    CODED_GPTQ: replace(COMMON, grid="coded", method="babai", price=0.0),
+    CODED_OURS: replace(COMMON, grid="coded", method="k-best", beams=16),
+    CODED_WATER: replace(COMMON, grid="coded", method="k-best", beams=16, columns="water"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A method at nominal bits. ``coded`` ones get the bytes that ``GPTQ`` takes at those bits on its grid,
+    scales included, or the bits themselves where a grid has none."""
+
+    method: str
+    bits: float
+
+    @property
+    def coded(self) -> bool:
+        """Whether any rate is possible."""
+        return self.method in _CODED
+
+    def settings(self, grid_bits: float | None) -> Settings:
+        """The setting; ``grid_bits``: what a weight takes on the grid at these bits."""
+        if self.coded:
+            return replace(_CODED[self.method], bits=grid_bits or self.bits)
+        return replace(_GRID[self.method], bits=self.bits)
+
+
+def cases(quick: bool) -> list[Case]:
+    """In the order of importance: what the claims need comes first."""
+    if quick:
+        return [Case(method=m, bits=2.0) for m in (GPTQ, OURS, CODED_GPTQ, CODED_OURS)]
+    found = [
+        Case(method=method, bits=bits)
+        for bits in (2.0, 3.0)
+        for method in (GPTQ, OURS, CODED_GPTQ, CODED_OURS)
+    ]
+    found += [Case(method=OURS, bits=4.0), Case(method=CODED_OURS, bits=4.0)]
+    found += [Case(method=method, bits=2.0) for method in (LOOP, WIDE, RTN, CODED_WATER)]
+    found += [
+        Case(method=method, bits=b) for b in (2.5, 1.5) for method in (CODED_GPTQ, CODED_OURS)
+    ]
+    found += [Case(method=method, bits=3.0) for method in (LOOP, WIDE, RTN)]
+    found += [Case(method=GPTQ, bits=4.0), Case(method=OURS, bits=8.0)]
+    return found

@@ -1,0 +1,105 @@
+"""``cllm compress``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compress(
+    run: Annotated[Path, typer.Argument(help="A run, or a checkpoint of one.")],
+    bits: Annotated[
+        float,
+        typer.Option(help="Bits a weight: 2, 3, 4 or 8; any number with --grid coded."),
+    ] = 4.0,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="rtn, babai (GPTQ), k-best, k-best-lll, k-best-bkz, klein, fp16, bf16 or fp32."
+        ),
+    ] = "k-best",
+    grid: Annotated[
+        str,
+        typer.Option(
+            help="int, gguf-q4_0, gguf-q8_0, or coded: integers without bounds, entropy coded."
+        ),
+    ] = "int",
+    group: Annotated[
+        str, typer.Option(metavar="32|64|128|row", help="Columns that share a scale.")
+    ] = "128",
+    symmetric: Annotated[
+        bool | None,
+        typer.Option("--symmetric/--asymmetric", help="No offset, or one beside each scale."),
+    ] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beams of k-best.")] = 16,
+    scales: Annotated[str, typer.Option(help="range, search or least-squares.")] = "least-squares",
+    order: Annotated[str, typer.Option(help="natural, act or min-pivot.")] = "act",
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DATA", help="Text for calibration; the run's training split if left out."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of calibration.")] = 32_768,
+    table: Annotated[
+        str, typer.Option(help="Token tables: lattice, int8, fp16, bf16 or fp32.")
+    ] = "lattice",
+    table_bits: Annotated[
+        float, typer.Option(help="Bits a number of the tables with --table lattice.")
+    ] = 6.0,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="600KB", help="Bytes of the file: rates are allotted to fit."),
+    ] = None,
+    target_bpb_increase: Annotated[
+        str | None,
+        typer.Option(metavar="1%", help="The fewest bits whose validation text stays within this."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.cllm", help="The file to make.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the results only.")] = False,
+) -> None:
+    """Make a compressed model in one file, which `cllm generate` and `cllm eval` take.
+
+    Each layer's weights are rounded to the points of a grid so that its outputs on calibration text
+    change least. The same command goes on where it was interrupted.
+    """
+    from cllm.core.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
+    from cllm.compress.command import compress_run
+    from cllm.compress.report import summary, write_report
+    from cllm.compress.settings import Settings
+    from cllm.training.progress import open_progress
+
+    settings = Settings(
+        bits=bits,
+        method=method,
+        grid=grid,
+        group=group,
+        symmetric=symmetric,
+        beams=beams,
+        scales=scales,
+        order=order,
+        tokens=tokens,
+        table=table,
+        table_bits=table_bits,
+    )
+    made = compress_run(
+        run,
+        settings,
+        open_progress(quiet=quiet),
+        out=out,
+        calibration=calibration or (),
+        size=size,
+        increase=target_bpb_increase,
+    )
+    report = write_report(made, shlex.join(["cllm", *sys.argv[1:]]))
+    for line in summary(made):
+        typer.echo(line.removeprefix("- "))
+    typer.echo(f"file: {made.path}")
+    typer.echo(f"report: {report}")

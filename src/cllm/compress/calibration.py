@@ -1,0 +1,137 @@
+"""What a layer sees: H = Σ xxᵀ of its inputs on calibration text, layer by layer through a model.
+
+Layers come in the order in which the model runs, each with inputs that the layers before it, as they are
+by then, make: a layer that was compressed hands on its error, and the next one can make up for it. Only
+the layer at hand has statistics in memory, beside the hidden vectors between two blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cllm.core.errors import UserError
+from cllm.model.norms import wide
+from cllm.model.transformer import Block, Transformer
+from cllm.text.batches import BatchSource
+from cllm.text.packed import PackedTokens
+
+HELD_OUT = 0.2
+"""Share of the windows that only judge (damping), and decide nothing else."""
+WINDOWS_AT_ONCE = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A linear layer in its turn.
+
+    ``fit`` and ``held`` (n, n) float64: Σ xxᵀ over the windows for fitting and those held out, each over
+    its number of tokens. ``linear`` is the layer itself, whose weight (m, n) may be replaced now.
+    """
+
+    name: str
+    linear: nn.Linear
+    fit: Tensor
+    held: Tensor
+    tokens: int
+
+
+def calibration_windows(
+    tokens: PackedTokens, context: int, *, count: int, seed: int = 0
+) -> np.ndarray:
+    """(windows, context) int64: ``count`` tokens or so of ``tokens`` in windows drawn by ``seed``.
+
+    Raises ``UserError`` for a text shorter than one window.
+    """
+    source = BatchSource(tokens, context, 1, seed)
+    windows = min(max(2, count // context), source.windows_per_epoch)
+    return np.concatenate([source.batch(index)[0] for index in range(windows)])
+
+
+def layers_in_order(model: Transformer) -> list[str]:
+    """Names of the linear layers of the blocks, in the order in which they run."""
+    return [
+        f"layers.{i}.{name}"
+        for i, block in enumerate(model.layers)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def calibrate(
+    model: Transformer, windows: np.ndarray, *, skip: Collection[str] = ()
+) -> Iterator[Layer]:
+    """Each linear layer of ``model`` in turn, with the statistics of its inputs on ``windows``.
+
+    Layers named in ``skip`` are taken as they are. The caller may replace a layer's weight before it takes
+    the next one. Raises ``UserError`` where an input is not finite, and for fewer than two windows.
+    """
+    if len(windows) < 2:
+        raise UserError("calibration needs two windows of text at least; give more (--calibration)")
+    model.eval()
+    held = max(1, round(len(windows) * HELD_OUT))
+    with torch.no_grad():
+        ids = torch.as_tensor(windows)
+        hidden = wide(model.embedding.embed(ids))
+        length = ids.shape[1]
+        rotary = None
+        if model.positions is not None:
+            hidden = hidden + model.positions[:length]
+        else:
+            rotary = (model.cos[:length], model.sin[:length])
+        for number, module in enumerate(model.layers):
+            block = cast(Block, module)
+            for name, linear in block.named_modules():
+                if not isinstance(linear, nn.Linear):
+                    continue
+                full = f"layers.{number}.{name}"
+                if full in skip:
+                    continue
+                judging = _moment(block, linear, hidden[:held], rotary, full)
+                fitting = _moment(block, linear, hidden[held:], rotary, full)
+                yield Layer(full, linear, fitting, judging, (len(ids) - held) * length)
+            # In place: the inputs of the next block take the room of this one's.
+            for start in range(0, len(hidden), WINDOWS_AT_ONCE):
+                part = hidden[start : start + WINDOWS_AT_ONCE]
+                part.copy_(block(part, rotary, None, None))
+
+
+class _Seen(Exception):  # noqa: N818 - no error, but the end of what has to be computed
+    """Raised when the layer's input is there."""
+
+
+def _moment(
+    block: Block,
+    linear: nn.Linear,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    name: str,
+) -> Tensor:
+    """Mean of xxᵀ (n, n) of the inputs of ``linear`` for ``hidden`` (windows, T, D) before the block."""
+    total = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows = inputs[0].flatten(0, -2).double()
+        total.addmm_(rows.T, rows)
+        raise _Seen
+
+    handle = linear.register_forward_pre_hook(add)
+    try:
+        for start in range(0, len(hidden), WINDOWS_AT_ONCE):
+            try:
+                block(hidden[start : start + WINDOWS_AT_ONCE], rotary, None, None)
+            except _Seen:
+                continue
+    finally:
+        handle.remove()
+    if not bool(torch.isfinite(total).all()):
+        raise UserError(
+            f"the inputs of {name} on the calibration text hold NaN or infinity: the run's weights or "
+            "a layer compressed before are damaged"
+        )
+    return total / (hidden.shape[0] * hidden.shape[1])

@@ -1,0 +1,100 @@
+"""What ``cllm compress`` does: one file at given bits, within a size, or within a rise of bits per byte."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cllm.compress.allocation import allot
+from cllm.compress.pipeline import Compressed, Source, compress, open_default, open_source
+from cllm.compress.settings import Settings
+from cllm.core.atomic import clear_errors
+from cllm.core.errors import UsageError, UserError
+from cllm.store.container import SUFFIX, is_container
+from cllm.training.progress import Progress
+
+LADDER = (2.0, 3.0, 4.0, 8.0)
+CODED_LADDER = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+
+
+def compress_run(
+    path: Path,
+    settings: Settings,
+    progress: Progress,
+    *,
+    out: Path | None = None,
+    calibration: Sequence[str] = (),
+    size: str | None = None,
+    increase: str | None = None,
+) -> Compressed:
+    """Compress the run at ``path`` into ``out`` (by default a file in the run's folder ``compressed``).
+
+    ``size`` (``600KB``): entropy-coded at rates that fit the file. ``increase`` (``1%``): the fewest bits
+    at which validation text costs at most that much more. Raises ``UsageError`` and ``UserError``.
+    """
+    if is_container(path):
+        raise UsageError(f"{path} is compressed already: compress the run that it was made of")
+    if size is not None and increase is not None:
+        raise UsageError("give a size or a rise of the bits per byte, not both")
+    if size is not None and (settings.is_cast or not settings.is_coded):
+        raise UsageError("--size allots any rates to the layers: add --grid coded")
+    wanted = None if increase is None else parse_share(increase)
+    budget = None if size is None else parse_size(size)
+    target = open_default(path, settings) if out is None else out
+    if target.suffix != SUFFIX:
+        raise UsageError(f"--out names the file to make: {target.name} does not end in {SUFFIX}")
+    with clear_errors(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    source = open_source(path, settings, progress, calibration)
+    if budget is not None:
+        return allot(source, settings, target, progress, budget)
+    if wanted is not None:
+        return _within(source, settings, target, progress, wanted)
+    return compress(source, settings, target, progress)
+
+
+def _within(
+    source: Source, settings: Settings, out: Path, progress: Progress, share: float
+) -> Compressed:
+    """The first rung of the ladder whose rise is within ``share`` of the run's bits per byte."""
+    if source.base is None:
+        raise UserError(f"{source.run.path} has no validation text to measure the rise on")
+    if settings.is_cast or settings.grid.startswith("gguf"):
+        raise UsageError("--target-bpb-increase chooses bits: take --grid int or coded")
+    for bits in CODED_LADDER if settings.is_coded else LADDER:
+        made = compress(source, replace(settings, bits=bits), out, progress)
+        assert made.rise is not None
+        progress.say(f"{bits:g} bits: {made.rise / source.base:+.2%} bits per byte")
+        if made.rise <= share * source.base:
+            return made
+    out.unlink(missing_ok=True)
+    assert made.rise is not None
+    raise UserError(
+        f"no bits of this grid keep within {share:.2%}: at {bits:g} it is {made.rise / source.base:.2%}"
+    )
+
+
+def parse_size(text: str) -> int:
+    """``600KB``, ``1.5MB`` or ``300000`` as bytes (KB is 1,000). Raises ``UsageError``."""
+    number = text.strip().upper().removesuffix("B")
+    factor = {"K": 1e3, "M": 1e6, "G": 1e9}.get(number[-1:], 1.0)
+    try:
+        value = float(number.rstrip("KMG")) * factor
+    except ValueError as error:
+        raise UsageError(f"a size is a number with KB or MB, as in 600KB, not {text!r}") from error
+    if not 1 <= value < 1e15:
+        raise UsageError(f"a size must be positive, not {text!r}")
+    return int(value)
+
+
+def parse_share(text: str) -> float:
+    """``1%`` or ``0.01`` as 0.01. Raises ``UsageError``."""
+    number = text.strip()
+    try:
+        value = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+    except ValueError as error:
+        raise UsageError(f"a rise is a share, as in 1% or 0.01, not {text!r}") from error
+    if not 0 < value < 10:
+        raise UsageError(f"a rise must be positive, as in 1%, not {text!r}")
+    return value

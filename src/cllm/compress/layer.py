@@ -1,0 +1,153 @@
+"""One weight of a model, compressed: what the file holds of it, and what it reads back as."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cllm.compress import codecs
+from cllm.compress.calibration import HELD_OUT, Layer
+from cllm.compress.coded_fit import fit_coded
+from cllm.compress.damping import choose_damping
+from cllm.compress.formats import Parts, store_grid, store_plain
+from cllm.compress.grids import GridSpec
+from cllm.compress.problem import checked_metric, objective, problem
+from cllm.compress.scales import fit_grid
+from cllm.compress.settings import Settings
+from cllm.compress.statistics import TableStatistics
+from cllm.core.errors import UserError
+from cllm.store.container import Stored
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A compressed weight: how it is stored, its tensors, its dense ``values``, and ``figures`` for the
+    report (``error``: squared error of the layer's outputs over their squared size)."""
+
+    stored: Stored
+    parts: Parts
+    values: Tensor
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+
+def compress_layer(layer: Layer, settings: Settings, bits: float | None = None) -> Piece:
+    """A linear layer by ``settings``, at ``bits`` a weight instead of theirs where given.
+
+    Raises ``UserError`` for a matrix that the grid's blocks do not fit and a rate below what is possible.
+    """
+    weight = layer.linear.weight.detach().float()
+    metric = (1 - HELD_OUT) * layer.fit + HELD_OUT * layer.held
+    damping = 0.01
+    try:
+        if settings.is_coded:
+            spec = GridSpec(bits=3, group=0)  # the damping is chosen on a grid like it
+            damping = choose_damping(weight, layer.fit, layer.held, spec, order=settings.order)
+            made = _coded(
+                weight, metric, damping, settings, settings.bits if bits is None else bits
+            )
+        else:
+            spec = settings.grid_spec
+            spec.check_shape((int(weight.shape[0]), int(weight.shape[1])))
+            damping = choose_damping(weight, layer.fit, layer.held, spec, order=settings.order)
+            made = _on_grid(weight, metric, damping, settings, spec)
+    except ValueError as error:
+        raise UserError(f"{layer.name}: {error}") from error
+    stored, parts, values = made
+    whole = checked_metric(metric)
+    size = float(objective(weight, torch.zeros_like(weight), whole).sum())
+    lost = float(objective(weight, values, whole).sum()) / max(size, 1e-300)
+    return Piece(stored, parts, values, {"error": lost, "damping": damping})
+
+
+def _on_grid(
+    weight: Tensor, metric: Tensor, damping: float, settings: Settings, spec: GridSpec
+) -> tuple[Stored, Parts, Tensor]:
+    prepared = problem(weight, metric, damping=damping, order=settings.order, dtype=torch.float32)
+    grid, codes = fit_grid(prepared, spec, settings.decoder, scales=settings.scales)
+    stored, parts = store_grid(grid, codes)
+    return stored, parts, grid.values(codes)
+
+
+def _coded(
+    weight: Tensor, metric: Tensor, damping: float, settings: Settings, bits: float
+) -> tuple[Stored, Parts, Tensor]:
+    prepared = problem(weight, metric, damping=damping, order=settings.order, dtype=torch.float32)
+    target = int(bits * weight.numel() / 8)
+    matrix, data = fit_coded(prepared, target, settings.decoder, settings.coded_spec)
+    stored = Stored(kind="coded", shape=(int(weight.shape[0]), int(weight.shape[1])))
+    return stored, {"": as_bytes(data)}, torch.from_numpy(matrix.dense())
+
+
+def as_bytes(data: bytes) -> Tensor:
+    """``data`` as a uint8 tensor."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def compress_table(
+    weight: Tensor,
+    settings: Settings,
+    seen: TableStatistics | None,
+    *,
+    head: bool,
+    look_up: bool,
+    bits: float | None = None,
+) -> Piece:
+    """A token table (V, r) by ``settings.table``, at ``bits`` a number in place of the settings' if given;
+    ``seen`` is ``None`` where rows are no tokens' vectors.
+
+    ``head``, ``look_up``: what the table is used for. Raises ``UserError`` where the bytes are too few.
+    """
+    if settings.is_cast or settings.table in ("fp32", "fp16", "bf16"):
+        cast = settings.method if settings.is_cast else settings.table
+        stored, parts = store_plain(weight, cast)
+        return _table_piece(weight, stored, parts, parts[""].float())
+    if settings.table == "int8":
+        codec: codecs.Codec = codecs.Rows(bits=8)
+    else:
+        rate = settings.table_bits if bits is None else bits
+        codec = codecs.Lattice(target_bytes=round(rate * weight.numel() / 8))
+    metric = None
+    if seen is not None:
+        metric = codecs.table_metric(seen.moment, head=head, look_up=look_up)
+    try:
+        data = codec.encode(
+            weight.numpy(), metric, frequency=None if seen is None else seen.frequency
+        )
+    except ValueError as error:
+        raise UserError(f"the token table cannot be stored so: {error} (--table-bits)") from error
+    values = torch.from_numpy(np.array(codecs.decode(data)))
+    stored = Stored(kind="table", shape=(int(weight.shape[0]), int(weight.shape[1])))
+    return _table_piece(weight, stored, {"": as_bytes(data)}, values)
+
+
+def _table_piece(weight: Tensor, stored: Stored, parts: Parts, values: Tensor) -> Piece:
+    error = float((weight - values).double().square().sum() / weight.double().square().sum())
+    return Piece(stored, parts, values, {"error": error})
+
+
+def keep(tensor: Tensor, settings: Settings, *, buffer: bool) -> Piece:
+    """A small weight (norms, biases, positions) in fp16, or in the cast's precision; a buffer as it is."""
+    if buffer or tensor.dtype.is_floating_point is False:
+        facts = {"buffer": str(tensor.dtype).removeprefix("torch.")}
+        stored = Stored(kind="plain", shape=tuple(tensor.shape), facts=facts)
+        return Piece(stored, {"": tensor.detach().clone()}, tensor.detach().clone())
+    cast = settings.method if settings.is_cast else "fp16"
+    if cast == "fp16" and float(tensor.detach().abs().max()) > 65504:
+        cast = "fp32"
+    stored, parts = store_plain(tensor, cast)
+    return Piece(stored, parts, parts[""].float())
+
+
+def cast_layer(weight: Tensor, settings: Settings) -> Piece:
+    """A linear layer that is only cast."""
+    stored, parts = store_plain(weight, settings.method)
+    return _table_piece(weight, stored, parts, parts[""].float())

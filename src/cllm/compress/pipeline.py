@@ -1,0 +1,313 @@
+"""A run to a compressed model in one file: tables first, then layer by layer, then the score."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cllm.compress.calibration import calibrate, calibration_windows, layers_in_order
+from cllm.compress.layer import Piece, cast_layer, compress_layer, compress_table, keep
+from cllm.compress.parts import PartsFolder
+from cllm.compress.score import score
+from cllm.compress.settings import Settings
+from cllm.compress.statistics import table_statistics
+from cllm.core.config import Config
+from cllm.core.machine import machine
+from cllm.core.settings import load_config, merge, to_toml
+from cllm.model.transformer import Transformer
+from cllm.store import checkpoint as checkpoints
+from cllm.store.container import Container, Header, tensor_name, write_container
+from cllm.store.run import RunDirectory
+from cllm.text.corpus import tokens_for_eval
+from cllm.text.dataset import Dataset, load_prepared
+from cllm.text.packed import PackedTokens
+from cllm.training.progress import Progress
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A trained run, opened to be compressed.
+
+    ``digest``: SHA-256 of its weights' names and bytes. ``base``: bits per byte of its validation text,
+    ``None`` where there is none.
+    """
+
+    run: RunDirectory
+    config: Config
+    weights: dict[str, Tensor]
+    step: int
+    data: Dataset
+    windows: np.ndarray
+    digest: str
+    base: float | None
+
+    def model(self) -> Transformer:
+        """A fresh model with the run's weights, in eval mode."""
+        model = Transformer(self.config.model, "matmul")
+        model.load_state_dict(self.weights)
+        return model.eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressed:
+    """What was made: the file, its bits per byte (``None`` without validation text), and figures."""
+
+    path: Path
+    bytes: int
+    settings: Settings
+    base: float | None
+    bpb: float | None
+    parameters: int
+    layer_parameters: int
+    layer_bytes: int
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the whole file over all weights."""
+        return 8 * self.bytes / self.parameters
+
+    @property
+    def layer_bits(self) -> float:
+        """Bits a weight of the linear layers, scales and all else that is theirs included."""
+        return 8 * self.layer_bytes / max(self.layer_parameters, 1)
+
+    @property
+    def rise(self) -> float | None:
+        """Rise of the bits per byte."""
+        return None if self.bpb is None or self.base is None else self.bpb - self.base
+
+
+def open_source(
+    path: Path, settings: Settings, progress: Progress, calibration: Sequence[str] = ()
+) -> Source:
+    """Open the run (or checkpoint) at ``path`` with calibration text: ``calibration`` or its own training
+    split, never what it is scored on.
+
+    Raises ``UserError`` as opening a run, reading its weights and reading text do.
+    """
+    run = RunDirectory.open(path)
+    config = load_config(run.config)
+    checkpoint = checkpoints.load(checkpoints.find(path, _which(path)), with_optimizer=False)
+    data = load_prepared(run.data)
+    # A container's quota may be less than its cores; who asked for fewer has a reason.
+    torch.set_num_threads(min(torch.get_num_threads(), machine().threads))
+    context = config.model.context
+    if calibration:
+        with tempfile.TemporaryDirectory() as place:
+            tokens = tokens_for_eval(
+                list(calibration), data.tokenizer, place, field=config.data.field
+            )
+            windows = calibration_windows(tokens, context, count=settings.tokens)
+    else:
+        windows = calibration_windows(data.train, context, count=settings.tokens)
+    digest = hashlib.sha256()
+    for name in sorted(checkpoint.weights):
+        digest.update(name.encode("utf-8"))
+        digest.update(checkpoint.weights[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+    source = Source(
+        run=run,
+        config=config,
+        weights=checkpoint.weights,
+        step=checkpoint.step,
+        data=data,
+        windows=windows,
+        digest=digest.hexdigest(),
+        base=None,
+    )
+    base = score_on_validation(source, source.model(), progress, "scoring the run")
+    return Source(**{**vars(source), "base": base})
+
+
+def _which(path: Path) -> Any:
+    from cllm.store import steps
+
+    run, step = steps.locate(path)
+    return "best" if step is None and steps.best_step(run) is not None else "last"
+
+
+def score_on_validation(
+    source: Source, model: Transformer, progress: Progress, name: str
+) -> float | None:
+    """Bits per byte of the run's validation text; ``None`` where it has none."""
+    tokens: PackedTokens | None = source.data.validation
+    if tokens is None:
+        return None
+    windows = -(-(len(tokens) - 1) // source.config.model.context)
+    with progress.stage(name, windows) as advance:
+        return score(model, source.config, tokens, advance).bpb
+
+
+def compress(
+    source: Source,
+    settings: Settings,
+    out: Path,
+    progress: Progress,
+    *,
+    rates: dict[str, float] | None = None,
+) -> Compressed:
+    """Compress ``source`` into the file ``out``.
+
+    ``rates``: bits a weight of single layers and tables (``grid = coded`` only), by parameter name. Each
+    weight is kept on disk as it is done, in ``OUT.parts``: the same request, interrupted, goes on from
+    there. Statistics of one layer are in memory at a time. Raises ``UserError``.
+    """
+    model = source.model()
+    folder = PartsFolder(out, _key(source, settings, rates))
+    pieces = _pieces(source, model, settings, folder, progress, rates or {})
+    model.load_state_dict({name: piece.values for name, piece in pieces.items()})
+    for table in model.tables.values():
+        table.after_step()
+    bpb = score_on_validation(source, model, progress, "scoring what was compressed")
+    tensors = {
+        tensor_name(name, part): tensor
+        for name, piece in pieces.items()
+        for part, tensor in sorted(piece.parts.items())
+    }
+    results = {"base_bpb": source.base, "bpb": bpb}
+    header = Header(
+        config=to_toml(merge(source.config, {"data.paths": ()})),
+        source={"name": source.run.name, "step": source.step, "sha256": source.digest},
+        method=settings.to_json(),
+        weights={name: piece.stored for name, piece in pieces.items()},
+        results=results,
+    )
+    size = write_container(out, header, tensors, source.data.tokenizer.to_json())
+    folder.remove()
+    return _outcome(source, settings, out, size, pieces, bpb)
+
+
+def _pieces(
+    source: Source,
+    model: Transformer,
+    settings: Settings,
+    folder: PartsFolder,
+    progress: Progress,
+    rates: dict[str, float],
+) -> dict[str, Piece]:
+    """All weights, compressed, by name; the model's layers have been replaced on the way."""
+    state = model.state_dict()
+    linear = {f"{name}.weight" for name in layers_in_order(model)}
+    tables = {f"{name}.weight" for name in model.tables}
+    learned = {name for name, _ in model.named_parameters()}
+    pieces: dict[str, Piece] = {}
+    with progress.stage("compressing", sum(state[name].numel() for name in linear)) as advance:
+        for name in state:
+            if name in tables:
+                pieces[name] = folder.load(name) or _table(source, model, settings, name, rates)
+                folder.save(name, pieces[name])
+            elif name not in linear:
+                pieces[name] = keep(state[name], settings, buffer=name not in learned)
+        _put(model, pieces)
+        done = {name: piece for name in linear if (piece := folder.load(name)) is not None}
+        pieces |= done
+        _put(model, done)
+        advance(sum(state[name].numel() for name in done))
+        for name, piece in _layers(source, model, settings, set(done), rates):
+            folder.save(name, piece)
+            pieces[name] = piece
+            advance(piece.values.numel())
+    return {name: pieces[name] for name in state}
+
+
+def _layers(
+    source: Source, model: Transformer, settings: Settings, done: set[str], rates: dict[str, float]
+) -> Iterable[tuple[str, Piece]]:
+    if settings.is_cast:
+        for name in layers_in_order(model):
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            yield f"{name}.weight", cast_layer(linear.weight.detach().float(), settings)
+        return
+    for layer in calibrate(model, source.windows, skip={name[: -len(".weight")] for name in done}):
+        name = f"{layer.name}.weight"
+        piece = compress_layer(layer, settings, rates.get(name))
+        with torch.no_grad():
+            layer.linear.weight.copy_(piece.values)
+        yield name, piece
+
+
+def _table(
+    source: Source, model: Transformer, settings: Settings, name: str, rates: dict[str, float]
+) -> Piece:
+    table = model.tables[name.partition(".")[0]]
+    plain = table.incidence is None and table.basis is None
+    seen = table_statistics(model, source.data.train, limit=settings.tokens) if plain else None
+    tied = model.head is None
+    return compress_table(
+        table.weight.detach().float(),
+        settings,
+        seen,
+        head=tied or name.startswith("head"),
+        look_up=tied or not name.startswith("head"),
+        bits=rates.get(name),
+    )
+
+
+def _put(model: Transformer, pieces: dict[str, Piece]) -> None:
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, piece in pieces.items():
+            state[name].copy_(piece.values)
+    for table in model.tables.values():
+        table.after_step()
+
+
+def _key(source: Source, settings: Settings, rates: dict[str, float] | None) -> str:
+    facts = [
+        source.digest,
+        settings.to_json(),
+        hashlib.sha256(source.windows.tobytes()).hexdigest(),
+        rates,
+    ]
+    return hashlib.sha256(json.dumps(facts).encode("ascii")).hexdigest()
+
+
+def _outcome(
+    source: Source,
+    settings: Settings,
+    out: Path,
+    size: int,
+    pieces: dict[str, Piece],
+    bpb: float | None,
+) -> Compressed:
+    layers, count, stored = [], 0, 0
+    sizes = Container.open(out).sizes()
+    for name, piece in pieces.items():
+        if piece.figures:
+            facts = {"name": name, "kind": piece.stored.kind, "shape": piece.stored.shape}
+            bits = 8 * sizes[name] / piece.stored.count
+            layers.append(facts | {"bytes": sizes[name], "bits": bits} | piece.figures)
+        if name.startswith("layers.") and len(piece.stored.shape) == 2:
+            count, stored = count + piece.stored.count, stored + sizes[name]
+    model = source.model()
+    return Compressed(
+        path=out,
+        bytes=size,
+        settings=settings,
+        base=source.base,
+        bpb=bpb,
+        parameters=sum(p.numel() for p in model.parameters()),
+        layer_parameters=count,
+        layer_bytes=stored,
+        layers=layers,
+    )
+
+
+def open_default(source_path: Path, settings: Settings) -> Path:
+    """Where the file goes when no place is given: in the run, named by what was done."""
+    run = RunDirectory.open(source_path)
+    what = settings.method if settings.is_cast else f"{settings.bits:g}bit-{settings.method}"
+    grid = "" if settings.grid == "int" or settings.is_cast else f"-{settings.grid}"
+    folder = run.path / "compressed"
+    folder.mkdir(exist_ok=True)
+    return folder / f"{run.name}-{what}{grid}.cllm"

@@ -1,0 +1,164 @@
+"""Rounding a weight matrix as a closest-vector problem: the metric H, damped, ordered and factored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ORDERS = ("natural", "act", "min-pivot")
+"""Orders of decision: the columns as they are, largest diagonal of H first (GPTQ's act-order), and the
+least diagonal of the Schur complement last (Chen et al., "The Geometry of LLM Quantization", 2025)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """min over points Ŵ of a grid of Σ_rows (w − ŵ) H (w − ŵ)ᵀ.
+
+    Columns of ``weight`` (m, n) and ``U`` (n, n) are in the order of the factor, which is decided from
+    the last column to the first: H = Uᵀ diag(``squares``) U with U upper triangular and a unit diagonal.
+    ``order`` (n,): the original column of each.
+    """
+
+    weight: Tensor
+    U: Tensor
+    squares: Tensor
+    order: Tensor
+    H: Tensor
+    """(n, n) float64, damped, in the original order."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return int(self.weight.shape[0]), int(self.weight.shape[1])
+
+    def back(self, ordered: Tensor) -> Tensor:
+        """Columns (…, n) in the factor's order to the original one."""
+        out = torch.empty_like(ordered)
+        out[..., self.order] = ordered
+        return out
+
+    def original(self) -> Tensor:
+        """The weights (m, n) with their columns in the original order."""
+        return self.back(self.weight)
+
+    def objective(self, values: Tensor) -> Tensor:
+        """(m,) float64: (w − ŵ) H (w − ŵ)ᵀ of ``values`` (m, n), columns in the original order."""
+        return objective(self.original(), values, self.H)
+
+    def with_weight(self, weight: Tensor) -> Problem:
+        """The same metric for other rows (m', n), columns in the original order."""
+        rows = weight[:, self.order].to(self.weight.dtype).contiguous()
+        return Problem(rows, self.U, self.squares, self.order, self.H)
+
+
+def problem(
+    weight: Any,
+    H: Any,
+    *,
+    damping: float = 0.01,
+    order: str = "act",
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    """Prepare ``weight`` (m, n) under the metric ``H`` (n, n) for the decoders.
+
+    ``damping``: share of the mean diagonal that is added to it. An input that never occurs (zero
+    diagonal) costs nothing wherever its weights go: it gets the mean diagonal and no correlation, so that
+    its weights are rounded to the nearest. A metric of zeros counts as the identity. Where the factor
+    fails in float64 (rank deficiency without damping), damping grows tenfold until it does not.
+
+    Raises ``ValueError`` naming the shape for what is no such pair, NaN, infinity, an H that is not
+    symmetric or has a negative diagonal, and an unknown order.
+    """
+    W = torch.as_tensor(weight)
+    metric = checked_metric(H)
+    if W.ndim != 2 or not W.numel() or W.shape[1] != len(metric):
+        raise ValueError(
+            f"weights of shape {tuple(W.shape)} do not fit a metric of {tuple(metric.shape)}"
+        )
+    if not bool(torch.isfinite(W).all()):
+        raise ValueError(f"the weights of shape {tuple(W.shape)} hold NaN or infinity")
+    if order not in ORDERS:
+        raise ValueError(f"the order must be one of {', '.join(ORDERS)}, not {order!r}")
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"the damping must be 0 or more, not {damping}")
+    damped = damp(metric, damping)
+    places = decision_order(damped, order)
+    R, damped = _factor(damped, places)
+    diagonal = torch.diagonal(R)
+    return Problem(
+        weight=W[:, places].to(dtype).contiguous(),
+        U=(R / diagonal[:, None]).to(dtype).contiguous(),
+        squares=(diagonal**2).to(dtype).contiguous(),
+        order=places,
+        H=damped,
+    )
+
+
+def checked_metric(H: Any) -> Tensor:
+    """``H`` as symmetric float64 (n, n). Raises ``ValueError`` as ``problem`` does."""
+    metric = torch.as_tensor(H).to(torch.float64)
+    shape = tuple(metric.shape)
+    if metric.ndim != 2 or shape[0] != shape[1] or not metric.numel():
+        raise ValueError(f"the metric must be square, not of shape {shape}")
+    if not bool(torch.isfinite(metric).all()):
+        raise ValueError(f"the metric of shape {shape} holds NaN or infinity")
+    if float((metric - metric.T).abs().max()) > 1e-6 * float(metric.abs().max()):
+        raise ValueError(f"the metric of shape {shape} is not symmetric")
+    if bool((torch.diagonal(metric) < 0).any()):
+        raise ValueError(f"the metric of shape {shape} has a negative diagonal")
+    return (metric + metric.T) / 2
+
+
+def damp(H: Tensor, damping: float) -> Tensor:
+    """``H`` with ``damping`` · mean diagonal on its diagonal, dead inputs apart (see ``problem``)."""
+    diagonal = torch.diagonal(H)
+    dead = diagonal == 0
+    if bool(dead.all()):
+        return torch.eye(len(H), dtype=H.dtype)
+    mean = diagonal[~dead].mean()
+    out = H.clone()
+    out[dead, :] = 0
+    out[:, dead] = 0
+    out.diagonal().add_(damping * mean)
+    out.diagonal()[dead] = mean * (1 + damping)
+    return out
+
+
+def decision_order(H: Tensor, order: str) -> Tensor:
+    """(n,) columns so that the last is decided first."""
+    n = len(H)
+    if order == "natural":  # the first column is decided first, as in GPTQ
+        return torch.arange(n - 1, -1, -1)
+    if order == "act":
+        return torch.argsort(torch.diagonal(H), stable=True)
+    left, places = H.clone(), []
+    open_columns = torch.ones(n, dtype=torch.bool)
+    for _ in range(n):
+        pivots = torch.where(open_columns, torch.diagonal(left), torch.inf)
+        j = int(pivots.argmin())
+        places.append(j)
+        open_columns[j] = False
+        pivot = left[j, j].clamp_min(1e-300)
+        left = left - torch.outer(left[:, j], left[j]) / pivot
+    return torch.tensor(places)
+
+
+def _factor(H: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Upper triangular R with RᵀR = H in the order of ``places``, and H as it was factored."""
+    extra, mean = 0.0, float(torch.diagonal(H).mean())
+    while True:
+        whole = H.clone()
+        whole.diagonal().add_(extra * mean)
+        R, failed = torch.linalg.cholesky_ex(whole[places][:, places], upper=True)
+        if not int(failed) and float(torch.diagonal(R).min()) > 0:
+            return R, whole
+        extra = max(extra * 10, 1e-12)
+
+
+def objective(weight: Tensor, values: Tensor, H: Tensor) -> Tensor:
+    """(m,) float64: (w − ŵ) H (w − ŵ)ᵀ of each row."""
+    error = (weight.double() - values.double()).contiguous()
+    return ((error @ H) * error).sum(dim=1)

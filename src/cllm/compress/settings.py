@@ -1,0 +1,129 @@
+"""What ``cllm compress`` can be asked for, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cllm.compress.coded_fit import CodedSpec
+from cllm.compress.decoders import METHODS, Decoder
+from cllm.compress.grids import GridSpec, grid_spec
+from cllm.compress.problem import ORDERS
+from cllm.compress.scales import SCALES
+from cllm.core.errors import UsageError, nearest
+
+CASTS = ("fp32", "fp16", "bf16")
+GRIDS = ("int", "gguf-q4_0", "gguf-q8_0", "coded")
+TABLES = ("lattice", *CASTS, "int8")
+GROUPS = ("32", "64", "128", "row")
+RANGE = (0.1, 12.0)
+"""Bits a weight of entropy-coded matrices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a model is compressed.
+
+    Attributes:
+        bits: a weight of the linear layers. On a grid of integers 2, 3, 4 or 8, scales apart; with
+            ``coded`` any number, everything counted.
+        method: a decoder (``rtn``, ``babai``, which is GPTQ, ``k-best``…) or a cast (``fp16``…).
+        grid: ``int``, llama.cpp's ``gguf-q4_0`` or ``gguf-q8_0``, or ``coded``: integers without bounds,
+            entropy coded.
+        group: columns that share a scale on the grid ``int``.
+        symmetric: no offset beside the scale; ``None`` means from 4 bits on.
+        beams: of K-best; trials of Klein's.
+        sweeps: of coordinate descent after the decoder.
+        scales: ``range``, ``search``, ``least-squares`` (see ``cllm.compress.scales``).
+        order: of decision (see ``cllm.compress.problem``).
+        columns: steps of columns with ``coded`` (see ``cllm.compress.coded_fit``).
+        price: of a bit with ``coded``.
+        tokens: of calibration text.
+        table: how token tables are stored: ``lattice`` at ``table_bits`` a number, int8 rows, or a cast.
+    """
+
+    bits: float = 4.0
+    method: str = "k-best"
+    grid: str = "int"
+    group: str = "128"
+    symmetric: bool | None = None
+    beams: int = 16
+    sweeps: int = 1
+    scales: str = "least-squares"
+    order: str = "act"
+    columns: str = "uniform"
+    price: float = 0.12
+    tokens: int = 32_768
+    table: str = "lattice"
+    table_bits: float = 6.0
+
+    def __post_init__(self) -> None:
+        known = (*METHODS, *CASTS)
+        if self.method not in known:
+            raise UsageError(
+                f"there is no method {self.method!r}{nearest(self.method, known)}; known: "
+                f"{', '.join(known)}"
+            )
+        for name, allowed in (
+            ("grid", GRIDS),
+            ("group", GROUPS),
+            ("scales", SCALES),
+            ("order", ORDERS),
+            ("table", TABLES),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UsageError(f"--{name} is one of {', '.join(allowed)}, not {value!r}")
+        if self.tokens < 2 or self.beams < 1:
+            raise UsageError("calibration takes 2 tokens at least, and K-best 1 beam")
+        if not 0.5 <= self.table_bits <= 16:
+            raise UsageError(f"a table has 0.5 to 16 bits a number, not {self.table_bits:g}")
+        if self.is_cast:
+            return
+        if self.is_coded:
+            if not RANGE[0] <= self.bits <= RANGE[1]:
+                raise UsageError(
+                    f"--grid coded takes {RANGE[0]:g} to {RANGE[1]:g} bits a weight, not {self.bits:g}"
+                )
+            if self.method not in ("rtn", "babai", "k-best"):
+                raise UsageError(f"--grid coded takes rtn, babai or k-best, not {self.method}")
+        try:
+            _ = (self.decoder, self.coded_spec if self.is_coded else self.grid_spec)
+        except ValueError as error:
+            raise UsageError(f"{error}; --grid coded takes any rate") from error
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether the layers are only cast."""
+        return self.method in CASTS
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the layers are entropy coded."""
+        return self.grid == "coded" and not self.is_cast
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder."""
+        return Decoder(method=self.method, K=self.beams, sweeps=0 if self.is_plain else self.sweeps)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether descent would make the method another one: what is compared stays what it is called."""
+        return self.method in ("rtn", "babai", "klein")
+
+    @property
+    def grid_spec(self) -> GridSpec:
+        """The grid. Raises ``ValueError`` for one that does not exist."""
+        if self.bits != int(self.bits):
+            raise ValueError(f"a grid has 2, 3, 4 or 8 bits, not {self.bits:g}")
+        return grid_spec(int(self.bits), grid=self.grid, symmetric=self.symmetric, group=self.group)
+
+    @property
+    def coded_spec(self) -> CodedSpec:
+        """How coded integers are chosen."""
+        return CodedSpec(price=self.price, columns=self.columns)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
