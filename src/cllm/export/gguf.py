@@ -28,8 +28,8 @@ KINDS = {
     "q8_0": ("Q8_0", "Q8_0", "MOSTLY_Q8_0"),
     "q4_0": ("Q4_0", "Q8_0", "MOSTLY_Q4_0"),
 }
-"""For each dtype, how matrices and token tables are stored, and the file's type. Norms are F32. A table of
-4-bit rows costs most where rows are few, so tables have 8 bits there, as in llama.cpp's own files."""
+"""For each dtype, how matrices and token tables are stored, and the file's type. Norms are F32. Token
+tables keep 8 bits beside 4-bit matrices: llama.cpp's quantizer, too, gives the output more bits."""
 
 
 def write(source: Source, dtype: str, path: Path) -> Transformer:

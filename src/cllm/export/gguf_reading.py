@@ -104,9 +104,9 @@ class _Llama:
         for part, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
             made = self._times(x, f"{name}_{part}").view(batch, length, heads, -1).transpose(1, 2)
             parts.append(self._turn(made) if part != "v" else made)
-        mixed = functional.scaled_dot_product_attention(
-            *parts, is_causal=True, enable_gqa=self.heads != self.kv_heads
-        )
+        q, k, v = parts
+        grouped = self.heads != self.kv_heads
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         return self._times(mixed.transpose(1, 2).flatten(2), f"{name}_output")
 
     def _turn(self, x: Tensor) -> Tensor:

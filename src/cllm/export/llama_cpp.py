@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cllm.core.errors import UserError
-from cllm.core.machine import machine
 from cllm.export.gguf_blocks import gguf_package
 from cllm.export.runtime import Runtime
 
@@ -17,19 +17,22 @@ F32 = 0
 """``GGML_TYPE_F32``: the cache holds float16 if nothing is said."""
 
 
-def open_llama_cpp(path: Path, *, threads: int | None = None) -> Runtime:
+def open_llama_cpp(path: Path) -> Runtime:
     """The file at ``path``, its cache in float32.
 
     Raises ``ModuleNotFoundError`` without llama-cpp-python, and ``UserError`` where llama.cpp refuses.
     """
     llama_cpp = importlib.import_module("llama_cpp")
     kind, context = _facts(path)
+    _hush(llama_cpp)
     try:
         model = llama_cpp.Llama(
             str(path),
             n_ctx=context,
             n_batch=context,
-            n_threads=threads or machine().threads,
+            # Its threads spin for one another: on a machine with other work two are slower than one.
+            n_threads=1,
+            n_threads_batch=1,
             logits_all=True,
             type_k=F32,
             type_v=F32,
@@ -41,6 +44,21 @@ def open_llama_cpp(path: Path, *, threads: int | None = None) -> Runtime:
     caller = _Caller(model)
     # On F16, BF16 and blocks llama.cpp rounds activations, too, before it multiplies.
     return Runtime(name, caller.logits, caller.encode, exact=kind == "ALL_F32")
+
+
+@cache
+def _hush(llama_cpp: Any) -> Any:
+    """Have llama.cpp log nothing: it rounds the context up to 256 and then warns that it is too long.
+
+    Cached, so that the callback lives as long as llama.cpp may call it.
+    """
+
+    def ignore(level: int, text: bytes, data: Any) -> None:
+        pass
+
+    callback = llama_cpp.llama_log_callback(ignore)
+    llama_cpp.llama_log_set(callback, None)
+    return callback
 
 
 class _Caller:
