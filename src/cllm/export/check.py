@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cllm.core.errors import UserError
 from cllm.export.runtime import Runtime
@@ -57,17 +58,11 @@ def check(runtime: Runtime, reference: Transformer, source: Source, *, shapes: i
     for ids in batches(source, shapes):
         with torch.no_grad():
             ours = reference(torch.from_numpy(ids)).double()
-        theirs = torch.from_numpy(np.asarray(runtime.logits(ids))).double()
-        if theirs.shape != ours.shape:
-            raise CheckFailedError(
-                f"{runtime.name} gives logits of shape {tuple(theirs.shape)} where the model gives "
-                f"{tuple(ours.shape)}; nothing was written"
-            )
-        gap = (theirs - ours).abs().max().item()
-        worst = max(worst, gap) if gap == gap else float("nan")
-        log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
-        divergence += float((log_p.exp() * (log_p - log_q)).sum())
-        positions += ids.size
+        for theirs in _answers(runtime, ids):
+            gap, apart = _compare(runtime.name, ours, torch.from_numpy(theirs).double())
+            worst = max(worst, gap) if gap == gap else gap
+            divergence += apart
+            positions += ids.size
     divergence /= positions
     fits = worst <= TOLERANCE if runtime.exact else divergence <= DIVERGENCE
     if not fits:
@@ -82,6 +77,26 @@ def check(runtime: Runtime, reference: Transformer, source: Source, *, shapes: i
         )
     texts = same_tokens(runtime, source)
     return Checked(runtime.name, positions, worst, divergence, texts)
+
+
+def _answers(runtime: Runtime, ids_bt: np.ndarray) -> Iterator[np.ndarray]:
+    """Logits of the whole ids, and by the cache where there is one: in two pieces and a last token."""
+    yield np.asarray(runtime.logits(ids_bt))
+    if runtime.stepwise is not None:
+        length = ids_bt.shape[1]
+        edges = sorted({length // 2, length - 1} - {0})
+        yield np.concatenate(runtime.stepwise(np.split(ids_bt, edges, axis=1)), axis=1)
+
+
+def _compare(name: str, ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """(largest difference of a logit, summed Kullback-Leibler divergence in nats)."""
+    if theirs.shape != ours.shape:
+        raise CheckFailedError(
+            f"{name} gives logits of shape {tuple(theirs.shape)} where the model gives "
+            f"{tuple(ours.shape)}; nothing was written"
+        )
+    log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
+    return (theirs - ours).abs().max().item(), float((log_p.exp() * (log_p - log_q)).sum())
 
 
 def batches(source: Source, shapes: int) -> Iterator[np.ndarray]:

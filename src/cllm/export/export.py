@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,19 +55,22 @@ def export(
     chosen = find_dtype(target, dtype)
     place = Path(out) if out is not None else None
     if place is not None:
-        _refuse_existing(place, target, force)
+        _refuse_place(place, target, force)
     source = open_source(Path(run))
     if place is None:
         place = default_place(Path(run), source, target, chosen)
-        _refuse_existing(place, target, force)
+        _refuse_place(place, target, force)
     module = target.load()
     with _new(place, target) as temporary:
+        if target.note:
+            say(target.note)
         say(f"writing {target.name} ({chosen})")
         reference = module.write(source, chosen, temporary)
         checked = None
         if checking:
             say("opening it in the program that it is for")
-            checked = check(module.open_runtime(temporary), reference, source)
+            with closing(module.open_runtime(temporary)) as runtime:
+                checked = check(runtime, reference, source)
     return Exported(place, target.name, chosen, _size(place), checked)
 
 
@@ -80,7 +83,9 @@ def default_place(run: Path, source: Source, target: Format, dtype: str) -> Path
     return folder / f"{source.name}{tag}{target.suffix}"
 
 
-def _refuse_existing(place: Path, target: Format, force: bool) -> None:
+def _refuse_place(place: Path, target: Format, force: bool) -> None:
+    if not place.name.endswith(target.ending):
+        raise UsageError(f"the name of a {target.name} file ends in {target.ending}, not {place}")
     if not place.exists():
         return
     if not force:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -39,17 +40,27 @@ class Format:
     dtypes: tuple[str, ...]
     """Precisions of the weights, the default first."""
     directory: bool = False
+    ending: str = ""
+    """What a file's name must end in, where its program goes by that."""
+    note: str = ""
+    """What one should know before choosing it."""
 
     def load(self) -> FormatModule:
         """The module that writes and opens it."""
         return cast(FormatModule, importlib.import_module(f"cllm.export.{self.module}"))
 
 
+TORCHSCRIPT = "torch 2.13 calls TorchScript deprecated: prefer torch-export where you can"
+
 FORMATS = {
     made.name: made
     for made in (
         Format("hf", "hf", "-hf", ("fp32", "bf16", "fp16"), directory=True),
         Format("gguf", "gguf", ".gguf", ("f32", "f16", "bf16", "q8_0", "q4_0")),
+        Format("onnx", "onnx", "-onnx", ("fp32", "int8", "int4"), directory=True),
+        Format("torch-export", "torch_program", ".pt2", ("fp32",), ending=".pt2"),
+        Format("aoti", "aoti", "-aoti.pt2", ("fp32",), ending=".pt2"),
+        Format("torchscript", "torchscript", ".pt", ("fp32",), note=TORCHSCRIPT),
     )
 }
 
@@ -83,10 +94,30 @@ def format_of(path: Path) -> Format:
         head = file.read(4)
     if head == b"GGUF":
         return FORMATS["gguf"]
+    if head == b"PK\x03\x04":
+        return _archive_format(path)
+    raise UserError(f"{path} is none of the formats that cllm exports: {', '.join(FORMATS)}")
+
+
+def _archive_format(path: Path) -> Format:
+    """By the names in a zip file, as torch writes all of its formats."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = ["/".join(name.split("/")[1:]) for name in archive.namelist()]
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is broken or cut short: {error}") from error
+    if any(name.startswith("data/aotinductor/") for name in names):
+        return FORMATS["aoti"]
+    if any(name.startswith("models/") for name in names):
+        return FORMATS["torch-export"]
+    if any(name.startswith("code/") for name in names):
+        return FORMATS["torchscript"]
     raise UserError(f"{path} is none of the formats that cllm exports: {', '.join(FORMATS)}")
 
 
 def _directory_format(path: Path) -> Format:
+    if (path / "model.onnx").is_file():
+        return FORMATS["onnx"]
     config = path / "config.json"
     with clear_errors(config, "read"):
         try:

@@ -19,6 +19,10 @@ class Runtime:
     encode: Callable[[str], list[int]] | None = None
     """Text to ids as the file's own tokenizer makes them, the end token that begins a text included;
     none where the file holds no tokenizer."""
+    stepwise: Callable[[list[np.ndarray]], list[np.ndarray]] | None = None
+    """The same by a cache: ids (B, T) piece by piece to the logits of each piece; none without one."""
+    close: Callable[[], None] = lambda: None
+    """Let go of it."""
     exact: bool = True
     """Whether the arithmetic is float32 on the weights as they are stored; else activations are rounded
     too, and logits are near rather than equal."""

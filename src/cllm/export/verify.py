@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -78,9 +79,11 @@ def verify(
     caller to judge (``Verified.holds``).
     """
     source = open_source(Path(run))
-    runtime = format_of(Path(path)).load().open_runtime(Path(path))
-    directory = RunDirectory.open(run)
-    with tempfile.TemporaryDirectory() as place:
+    module, directory = format_of(Path(path)).load(), RunDirectory.open(run)
+    with (
+        tempfile.TemporaryDirectory() as place,
+        closing(module.open_runtime(Path(path))) as runtime,
+    ):
         if data:
             field = load_config(directory.config).data.field
             tokens = tokens_for_eval(list(data), source.tokenizer, place, field=field)
