@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,36 @@ def test_unknown_names_are_refused(cllm: Cllm, run: Path) -> None:
     refused(cllm("verify", run / "none", "--run", run), "there is no exported file")
     refused(cllm("verify", run / "run.toml", "--run", run), "is none of the formats")
     refused(cllm("verify", run, "--run", run), "`cllm export` did not make")
+
+
+def test_help_names_the_formats() -> None:
+    from cllm.cli import export as commands
+
+    assert re.findall(r"[a-z-]+", commands.FORMATS.replace(" or ", ", ")) == list(FORMATS)
+
+
+def test_names_must_end_as_their_programs_want(cllm: Cllm, run: Path) -> None:
+    refused(cllm("export", run, "--to", "aoti", "--out", "x.bin"), "ends in .pt2")
+
+
+def test_single_files_are_whole_or_not_there(cllm: Cllm, run: Path, isolated: Path) -> None:
+    pytest.importorskip("gguf")
+    assert cllm("export", run, "--to", "gguf", "--out", "a/b/x.gguf").code == 0
+    assert everything(isolated / "a") == {"b", "b/x.gguf"}
+    assert cllm("verify", "a/b/x.gguf", "--run", run).code == 0
+    before = (isolated / "a/b/x.gguf").read_bytes()
+    refused(cllm("export", run, "--to", "gguf", "--out", "a/b/x.gguf"), "--force replaces it")
+    again = cllm("export", run, "--to", "gguf", "--out", "a/b/x.gguf", "--force", "--dtype", "f16")
+    assert again.code == 0
+    assert len((isolated / "a/b/x.gguf").read_bytes()) < len(before)
+    assert everything(isolated / "a") == {"b", "b/x.gguf"}
+
+
+def test_torchscript_is_said_to_be_deprecated(cllm: Cllm, run: Path) -> None:
+    result = cllm("export", run, "--to", "torchscript")
+    assert result.code == 0, result.err
+    assert "torch 2.13 calls TorchScript deprecated" in result.out + result.err
+    assert cllm("verify", run / "export" / "mine.pt", "--run", run).code == 0
 
 
 def test_what_is_not_an_export_is_never_replaced(cllm: Cllm, run: Path, isolated: Path) -> None:

@@ -9,16 +9,18 @@ import typer
 
 from cllm.cli.use import RunPath
 
+FORMATS = "hf, gguf, onnx, torch-export, aoti or torchscript."
+
 
 def export(
     run: RunPath,
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="hf.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=FORMATS)],
     out: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="The file or directory to make."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="How weights are stored; each format has its own list.")
+        str | None, typer.Option(help="How weights are stored; each format has a list of its own.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     check: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -113,6 +114,8 @@ def _new(place: Path, target: Format) -> Iterator[Path]:
     The file has its final name, in a temporary directory: some programs go by the suffix.
     """
     with clear_errors(place):
+        if place.parent.exists() and not place.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(place.parent))
         place.parent.mkdir(parents=True, exist_ok=True)
     if target.directory:
         with new_directory(place) as temporary:

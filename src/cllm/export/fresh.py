@@ -53,7 +53,7 @@ class _Child:
         if not sizes:
             self._fail(f"gives no logits for ids of shape {ids_bt.shape}")
         data = self.process.stdout.read(4 * math.prod(sizes))
-        return np.frombuffer(data, dtype=np.float32).reshape(sizes)
+        return np.frombuffer(data, dtype=np.float32).reshape(sizes).copy()
 
     def close(self) -> None:
         """End the process."""

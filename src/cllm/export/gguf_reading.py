@@ -38,7 +38,7 @@ def read_back(path: Path) -> Runtime:
     except Exception as error:  # numpy's and struct's, and a ValueError of its own
         raise UserError(f"{path} is no whole GGUF file of a Llama: {error}") from error
     name = (
-        f"the gguf package {_version()} (llama-cpp-python is not installed: llama.cpp did not run)"
+        f"the gguf package {_version()} (not in llama.cpp, which pip install 'cllm[llama]' builds)"
     )
     return Runtime(name, llama.logits, encode.ids)
 
