@@ -6,11 +6,12 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cllm.core.atomic import (
+    clean_leftovers,
     clear_errors,
     flush_directory,
     flush_to_disk,
@@ -18,9 +19,11 @@ from cllm.core.atomic import (
     temporary_beside,
 )
 from cllm.core.errors import UsageError, UserError
-from cllm.export.check import Checked, check
-from cllm.export.formats import Format, find_dtype, find_format, format_of
+from cllm.export.check import Checked, CheckFailedError, check
+from cllm.export.formats import Format, FormatModule, find_dtype, find_format, format_of
 from cllm.export.source import Source, open_source
+from cllm.model.transformer import Transformer
+from cllm.store.run import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -70,15 +73,22 @@ def export(
         checked = None
         if checking:
             say("opening it in the program that it is for")
-            with closing(module.open_runtime(temporary)) as runtime:
-                checked = check(runtime, reference, source)
+            checked = _checked(module, temporary, reference, source)
     return Exported(place, target.name, chosen, _size(place), checked)
+
+
+def _checked(module: FormatModule, path: Path, reference: Transformer, source: Source) -> Checked:
+    with closing(module.open_runtime(path)) as runtime:
+        try:
+            return check(runtime, reference, source)
+        except CheckFailedError as error:
+            raise CheckFailedError(
+                f"{error}; nothing was written (--no-check writes it all the same)"
+            ) from error
 
 
 def default_place(run: Path, source: Source, target: Format, dtype: str) -> Path:
     """Where an export goes if nothing is said: the folder ``export`` of the run."""
-    from cllm.store.run import RunDirectory
-
     folder = RunDirectory.open(run).path / "export"
     tag = "" if dtype == target.dtypes[0] else f"-{dtype}"
     return folder / f"{source.name}{tag}{target.suffix}"
@@ -92,8 +102,8 @@ def _refuse_place(place: Path, target: Format, force: bool) -> None:
     if not force:
         raise UsageError(f"{place} exists; --force replaces it, --out names another place")
     if place.is_dir() != target.directory:
-        kind = "directory" if place.is_dir() else "file"
-        raise UsageError(f"{place} is a {kind}, and {target.name} makes another; choose --out")
+        kind, other = ("file", "directory") if target.directory else ("directory", "file")
+        raise UsageError(f"{place} is a {kind}, and {target.name} makes a {other}; choose --out")
     if not _was_exported(place, target):
         raise UsageError(f"{place} is no earlier {target.name} export; choose --out")
 
@@ -116,12 +126,28 @@ def _new(place: Path, target: Format) -> Iterator[Path]:
     with clear_errors(place):
         if place.parent.exists() and not place.parent.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(place.parent))
+        made_parent = not place.parent.exists()
         place.parent.mkdir(parents=True, exist_ok=True)
-    if target.directory:
-        with new_directory(place) as temporary:
-            temporary.rmdir()  # made anew by the format
+    clean_leftovers(place.parent)
+    try:
+        with _new_directory(place) if target.directory else _new_file(place) as temporary:
             yield temporary
-        return
+    except BaseException:
+        if made_parent:
+            with suppress(OSError):  # someone else wrote there meanwhile
+                place.parent.rmdir()
+        raise
+
+
+@contextmanager
+def _new_directory(place: Path) -> Iterator[Path]:
+    with new_directory(place) as temporary:
+        temporary.rmdir()  # the format makes it
+        yield temporary
+
+
+@contextmanager
+def _new_file(place: Path) -> Iterator[Path]:
     folder = temporary_beside(place)
     with clear_errors(place):
         try:

@@ -52,6 +52,11 @@ class Format:
 
 TORCHSCRIPT = "torch 2.13 calls TorchScript deprecated: prefer torch-export where you can"
 
+AOTI = (
+    "the package does not check lengths: above the model's context it reads beyond its tables "
+    "(AOTI_RUNTIME_CHECK_INPUTS=1 in its environment has it check)"
+)
+
 FORMATS = {
     made.name: made
     for made in (
@@ -59,7 +64,7 @@ FORMATS = {
         Format("gguf", "gguf", ".gguf", ("f32", "f16", "bf16", "q8_0", "q4_0")),
         Format("onnx", "onnx", "-onnx", ("fp32", "int8", "int4"), directory=True),
         Format("torch-export", "torch_program", ".pt2", ("fp32",), ending=".pt2"),
-        Format("aoti", "aoti", "-aoti.pt2", ("fp32",), ending=".pt2"),
+        Format("aoti", "aoti", "-aoti.pt2", ("fp32",), ending=".pt2", note=AOTI),
         Format("torchscript", "torchscript", ".pt", ("fp32",), note=TORCHSCRIPT),
     )
 }
