@@ -53,8 +53,8 @@ class Format:
 TORCHSCRIPT = "torch 2.13 calls TorchScript deprecated: prefer torch-export where you can"
 
 AOTI = (
-    "the package does not check lengths: above the model's context it reads beyond its tables "
-    "(AOTI_RUNTIME_CHECK_INPUTS=1 in its environment has it check)"
+    "the package does not check lengths: above the model's context it reads beyond its tables, "
+    "so give it no more tokens than that"
 )
 
 FORMATS = {
