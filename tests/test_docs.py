@@ -128,7 +128,7 @@ def test_settings_named_in_text_exist(page: Path) -> None:
     named = re.findall(r"`((?:data|tokenizer|model|train|log)\.[a-z_.]+)(?: ?=.*?)?`", text)
     for name in named:
         key = name.rstrip(".")
-        known = key in keys or key in sections or name.endswith((".py", ".toml", ".json"))
+        known = key in keys or key in sections or name.endswith((".py", ".toml", ".json", ".onnx"))
         assert known, f"{page.name} names {name}"
 
 

@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from cllm import __version__
-from cllm.cli import bench, compress, config, lattice, reduce, runs, tokenizer, tokens, train, use
+from cllm.cli import (
+    bench,
+    compress,
+    config,
+    export,
+    lattice,
+    reduce,
+    runs,
+    tokenizer,
+    tokens,
+    train,
+    use,
+)
 from cllm.core.errors import UserError
 
 app = typer.Typer(
@@ -23,6 +35,8 @@ app.command()(reduce.reduce)
 app.command()(compress.compress)
 app.command("eval")(use.evaluate)
 app.command()(use.generate)
+app.command()(export.export)
+app.command()(export.verify)
 app.command()(config.info)
 app.command()(bench.bench)
 app.add_typer(config.app, name="config")

@@ -1,0 +1,90 @@
+"""An exported GGUF file in llama.cpp, by the package ``llama-cpp-python``."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cllm.core.errors import UserError
+from cllm.export.gguf_blocks import gguf_package
+from cllm.export.runtime import Runtime
+
+F32 = 0
+"""``GGML_TYPE_F32``: the cache holds float16 if nothing is said."""
+
+
+def open_llama_cpp(path: Path) -> Runtime:
+    """The file at ``path``, its cache in float32.
+
+    Raises ``ModuleNotFoundError`` without llama-cpp-python, and ``UserError`` where llama.cpp refuses.
+    """
+    llama_cpp = importlib.import_module("llama_cpp")
+    kind, context = _facts(path)
+    _hush(llama_cpp)
+    try:
+        model = llama_cpp.Llama(
+            str(path),
+            n_ctx=context,
+            n_batch=context,
+            # Its threads spin for one another: on a machine with other work two are slower than one.
+            n_threads=1,
+            n_threads_batch=1,
+            logits_all=True,
+            type_k=F32,
+            type_v=F32,
+            verbose=False,
+        )
+    except Exception as error:  # a ValueError, and assertions of its own
+        raise UserError(f"llama.cpp cannot load {path}: {error}") from error
+    name = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
+    caller = _Caller(model)
+    # On F16, BF16 and blocks llama.cpp rounds activations, too, before it multiplies.
+    return Runtime(name, caller.logits, caller.encode, exact=kind == "ALL_F32")
+
+
+@cache
+def _hush(llama_cpp: Any) -> Any:
+    """Have llama.cpp log nothing: it rounds the context up to 256 and then warns that it is too long.
+
+    Cached, so that the callback lives as long as llama.cpp may call it.
+    """
+
+    def ignore(level: int, text: bytes, data: Any) -> None:
+        pass
+
+    callback = llama_cpp.llama_log_callback(ignore)
+    llama_cpp.llama_log_set(callback, None)
+    return callback
+
+
+class _Caller:
+    """One sequence after the other: llama.cpp is asked for all logits of each."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def logits(self, ids_bt: np.ndarray) -> np.ndarray:
+        rows = []
+        for ids in ids_bt:
+            self.model.reset()
+            self.model.eval(ids.tolist())
+            rows.append(np.array(self.model.scores[: len(ids)], dtype=np.float32))
+        return np.stack(rows)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.model.tokenize(text.encode("utf-8"), add_bos=True, special=False))
+
+
+def _facts(path: Path) -> tuple[str, int]:
+    """(the file's type, its context)."""
+    gguf = gguf_package()
+    try:
+        fields = gguf.GGUFReader(path).fields
+        kind = gguf.LlamaFileType(fields["general.file_type"].contents()).name
+        return kind, int(fields["llama.context_length"].contents())
+    except Exception as error:  # numpy's and struct's, and a ValueError of its own
+        raise UserError(f"{path} is no whole GGUF file of a Llama: {error}") from error
