@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from cllm import __version__
-from cllm.cli import bench, config, lattice, reduce, runs, tokenizer, tokens, train, use
+from cllm.cli import (
+    bench,
+    config,
+    generate,
+    lattice,
+    reduce,
+    runs,
+    score,
+    tokenizer,
+    tokens,
+    train,
+    use,
+)
 from cllm.core.errors import UserError
 
 app = typer.Typer(
@@ -21,7 +33,9 @@ app = typer.Typer(
 app.command()(train.train)
 app.command()(reduce.reduce)
 app.command("eval")(use.evaluate)
-app.command()(use.generate)
+app.command()(generate.generate)
+app.command()(score.score)
+app.command("compile")(generate.compile_run)
 app.command()(config.info)
 app.command()(bench.bench)
 app.add_typer(config.app, name="config")

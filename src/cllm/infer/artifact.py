@@ -42,7 +42,8 @@ def artifact_path(engine: Engine, directory: Path) -> Path:
         "capacity": engine.capacity,
         "weights": options.weights,
         "cache": options.cache,
-        "network": _fingerprint(engine),
+        "model": engine.fingerprint(),
+        "scored": not isinstance(engine.network.head, torch.nn.Identity),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return directory / f"decode-{options.slots}x{engine.capacity}-{options.weights}-{key}.pt2"
@@ -88,12 +89,13 @@ def compile_decode(engine: Engine, directory: Path) -> Path:
 
 
 def load_decode(engine: Engine, directory: Path) -> tuple[Decode | None, str]:
-    """The compiled step for ``engine``, if there is one for it, and one line that tells what is used."""
+    """The compiled step for ``engine``, if there is one for it, and one line that tells what is used, or
+    why not what is there; empty where nothing is."""
     path = artifact_path(engine, directory)
     if not path.is_file():
         others = list(directory.glob("decode-*.pt2")) if directory.is_dir() else []
         if not others:
-            return None, "no compiled step: `cllm compile` makes one, which is many times faster"
+            return None, ""
         return None, (
             "the compiled steps of this run are for other weights, options, threads, processor or torch: "
             "not used; `cllm compile` makes one"
@@ -126,12 +128,3 @@ def _runner(path: Path) -> Decode:
 def _note(path: Path) -> Path:
     """Where this user's cache keeps the checksum of a file that was compiled here."""
     return cache_dir() / "compiled" / f"{path.stem}.json"
-
-
-def _fingerprint(engine: Engine) -> str:
-    """A hash of all numbers and of the shape of the network: they are part of the compiled library."""
-    digest = hashlib.sha256(engine.network.config.model_dump_json().encode())
-    for name, tensor in sorted(engine.network.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cllm.core.errors import UsageError
 from cllm.infer.engine import Engine
 from cllm.infer.lookup.head import IndexHead
 from cllm.infer.sampling import Sampling, choose_tokens, penalised, uniform
@@ -78,7 +79,7 @@ def serve(
     ids and sampling and not on its neighbours, but for rounding where rows of a product are not computed
     alike. Raises ``UserError`` for a request without tokens and ``NonFiniteLogitsError``.
     """
-    waiting = enumerate(requests)
+    waiting = enumerate(requests if head is None else map(_fit_for_head, requests))
     live: dict[int, _Live] = {}
     more = True
     while True:
@@ -96,10 +97,26 @@ def serve(
         if not live:
             return
         scores = engine.step({slot: one.last for slot, one in live.items()})
-        ones, slots = list(live.values()), list(live)
+        slots = sorted(live)
+        ones = [live[slot] for slot in slots]
         logits = scores.logits if len(slots) == len(scores.logits) else scores.logits[slots]
         yield from _advance(ones, logits, [scores.best[slot] for slot in slots], end_id, head)
         live = {slot: one for slot, one in live.items() if not one.over}
+
+
+def _fit_for_head(request: Request) -> Request:
+    """``request``, if it asks nothing that takes the logits of all tokens."""
+    sampling = request.sampling
+    if (
+        sampling.repetition_penalty != 1
+        or sampling.logprobs is not None
+        or request.constraint is not None
+    ):
+        raise UsageError(
+            "an index as output head knows no log-probabilities, repetition penalty or format; leave them "
+            "out, or the index"
+        )
+    return request
 
 
 def _begin(index: int, request: Request) -> _Live:

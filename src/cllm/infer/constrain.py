@@ -21,7 +21,7 @@ _KNOWN: WeakKeyDictionary[Tokenizer, Any] = WeakKeyDictionary()
 class Format:
     """What an output must be: ``kind`` ``regex`` with a pattern, or ``json`` with a JSON schema's text.
 
-    Patterns are those of Rust's regex crate and match the whole output; schemas those that llguidance knows.
+    Patterns are those of Rust's regex crate and match the whole output; schemas are what llguidance knows.
     """
 
     kind: str

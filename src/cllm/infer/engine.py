@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,16 +77,31 @@ class Engine:
         scored: bool = True,
     ) -> None:
         options = options or EngineOptions()
+        self._model = model
         self.options, self.capacity = options, options.capacity_of(model)
         self.network = Network(model, options.weights, options.cache, scored=scored).eval()
         self.device = self.network.table.device
         self.cache = Cache(
             model.config, options.slots, self.capacity, options.cache, self.network.gain
         )
-        self.decode: Decode = self._eager
-        """The decode step: ``Network.decode``, unless what it was compiled to has taken its place."""
+        self.compiled: Decode | None = None
+        """What the decode step was compiled to (``cllm.infer.artifact``)."""
+        self._decode: Decode = self._eager
         self._seen: list[list[int]] = [[] for _ in range(options.slots)]
         self._lengths = [0] * options.slots
+
+    def use_compiled(self, wanted: bool) -> None:
+        """Decode by ``compiled``, where there is such a step and it is ``wanted``."""
+        self._decode = self.compiled if wanted and self.compiled else self._eager
+
+    def fingerprint(self) -> str:
+        """A hash of the model's shape and of all its numbers."""
+        digest = hashlib.sha256(self.network.config.model_dump_json().encode())
+        for name, tensor in sorted(self._model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(memoryview(numbers.numpy()))
+        return digest.hexdigest()
 
     def held(self, slot: int) -> list[int]:
         """The tokens that the cache of a slot holds."""
@@ -120,8 +136,11 @@ class Engine:
             for slot in going:
                 ids[slot], places[slot] = tokens[slot], self._lengths[slot]
                 self._lengths[slot] += 1
-            given = [torch.tensor(ids, device=self.device), torch.tensor(places, device=self.device)]
-            logits, likeliest, total = self.decode([*given, *self.cache.buffers])
+            given = [
+                torch.tensor(ids, device=self.device),
+                torch.tensor(places, device=self.device),
+            ]
+            logits, likeliest, total = self._decode([*given, *self.cache.buffers])
             best, sums = likeliest.tolist(), total.tolist()
             _refuse_damaged(sums[slot] for slot in going)
         for slot in full:

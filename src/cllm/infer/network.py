@@ -81,7 +81,7 @@ class InferenceBlock(nn.Module):
         self.qkv = Normed(block.attention_norm, attention.qkv.weight, kind)
         self.mixed = pack(attention.out.weight, kind)
         self.gated = hasattr(mlp, "gate_up")
-        up = mlp.gate_up if self.gated else mlp.up
+        up: nn.Linear = mlp.gate_up if self.gated else mlp.up  # type: ignore[assignment]
         self.up = Normed(block.mlp_norm, up.weight, kind)
         self.down = pack(mlp.out.weight, kind)
 
@@ -116,6 +116,10 @@ class Network(nn.Module):
 
     table: Tensor
     positions: Tensor | None
+    cos: Tensor
+    sin: Tensor
+    gain: Tensor
+    shift: Tensor | None
 
     def __init__(
         self,

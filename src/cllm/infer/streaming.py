@@ -9,7 +9,7 @@ from cllm.text.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Feeds tokens in, gives whole characters out, up to the first of the ``stop`` texts.
+    """Feeds tokens in, gives whole characters out, up to the ``stop`` text that is complete first.
 
     Bytes that can no longer become a character come out as U+FFFD, as Python's decoder has it. What may
     yet turn out to be the beginning of a stop text is held back.
@@ -38,10 +38,12 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + characters
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        found = [
+            (text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text
+        ]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         certain = len(text) - max((_begun(text, stop) for stop in self._stop), default=0)
         self._held = text[certain:]
         return text[:certain]

@@ -9,6 +9,7 @@ kernels are called.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -65,8 +66,9 @@ class Dense(nn.Module):
 class Int8(nn.Module):
     """Integers in −127…127 with a scale for each row; activations stay as they are.
 
-    Four weights lie in one 32-bit number, those of columns k, k + D/4, k + D/2 and k + 3D/4. Shifts take them
-    apart in whole vectors; Inductor's own conversion of single bytes was measured to be ten times slower.
+    Four weights lie in one 32-bit number, those of columns k, k + D/4, k + D/2 and k + 3D/4. Shifts take
+    them apart in whole vectors; Inductor's conversion of single bytes was measured to be several times
+    slower.
     """
 
     packed: Tensor
@@ -142,9 +144,13 @@ class Int8Dynamic(nn.Module):
         super().__init__()
         scale = (weight_rd.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
         zeros = torch.zeros(len(scale), dtype=torch.long)
-        rounded = torch.quantize_per_channel(
-            weight_rd.float(), scale.double(), zeros, 0, torch.qint8
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # deprecated in torch 2.13, and nothing in its place yet
+            rounded = torch.quantize_per_channel(
+                weight_rd.float(), scale.double(), zeros, 0, torch.qint8
+            )
         self.packed = torch.ops.quantized.linear_prepack(rounded, None)
 
     def forward(self, x_nd: Tensor) -> Tensor:
@@ -192,7 +198,9 @@ class Int4(nn.Module):
 
 WEIGHTS = ("fp32", "bf16", "fp16", "int8", "int8-dynamic", "int4")
 """Kinds by name. ``fp32`` is the model's own precision, whichever that is."""
-NOT_COMPILED = {"int8-dynamic": "its packed weights are no tensors, so no step is compiled with them"}
+NOT_COMPILED = {
+    "int8-dynamic": "its packed weights are no tensors, so no step is compiled with them"
+}
 
 
 def check_weights(kind: str) -> None:

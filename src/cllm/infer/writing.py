@@ -149,9 +149,7 @@ class _Writing:
         )
 
 
-def _request(
-    tokenizer: Tokenizer, prompt: Prompt, text: TextStream, shown: list[str]
-) -> Request:
+def _request(tokenizer: Tokenizer, prompt: Prompt, text: TextStream, shown: list[str]) -> Request:
     def done(token: int) -> bool:
         piece = text.feed(token)
         if piece:
