@@ -39,6 +39,7 @@ BENCHES = {
     "tables": "tables",
     "lookup": "lookup",
     "codes": "codes",
+    "infer": "infer",
 }
 """Name of a bench to its module in ``cllm.bench``."""
 
