@@ -108,9 +108,7 @@ def measured(path: Path, quick: bool, notes: list[str]) -> dict[str, dict[str, f
     spin_briefly(env)
     new = "8" if quick else "100"
     starts = [
-        lambda who=who: Contestant(  # type: ignore[misc]
-            who, MODULE, [who, str(path), "--new", new], env
-        )
+        lambda who=who: Contestant(who, MODULE, [who, str(path), "--new", new], env)
         for who in wanted
     ]
     with contest(starts) as contestants:

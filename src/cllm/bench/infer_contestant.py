@@ -5,20 +5,46 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cllm.api import Run, load
 from cllm.bench.harness import answer_rounds
+from cllm.core.config import Config
+from cllm.core.machine import machine
 from cllm.core.memory import peak_rss
+from cllm.core.settings import load_config
 from cllm.infer.artifact import artifact_path, compile_decode, load_decode
 from cllm.infer.batching import Request, serve
 from cllm.infer.engine import Engine, EngineOptions
 from cllm.infer.sampling import Sampling
+from cllm.model.transformer import Transformer
+from cllm.store.checkpoint import load_weights
+from cllm.store.run import RunDirectory
 
 PROMPT, BATCH = 16, 32
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's configuration and model, and where its compiled steps lie."""
+
+    config: Config
+    model: Transformer
+    compiled: Path
+
+
+def trained(path: Path) -> Trained:
+    """The run at ``path`` in eval mode, on the threads that this machine has."""
+    torch.set_num_threads(machine().threads)
+    config = load_config(RunDirectory.open(path).config)
+    model = Transformer(config.model)
+    model.load_state_dict(load_weights(path))
+    return Trained(config, model.eval(), path / "compiled")
+
+
 Measures = dict[str, tuple[int, Callable[[], object]]]
 """Name of a figure: tokens of one call, and the call."""
 
@@ -31,8 +57,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=100, help="tokens to write after the prompt")
     args = parser.parse_args()
     torch.manual_seed(0)
-    run = load(args.run)
-    assert run.model
+    run = trained(args.run)
     begin = time.perf_counter()
     with torch.no_grad():
         if args.who.startswith("transformers"):
@@ -54,14 +79,14 @@ def main() -> None:
         answer_rounds(ready, one_round)
 
 
-def prompts_of(run: Run) -> torch.Tensor:
+def prompts_of(run: Trained) -> torch.Tensor:
     """(BATCH, PROMPT) token ids."""
     assert run.config.model.vocab_size is not None
     generator = torch.Generator().manual_seed(1)
     return torch.randint(run.config.model.vocab_size, (BATCH, PROMPT), generator=generator)
 
 
-def ours(run: Run, new: int, *, compiled: bool) -> Measures:
+def ours(run: Trained, new: int, *, compiled: bool) -> Measures:
     """Our engine; its compiled steps are kept beside the run."""
     one, many = (Engine(run.model, EngineOptions(slots=n)) for n in (1, BATCH))
     for engine in (one, many):
@@ -81,7 +106,7 @@ def ours(run: Run, new: int, *, compiled: bool) -> Measures:
     }
 
 
-def theirs(run: Run, new: int, *, static: bool) -> Measures:
+def theirs(run: Trained, new: int, *, static: bool) -> Measures:
     """``generate`` of transformers' Llama with our weights; ``static``: static cache, compiled forward."""
     llama = as_llama(run)
     options: dict[str, Any] = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new}
@@ -102,7 +127,7 @@ def theirs(run: Run, new: int, *, static: bool) -> Measures:
     }
 
 
-def as_llama(run: Run) -> Any:
+def as_llama(run: Trained) -> Any:
     """A ``LlamaForCausalLM`` of the run's weights (the presets are Llamas)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -119,7 +144,7 @@ def as_llama(run: Run) -> Any:
             rms_norm_eps=config.norm_eps,
             rope_theta=config.rope_theta,
             tie_word_embeddings=True,
-            pad_token_id=run.tokenizer.end_id,
+            pad_token_id=0,
             eos_token_id=None,
             bos_token_id=None,
         )
