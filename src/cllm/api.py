@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,16 +12,20 @@ from typing import Any
 
 import torch
 
-from cllm.compress.formats import read_state
-from cllm.compress.score import score
 from cllm.core.config import Config
 from cllm.core.duration import parse_duration
 from cllm.core.errors import UsageError, UserError
 from cllm.core.machine import machine
 from cllm.core.settings import build, flatten, load_config, merge, read_toml, write_setting
-from cllm.infer.generate import stream
+from cllm.infer.artifact import load_decode
+from cllm.infer.constrain import Format
+from cllm.infer.engine import Engine, EngineOptions
+from cllm.infer.harness import harness_model
+from cllm.infer.measure import fastest_weights
 from cllm.infer.sampling import Sampling
-from cllm.infer.streaming import TextStream
+from cllm.infer.score import Score
+from cllm.infer.score import score as score_text
+from cllm.infer.writing import Completion, Prompt, write, write_all
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
 from cllm.store.container import Container, is_container
@@ -147,39 +151,84 @@ class Model:
         model.load_state_dict(self.weights())
         return model.eval()
 
-    def generate(
-        self,
-        prompt: str = "",
-        *,
-        max_tokens: int = 200,
-        temperature: float = 0.8,
-        top_k: int = 50,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> str:
-        """The text that the model writes after ``prompt`` (the prompt itself is not repeated)."""
-        sampling = Sampling(
-            max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-        )
-        return "".join(self.stream(prompt, sampling))
+    @cached_property
+    def _engines(self) -> dict[EngineOptions, tuple[Engine, str]]:
+        return {}
 
-    def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
-        """The same piece by piece, never cutting a character in two."""
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError("the prompt is not valid UTF-8 text") from error
-        tokenizer = self.tokenizer
-        # A text begins after an end token, as in training.
-        ids = [tokenizer.end_id, *map(int, tokenizer.encode(prompt))]
-        text = TextStream(tokenizer)
-        for token in stream(self.model, ids, sampling, end_id=tokenizer.end_id):
-            piece = text.feed(token)
-            if piece:
-                yield piece
-        rest = text.end()
-        if rest:
-            yield rest
+    def engine(
+        self,
+        *,
+        slots: int = 1,
+        weights: str = "fp32",
+        cache: str = "fp32",
+        compiled: bool = True,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Engine:
+        """The inference engine of these options, made once.
+
+        It runs the step that ``cllm compile`` left beside the run, if there is one for it, unless
+        ``compiled`` is False. ``say`` is told which, in one line. ``weights`` may be ``auto``: what was
+        measured to be the fastest of fp32, bf16 and int8 on this machine (without compilation).
+        """
+        if weights == "auto":
+            weights, line = fastest_weights(self.model, slots)
+            say(line)
+        options = EngineOptions(slots=slots, weights=weights, cache=cache)
+        if options not in self._engines:
+            made = Engine(self.model, options)
+            step, line = load_decode(made, self.compiled)
+            made.compiled = step
+            self._engines[options] = (made, line)
+        found, line = self._engines[options]
+        found.use_compiled(compiled)
+        if line and compiled:
+            say(line)
+        return found
+
+    @property
+    def compiled(self) -> Path:
+        """Where compiled steps of it lie: in the run's directory, or beside the file."""
+        return self.path / "compiled" if self.path.is_dir() else Path(f"{self.path}.compiled")
+
+    def generate(self, prompt: str = "", *, form: Format | None = None, **sampling: Any) -> str:
+        """The text that the model writes after ``prompt`` (the prompt itself is not repeated).
+
+        ``sampling``: fields of ``Sampling``, as ``max_tokens``, ``temperature``, ``seed``, ``stop``.
+        """
+        return "".join(self.stream(prompt, Sampling(**sampling), form=form))
+
+    def stream(
+        self,
+        prompt: str,
+        sampling: Sampling,
+        *,
+        form: Format | None = None,
+        engine: Engine | None = None,
+    ) -> Iterator[str]:
+        """The same piece by piece, never cutting a character in two or showing part of a stop text."""
+        return write(engine or self.engine(), self.tokenizer, Prompt(prompt, sampling, form))
+
+    def complete(
+        self,
+        prompts: Iterable[str | Prompt],
+        *,
+        slots: int = 8,
+        engine: Engine | None = None,
+        **sampling: Any,
+    ) -> list[Completion]:
+        """Completions of many prompts, ``slots`` at once, in the order of the prompts."""
+        common = Sampling(**sampling)
+        given = (p if isinstance(p, Prompt) else Prompt(p, common) for p in prompts)
+        found = dict(write_all(engine or self.engine(slots=slots), self.tokenizer, given))
+        return [found[index] for index in sorted(found)]
+
+    def score(self, text: str, prompt: str | None = None) -> Score:
+        """The log-likelihood of ``text``, or of ``text`` after ``prompt``, and its bits per byte."""
+        return score_text(self.engine(), self.tokenizer, text, prompt)
+
+    def harness_model(self, *, slots: int = 8) -> Any:
+        """This run as a model for ``lm_eval.simple_evaluate(model=…)``; needs ``cllm[lm-eval]``."""
+        return harness_model(self.engine(slots=slots), self.tokenizer)
 
     def evaluate(
         self,
@@ -204,6 +253,8 @@ class Model:
             return self._score(tokens, progress or Silent())
 
     def _score(self, tokens: PackedTokens, progress: Progress) -> Evaluation:
+        from cllm.compress.score import score
+
         windows = -(-(len(tokens) - 1) // self.config.model.context)
         with progress.stage("evaluating", windows) as advance:
             return score(self.model, self.config, tokens, advance)
@@ -232,6 +283,8 @@ class CompressedModel(Model):
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The weights as the file holds them, dense in float32."""
+        from cllm.compress.formats import read_state  # not for runs, which begin sooner without
+
         return read_state(self.container)
 
     def split(self, name: str) -> PackedTokens:

@@ -25,6 +25,8 @@ COMMANDS = [
     ["eval"],
     ["compress"],
     ["generate"],
+    ["score"],
+    ["compile"],
     ["info"],
     ["bench"],
     ["config"],
@@ -186,8 +188,40 @@ def test_generate_is_a_function_of_the_seed(cllm: Cllm, trained: Path) -> None:
 )
 def test_generate_goes_on_from_any_text(prompt: str, cllm: Cllm, trained: Path) -> None:
     result = cllm("generate", trained, "--prompt", prompt, "--max-tokens", 5)
-    assert (result.code, result.err) == (0, "")
+    assert result.code == 0
     assert result.out.startswith(prompt)
+    if len(prompt) < 100:
+        assert result.err == ""
+    else:
+        assert re.fullmatch(
+            r"the prompt has \d+ tokens and the model's context 64: its last 64 are read\n",
+            result.err,
+        )
+
+
+def test_a_file_of_prompts_is_answered_and_gone_on_with(
+    cllm: Cllm, trained: Path, isolated: Path
+) -> None:
+    (isolated / "p.jsonl").write_text(
+        '{"prompt": "The old", "seed": 3}\n\n{"prompt": "The quiet", "max_tokens": 4}\n'
+    )
+    arguments = ["--prompts", "p.jsonl", "--out", "o.jsonl", "--max-tokens", 6, "--slots", 2]
+    first = cllm("generate", trained, *arguments)
+    assert (first.code, first.out) == (0, "")
+    assert first.err.splitlines()[-1] == "o.jsonl: 2 answers"
+    made = [json.loads(line) for line in (isolated / "o.jsonl").read_text().splitlines()]
+    assert [answer["prompt"] for answer in made] == ["The old", "The quiet"]
+    assert [answer["tokens"] for answer in made] == [6, 4]
+    again = cllm("generate", trained, *arguments)
+    assert again.err.splitlines()[-1] == "o.jsonl: 2 answers, 2 of them kept from before"
+    quiet = cllm("score", trained, "s.jsonl", "--out", "scores.jsonl", "--quiet")
+    assert quiet.code == 1
+    (isolated / "s.jsonl").write_text('{"text": "The old dog"}\n')
+    quiet = cllm("score", trained, "s.jsonl", "--out", "scores.jsonl", "--quiet")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
+    scored = json.loads((isolated / "scores.jsonl").read_text())
+    assert scored["bytes"] == len("The old dog")
+    assert scored["bpb"] > 0
 
 
 def test_train_tells_its_results_and_quiet_nothing_else(

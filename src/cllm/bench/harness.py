@@ -41,6 +41,7 @@ BENCHES = {
     "codes": "codes",
     "parallel": "parallel",
     "compress": "compress",
+    "infer": "infer",
 }
 """Name of a bench to its module in ``cllm.bench``."""
 

@@ -14,9 +14,11 @@ from cllm.cli import (
     compress,
     config,
     export,
+    generate,
     lattice,
     reduce,
     runs,
+    score,
     tokenizer,
     tokens,
     train,
@@ -34,7 +36,9 @@ app.command()(train.train)
 app.command()(reduce.reduce)
 app.command()(compress.compress)
 app.command("eval")(use.evaluate)
-app.command()(use.generate)
+app.command()(generate.generate)
+app.command()(score.score)
+app.command("compile")(generate.compile_run)
 app.command()(export.export)
 app.command()(export.verify)
 app.command()(config.info)

@@ -1,24 +1,20 @@
-"""Token by token generation with a key/value cache of the model's context."""
+"""Token by token generation: what stands before the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
-
-from cllm.core.errors import UserError
+from cllm.infer.batching import Request, serve
+from cllm.infer.engine import Engine, NonFiniteLogitsError
 from cllm.infer.lookup.head import IndexHead
-from cllm.infer.sampling import Sampling, choose_token
-from cllm.model.attention import KeyValueCache
+from cllm.infer.sampling import Sampling
 from cllm.model.transformer import Transformer
 
-
-class NonFiniteLogitsError(UserError):
-    """The model's logits are not finite: its weights are damaged, or its training diverged."""
+__all__ = ["NonFiniteLogitsError", "generate", "stream"]
 
 
 def generate(
-    model: Transformer,
+    model: Transformer | Engine,
     ids: Sequence[int],
     sampling: Sampling,
     *,
@@ -27,13 +23,14 @@ def generate(
 ) -> list[int]:
     """New token ids after ``ids``; stops after ``max_tokens`` or before ``end_id``.
 
-    ``head`` stands in for the model's output table, where the vocabulary is large (``IndexHead``).
+    ``head`` stands in for the model's output table, where the vocabulary is large (``IndexHead``). An
+    ``Engine`` that is kept saves making one for each call. Stop strings need the text: see ``Writer``.
     """
     return list(stream(model, ids, sampling, end_id=end_id, head=head))
 
 
 def stream(
-    model: Transformer,
+    model: Transformer | Engine,
     ids: Sequence[int],
     sampling: Sampling,
     *,
@@ -46,35 +43,7 @@ def stream(
     those that the model was trained on. Raises ``UserError`` for an empty prompt and
     ``NonFiniteLogitsError`` for logits that are not finite.
     """
-    if not len(ids):
-        raise UserError("the prompt has no tokens; give at least one (the end token begins a text)")
-    context, device = model.config.context, model.embedding.weight.device
-    generator = torch.Generator().manual_seed(sampling.seed)
-    seen = list(ids)
-    cache, unread = _fresh(model, seen[-context:])
-    was_training = model.training
-    model.eval()
-    try:
-        for _ in range(sampling.max_tokens):
-            if cache.length + len(unread) > context:
-                cache, unread = _fresh(model, seen[-max(context // 2, 1) :])
-            with torch.no_grad():
-                hidden = model.hidden(torch.tensor([unread], device=device), cache)
-                scored = hidden[0, -1:] if head else model.output.logits(hidden[0, -1:])
-            if not bool(torch.isfinite(scored).all()):
-                raise NonFiniteLogitsError(
-                    "the model's logits are not finite; its weights are damaged"
-                )
-            choose = head.choose if head else choose_token
-            token = choose(scored[0], sampling, generator)
-            if token == end_id:
-                return
-            yield token
-            seen.append(token)
-            unread = [token]
-    finally:
-        model.train(was_training)
-
-
-def _fresh(model: Transformer, ids: list[int]) -> tuple[KeyValueCache, list[int]]:
-    return KeyValueCache(model.config, 1, model.embedding.weight), ids
+    engine = model if isinstance(model, Engine) else Engine(model, scored=head is None)
+    for step in serve(engine, [Request(ids, sampling)], end_id=end_id, head=head):
+        if step.token is not None:
+            yield step.token

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy import sparse
-from scipy.sparse.linalg import lsmr
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 
 def spectrum(table_vd: Tensor) -> np.ndarray:
@@ -58,6 +60,8 @@ def piece_vectors(incidence_vp: sparse.csr_matrix, core_vr: Tensor) -> Tensor:
 
     By LSMR (Fong & Saunders 2011) from zero, a column at a time; the matrix stays sparse.
     """
+    from scipy.sparse.linalg import lsmr  # generation starts sooner without it
+
     target = core_vr.detach().double().cpu().numpy()
     columns = [lsmr(incidence_vp, column, atol=1e-7, btol=1e-7)[0] for column in target.T]
     return torch.from_numpy(np.stack(columns, axis=1)).to(core_vr.dtype).to(core_vr.device)

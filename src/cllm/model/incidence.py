@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor, nn
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 
 @torch.library.custom_op("cllm::sum_rows", mutates_args=())
@@ -123,6 +126,8 @@ class Incidence(nn.Module):
         """The (V, P) matrix, float64."""
         indices, offsets = self.indices.cpu().numpy(), self.offsets.cpu().numpy()
         shape = (self.tokens, self.pieces)
+        from scipy import sparse  # generation starts sooner without it
+
         return sparse.csr_matrix((np.ones(len(indices)), indices, offsets), shape=shape)
 
     def bags(self, tokens_n: Tensor) -> tuple[Tensor, Bags]:

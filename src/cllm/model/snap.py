@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cllm.lattice import E8, closest
-
 
 @torch.library.custom_op("cllm::snap", mutates_args=())
 def snap(core_vr: Tensor, basis_rd: Tensor | None, lattice: str, step: float) -> Tensor:
@@ -22,6 +20,8 @@ def snap(core_vr: Tensor, basis_rd: Tensor | None, lattice: str, step: float) ->
     (core − point) · basis is short, which rounding each by itself does not do where the basis's rows
     are not orthogonal.
     """
+    from cllm.lattice import E8, closest  # most models snap nothing, and start sooner without it
+
     wide = torch.float64 if core_vr.dtype == torch.float64 else torch.float32
     scaled = core_vr.detach().to("cpu", wide) / step
     if lattice == "z":

@@ -7,9 +7,9 @@ Weights may be in any floating precision; the residual stream, norms and softmax
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from scipy import sparse
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,6 +26,9 @@ from cllm.model.norms import (
     start_norm,
     wide,
 )
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 
 class Block(nn.Module):

@@ -1,0 +1,211 @@
+"""``cllm generate`` and ``cllm compile``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cllm.cli.terminal import printable
+from cllm.cli.use import RunPath
+
+if TYPE_CHECKING:
+    from cllm.api import Model
+    from cllm.infer.constrain import Format
+    from cllm.infer.engine import Engine
+    from cllm.infer.sampling import Sampling
+
+BATCH_SLOTS = 8
+
+Weights = Annotated[
+    str,
+    typer.Option(help="fp32, bf16, fp16, int8, int8-dynamic, int4, or auto: the fastest here."),
+]
+CacheKind = Annotated[str, typer.Option("--cache", help="Keys and values as fp32, bf16 or int8.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress display.")]
+
+
+def generate(
+    run: RunPath,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl", help='Many prompts, one {"prompt": …} a line; needs --out.'
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl", help="Where the answers go; what is there is gone on with."
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token; higher is more surprising.")
+    ] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0 is off.")] = 50,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the fewest that reach this probability; 1 is off.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Draw from what has this share of the likeliest's probability.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that are there already become less likely.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be repeated.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="The output must match this regular expression.")
+    ] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The output must be JSON of the schema in this file."),
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --prompts: each token's log-probability, and of so many others."),
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(help=f"With --prompts: texts at once (default {BATCH_SLOTS}).")
+    ] = None,
+    weights: Weights = "fp32",
+    cache: CacheKind = "fp32",
+    compiled: Annotated[
+        bool,
+        typer.Option("--compiled/--eager", help="Use what `cllm compile` made, if it is there."),
+    ] = True,
+    quiet: Quiet = False,
+) -> None:
+    """Let a model write on from a prompt, or from each prompt of a file."""
+    from cllm.core.errors import UsageError
+    from cllm.core.threads import spin_briefly
+
+    if (prompts is None) != (out is None):
+        raise UsageError("--prompts and --out go together: give both, or neither")
+    if prompts is None and (logprobs is not None or slots is not None):
+        raise UsageError("--logprobs and --slots are for --prompts FILE --out FILE")
+    if prompts is not None and prompt:
+        raise UsageError("--prompt and --prompts exclude each other; leave one out")
+    spin_briefly()  # before torch is loaded
+
+    from cllm.api import load
+    from cllm.infer.sampling import Sampling
+
+    sampling = Sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+        logprobs=logprobs,
+    )
+    form, loaded = _format(regex, json_schema), load(run)
+    count = 1 if prompts is None else slots or BATCH_SLOTS
+    engine = loaded.engine(
+        slots=count, weights=weights, cache=cache, compiled=compiled, say=_teller(quiet)
+    )
+    if prompts is not None and out is not None:
+        _answer(loaded, engine, prompts, out, sampling, form, quiet)
+    else:
+        _write(loaded, engine, prompt, sampling, form, quiet)
+
+
+def compile_run(
+    run: RunPath,
+    slots: Annotated[int, typer.Option(help="Texts that are written at once.")] = 1,
+    weights: Weights = "fp32",
+    cache: CacheKind = "fp32",
+    quiet: Quiet = False,
+) -> None:
+    """Compile the step that writes a token, and keep it beside the run: `cllm generate` then uses it."""
+    from cllm.core.threads import spin_briefly
+
+    spin_briefly()  # before torch is loaded
+
+    from cllm.api import load
+    from cllm.infer.artifact import compile_decode
+    from cllm.training.progress import open_progress
+
+    loaded, progress = load(run), open_progress(quiet=quiet)
+    engine = loaded.engine(
+        slots=slots, weights=weights, cache=cache, compiled=False, say=progress.say
+    )
+    with progress.stage("compiling"):
+        path = compile_decode(engine, loaded.compiled)
+    typer.echo(str(path))
+
+
+def _write(
+    model: Model, engine: Engine, prompt: str, sampling: Sampling, form: Format | None, quiet: bool
+) -> None:
+    pieces = model.stream(prompt, sampling, form=form, engine=engine)
+    first = next(pieces, "")  # what is wrong shows before the prompt is echoed
+    length = 1 + len(model.tokenizer.encode(prompt))
+    if length > engine.capacity:
+        _teller(quiet)(
+            f"the prompt has {length} tokens and the model's context {engine.capacity}: its last "
+            f"{engine.capacity} are read"
+        )
+    typer.echo(printable(prompt + first), nl=False)
+    for piece in pieces:
+        typer.echo(printable(piece), nl=False)
+    typer.echo("")
+
+
+def _answer(
+    model: Model,
+    engine: Engine,
+    prompts: Path,
+    out: Path,
+    sampling: Sampling,
+    form: Format | None,
+    quiet: bool,
+) -> None:
+    from cllm.infer.jsonl import answer_file
+    from cllm.training.progress import open_progress
+
+    progress = open_progress(quiet=quiet)
+    with progress.stage("writing", 1) as advance:
+        done = answer_file(engine, model.tokenizer, prompts, out, sampling, form, advance)
+    kept = f", {done.kept} of them kept from before" if done.kept else ""
+    cut = (
+        f"; {done.cut} prompts were longer than the context and lost their beginning"
+        if done.cut
+        else ""
+    )
+    progress.say(f"{out}: {done.total} answers{kept}{cut}")
+
+
+def _format(regex: str | None, schema: Path | None) -> Format | None:
+    from cllm.core.atomic import clear_errors
+    from cllm.core.errors import UsageError, UserError
+    from cllm.infer.constrain import Format
+
+    if regex is not None and schema is not None:
+        raise UsageError("--regex and --json-schema exclude each other; leave one out")
+    if regex is not None:
+        return Format("regex", regex)
+    if schema is None:
+        return None
+    with clear_errors(schema, "read"):
+        try:
+            return Format("json", schema.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{schema} is not UTF-8; save it in that encoding") from error
+
+
+def _teller(quiet: bool) -> Callable[[str], None]:
+    def tell(line: str) -> None:
+        if not quiet:
+            typer.echo(line, err=True)
+
+    return tell

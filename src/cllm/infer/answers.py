@@ -1,0 +1,82 @@
+"""An output file of one JSON answer a line, in the order of the requests, that survives a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from cllm.core.atomic import clear_errors
+from cllm.core.errors import UsageError
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """An output file under way: ``done`` lines are there already, ``write`` adds one."""
+
+    done: int
+    write: Callable[[int, Record], None]
+
+
+def request_key(*parts: object) -> str:
+    """What an answer depends on, as 12 hex digits."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def answers(path: Path, keys: list[str]) -> Iterator[Answers]:
+    """Open ``path`` for the answers to requests of these ``keys``, in their order.
+
+    Answers may come in any order; each is written when all before it are. Lines that an earlier call, or
+    one that was killed, wrote for the same requests are kept, and half a line at the end is dropped. Raises
+    ``UsageError`` if the file holds anything else.
+    """
+    with clear_errors(path):
+        file = open(path, "r+b") if path.exists() else open(path, "x+b")  # noqa: SIM115
+    with file:
+        done, size = _finished(file, path, keys)
+        file.truncate(size)
+        file.seek(size)
+        waiting: dict[int, Record] = {}
+        following = done
+
+        def write(index: int, body: Record) -> None:
+            nonlocal following
+            waiting[index] = body
+            while following in waiting:
+                line = {"index": following, "request": keys[following]} | waiting.pop(following)
+                with clear_errors(path):
+                    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                    file.flush()
+                following += 1
+
+        yield Answers(done, write)
+        with clear_errors(path):
+            os.fsync(file.fileno())
+
+
+def _finished(file: IO[bytes], path: Path, keys: list[str]) -> tuple[int, int]:
+    """How many answers stand in ``file`` already, and their size in bytes."""
+    count = size = 0
+    for line in file:
+        if not line.endswith(b"\n"):
+            break  # cut off by a kill
+        try:
+            record = json.loads(line)
+            known = (record["index"], record["request"])
+        except (ValueError, TypeError, KeyError):
+            known = (-1, "")
+        if count >= len(keys) or known != (count, keys[count]):
+            raise UsageError(
+                f"{path}:{count + 1} is no answer to this request with these options; choose another "
+                "--out, or delete the file"
+            )
+        count, size = count + 1, size + len(line)
+    return count, size

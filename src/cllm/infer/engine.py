@@ -1,0 +1,171 @@
+"""The engine behind generation: slots of a cache, read in one pass and continued a token at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cllm.core.errors import UsageError, UserError
+from cllm.infer.cache import Cache
+from cllm.infer.network import Network
+from cllm.infer.weights import check_weights
+from cllm.model.transformer import Transformer
+
+Decode = Callable[[list[Tensor]], Sequence[Tensor]]
+"""``Network.decode`` or what it was compiled to: (tokens, positions, *buffers) in a list."""
+
+
+class NonFiniteLogitsError(UserError):
+    """The model's logits are not finite: its weights are damaged, or its training diverged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How an engine computes.
+
+    ``slots``: texts that are continued at once. ``weights``: see ``cllm.infer.weights``. ``cache``: see
+    ``cllm.infer.cache``. ``capacity``: tokens that a slot holds, at most the model's context; none means
+    all of it.
+    """
+
+    slots: int = 1
+    weights: str = "fp32"
+    cache: str = "fp32"
+    capacity: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.slots < 1:
+            raise UsageError(f"slots = {self.slots} must be at least 1")
+        check_weights(self.weights)
+
+    def capacity_of(self, model: Transformer) -> int:
+        """The capacity for ``model``; ``UsageError`` if its context has no room for it."""
+        context = model.config.context
+        if self.capacity is None:
+            return context
+        if not 1 <= self.capacity <= context:
+            raise UsageError(f"capacity = {self.capacity} must be in 1…{context}, the context")
+        return self.capacity
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Logits (S, V) after a step, and the likeliest token of each slot."""
+
+    logits: Tensor
+    best: list[int]
+
+
+class Engine:
+    """A model with a cache of fixed size.
+
+    A slot whose cache is full is read anew from the second half of what it holds, in one pass. So logits
+    are always those of a plain forward over the tokens that the cache holds, at positions that the model
+    was trained on. ``scored=False`` leaves the output table to an ``IndexHead``: logits are hidden vectors.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        options: EngineOptions | None = None,
+        *,
+        scored: bool = True,
+    ) -> None:
+        options = options or EngineOptions()
+        self._model = model
+        self.options, self.capacity = options, options.capacity_of(model)
+        self.network = Network(model, options.weights, options.cache, scored=scored).eval()
+        self.device = self.network.table.device
+        self.cache = Cache(
+            model.config, options.slots, self.capacity, options.cache, self.network.gain
+        )
+        self.compiled: Decode | None = None
+        """What the decode step was compiled to (``cllm.infer.artifact``)."""
+        self._decode: Decode = self._eager
+        self._seen: list[list[int]] = [[] for _ in range(options.slots)]
+        self._lengths = [0] * options.slots
+
+    def use_compiled(self, wanted: bool) -> None:
+        """Decode by ``compiled``, where there is such a step and it is ``wanted``."""
+        self._decode = self.compiled if wanted and self.compiled else self._eager
+
+    def fingerprint(self) -> str:
+        """A hash of the model's shape and of all its numbers."""
+        digest = hashlib.sha256(self.network.config.model_dump_json().encode())
+        for name, tensor in sorted(self._model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(memoryview(numbers.numpy()))
+        return digest.hexdigest()
+
+    def held(self, slot: int) -> list[int]:
+        """The tokens that the cache of a slot holds."""
+        return self._seen[slot][len(self._seen[slot]) - self._lengths[slot] :]
+
+    def start(self, slot: int, ids: Sequence[int]) -> Scores:
+        """Begin a text in a slot; of a long one its last ``capacity`` tokens are read. Scores of one row.
+
+        Raises ``UserError`` for no tokens and ``NonFiniteLogitsError``.
+        """
+        if not len(ids):
+            raise UserError(
+                "the prompt has no tokens; give at least one (the end token begins a text)"
+            )
+        self._seen[slot] = list(ids)
+        return self._read(slot, self.capacity)
+
+    @torch.no_grad()
+    def step(self, tokens: Mapping[int, int]) -> Scores:
+        """Append a token to each slot named, and score what may come next (rows of others mean nothing).
+
+        A slot that was started and is not named is given up: it must be started again.
+        """
+        full = [slot for slot in tokens if self._lengths[slot] == self.capacity]
+        for slot, token in tokens.items():
+            self._seen[slot].append(token)
+        logits: Tensor | None = None
+        best = [0] * self.options.slots
+        if len(full) < len(tokens):
+            ids, places = [0] * self.options.slots, [0] * self.options.slots
+            going = [slot for slot in tokens if self._lengths[slot] < self.capacity]
+            for slot in going:
+                ids[slot], places[slot] = tokens[slot], self._lengths[slot]
+                self._lengths[slot] += 1
+            given = [
+                torch.tensor(ids, device=self.device),
+                torch.tensor(places, device=self.device),
+            ]
+            logits, likeliest, total = self._decode([*given, *self.cache.buffers])
+            best, sums = likeliest.tolist(), total.tolist()
+            _refuse_damaged(sums[slot] for slot in going)
+        for slot in full:
+            scores = self._read(slot, max(self.capacity // 2, 1))
+            if logits is None:
+                logits = scores.logits.new_zeros((self.options.slots, scores.logits.shape[1]))
+            logits[slot], best[slot] = scores.logits[0], scores.best[0]
+        assert logits is not None, "a step of no slots"
+        return Scores(logits, best)
+
+    @torch.no_grad()
+    def _read(self, slot: int, most: int) -> Scores:
+        ids = self._seen[slot][-most:]
+        self._lengths[slot] = len(ids)
+        del self._seen[slot][: -self.capacity]
+        given = torch.tensor(ids, device=self.device)
+        logits = self.network.logits(self.network.read(given, slot, *self.cache.buffers)[-1:])
+        _refuse_damaged(logits.sum(-1).tolist())
+        return Scores(logits, logits.argmax(-1).tolist())
+
+    @torch.no_grad()
+    def _eager(self, given: list[Tensor]) -> Sequence[Tensor]:
+        return self.network.decode(*given)
+
+
+def _refuse_damaged(sums: object) -> None:
+    if not all(map(math.isfinite, sums)):  # type: ignore[call-overload]
+        raise NonFiniteLogitsError("the model's logits are not finite; its weights are damaged")
