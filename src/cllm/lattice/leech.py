@@ -76,7 +76,9 @@ class Leech(RootLattice):
         value, quarter = costs.exact(firsts.view(-1), points.repeat(4)).view(4, -1).min(dim=0)
         word = firsts.gather(0, quarter[None])[0]
         bound.scatter_(0, firsts, torch.inf)
-        rivals, where = torch.nonzero(bound < value, as_tuple=True)
+        # NumPy's search is the faster one.
+        hits = torch.from_numpy(np.flatnonzero((bound < value).numpy()))
+        rivals, where = hits // x.shape[1], hits % x.shape[1]
         rival_value = costs.exact(rivals, where)
         value.scatter_reduce_(0, where, rival_value, "amin")
         wins = rival_value == value[where]
@@ -101,6 +103,11 @@ _QUARTER = torch.arange(256) // 64
 _PAIRS = _WORDS[:64, 0::2] * 4 + _WORDS[:64, 1::2]
 # (parity, element, top bit) -> bits of the column.
 _PATTERNS = torch.from_numpy(column_patterns())
+# (2·column + top bit, word): where the word's pattern of the column stands in (m, pattern, column).
+_PLACES = (
+    (_QUARTER // 2 * 16)[:, None, None] + _PATTERNS[_QUARTER[:, None] % 2, _WORDS]
+) * 6 + torch.arange(6)[:, None]
+_PLACES = _PLACES.view(256, 12).T.contiguous()
 # State s and state t of two columns make state s ^ t of both.
 _BEFORE = torch.arange(4)[:, None] ^ torch.arange(4)
 
@@ -112,13 +119,14 @@ class _Costs:
     b + ½ where it is 1: at |d| and ½ - |d| for d = y - round(y). Moving to the other parity of b
     costs 1 - 2|d| and 2|d| more, in squared distance. Costs are counted from all code bits 0.
 
-    ``columns`` (m, h, element of GF(4), column, state, batch) with state = 2·(top bit) + (parity of
-    the column's b); ``base`` (m, batch) is what they are counted from.
+    ``total`` (m, pattern of code bits, column, batch) is a column's cost whatever the parity of its b,
+    ``extra`` (the same shape) what the other parity costs more, with the sign + where the first is even;
+    ``base`` (m, batch) is what they are counted from.
     """
 
     def __init__(self, x: torch.Tensor) -> None:
         self.batch = x.shape[1]
-        self.columns = x.new_empty(2, 2, 4, 6, 4, self.batch)
+        self.total, self.extra = x.new_empty(2, 2, 16, 6, self.batch)
         self.base = x.new_empty(2, self.batch)
         for m in (0, 1):
             self._fill(x, m)
@@ -128,26 +136,27 @@ class _Costs:
         whole, floor = y.round(), y.floor()
         size = y.sub_(whole).abs_()
         self.base[m] = size.square().sum(dim=(0, 1))
-        # (code bit, column, row, batch): cost, half of the penalty, and parity of b as ±1.
+        # (code bit, column, row, batch): cost, penalty, and parity of b as ±1.
         cost = torch.stack([torch.zeros_like(size), 0.25 - size])
-        penalty = torch.stack([0.5 - size, size])
+        penalty = torch.stack([1 - 2 * size, 2 * size])
         sign = torch.stack([_sign(whole), _sign(floor)])
         # (bit of row 0, bit of row 1, ...) joined two rows at a time to 4 and then 16 patterns.
         low = _join(*(_at(t, 0, 1) for t in (cost, penalty, sign)))
         high = _join(*(_at(t, 2, 3) for t in (cost, penalty, sign)))
-        joined = zip(high, low, strict=True)
-        total, half, parity = _join(*((upper[:, None], lower[None]) for upper, lower in joined))
-        lean = half * parity
-        total = total + half
-        for h, element, top in itertools.product(range(2), range(4), range(2)):
-            pattern = int(_PATTERNS[h, element, top])
-            out = self.columns[m, h, element]
-            torch.sub(total[pattern], lean[pattern], out=out[:, 2 * top])
-            torch.add(total[pattern], lean[pattern], out=out[:, 2 * top + 1])
+        shape = (4, 4, 6, self.batch)
+        (cost, penalty, sign), (cost_low, penalty_low, sign_low) = high, low
+        torch.add(cost[:, None], cost_low, out=self.total[m].view(shape))
+        extra = self.extra[m].view(shape)
+        torch.minimum(penalty[:, None], penalty_low, out=extra)
+        extra.mul_(sign[:, None] * sign_low)
 
     def bounds(self) -> torch.Tensor:
         """A lower bound (256, batch) of the cost of every word: each column in its best state."""
-        relaxed = self.columns.amin(dim=4).view(4, 4, 6, -1)
+        relaxed = self.total.new_empty(2, 2, 4, 6, self.batch)
+        for h, element in itertools.product(range(2), range(4)):
+            first, second = (self.total[:, int(p)] for p in _PATTERNS[h, element])
+            torch.minimum(first, second, out=relaxed[:, h, element])
+        relaxed = relaxed.view(4, 4, 6, -1)
         out = relaxed.new_empty(4, 64, self.batch)
         for quarter, columns in enumerate(relaxed):
             columns[:, 0] += self.base[quarter // 2]
@@ -171,13 +180,15 @@ class _Costs:
         return reached.gather(0, need[None])[0] + self.base[quarter // 2, point]
 
     def _states(self, word: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
-        """Costs (6, 4, count) of the columns of pairs of words and points."""
-        element = _QUARTER[:, None] * 4 + _WORDS
-        start = (element * 6 + torch.arange(6)) * (4 * self.batch)
-        place = start.T[:, word] + point
-        states = torch.arange(4)[:, None] * self.batch
-        places = place[:, None] + states
-        return self.columns.view(-1).index_select(0, places.view(-1)).view(places.shape)
+        """Costs (6, 4, count) of the columns of pairs of words and points, in each state: 2·(top bit) +
+        (parity of the column's b)."""
+        place = (_PLACES * self.batch)[:, word] + point
+        total, extra = (
+            t.view(-1).index_select(0, place.view(-1)).view(6, 2, -1)
+            for t in (self.total, self.extra)
+        )
+        even, odd = total - extra.clamp(max=0), total + extra.clamp(min=0)
+        return torch.stack([even, odd], dim=2).view(6, 4, -1)
 
     def assemble(self, x: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
         """The best point (24, batch) of the word of every point, in steps of the lattice's unit."""
@@ -212,15 +223,19 @@ def _need(quarter: torch.Tensor) -> torch.Tensor:
 def _viterbi(cost: torch.Tensor, need: torch.Tensor) -> torch.Tensor:
     """States (6, batch) of the columns, exclusive or ``need`` (batch,), of least total cost.
 
-    cost: (6, 4, batch). A backward pass over the decisions of a four-state trellis.
+    cost: (6, 4, batch). Back through a four-state trellis.
     """
-    reached, decisions = cost[0], []
-    for column in cost[1:]:
-        reached, taken = (column[:, None] + reached[_BEFORE]).min(dim=0)
-        decisions.append(taken)
+    reached = [cost[0]]
+    for column in cost[1:5]:
+        reached.append((column[:, None] + reached[-1][_BEFORE]).amin(dim=0))
+    every = torch.arange(4)[:, None]
     state, out = need, torch.empty(6, len(need), dtype=torch.long)
     for j in range(5, 0, -1):
-        out[j] = decisions[j - 1].gather(0, state[None])[0]
+        low, one, two, three = cost[j] + reached[j - 1].gather(0, state ^ every)
+        # Selections in place of argmin, which does not vectorise.
+        right, left = three < two, one < low
+        upper = torch.minimum(two, three) < torch.minimum(low, one)
+        out[j] = torch.where(upper, right, left).long().add_(upper, alpha=2)
         state = state ^ out[j]
     out[0] = state
     return out
