@@ -22,6 +22,7 @@ from cllm.lattice.check import (
     positive_int,
 )
 from cllm.lattice.codebook import Codebook
+from cllm.lattice.threads import for_each
 
 # Points decoded together, so that a dozen passes over them stay in the second-level cache.
 CHUNK = 4096
@@ -90,13 +91,16 @@ class RootLattice(ABC):
 
     def _decode_all(self, points: torch.Tensor, out: torch.Tensor) -> None:
         """Nearest points to rows (m, n), written to rows of ``out``."""
-        for start in range(0, len(points), self.chunk):
+
+        def decode(start: int) -> None:
             # NumPy's transposition is several times as fast as torch's.
             columns = torch.from_numpy(
                 np.array(points[start : start + self.chunk].numpy().T, order="C")
             )
             part = out[start : start + self.chunk].numpy()
             np.copyto(part, self._decode(columns).numpy().T)
+
+        for_each(decode, range(0, len(points), self.chunk))
 
     def _reach(self, dtype: torch.dtype) -> float:
         """Integers of this size and their sums over all coordinates are exact."""
