@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,11 +74,29 @@ class NearestPlane:
         chunk: targets to call with for speed.
     """
 
-    def __init__(self, fr: Frame) -> None:
-        n = len(fr.L)
+    @staticmethod
+    def chunk_of(n: int) -> int:
+        """``chunk`` in dimension n."""
         # Scratch of a chunk and a block's rows stay in the caches; no power of two, so that a column's
         # elements do not all fall into one set of a cache.
-        self.chunk, self.block = (3088, 16) if n <= 128 else (1040, 32)
+        return 3088 if n <= 128 else 1040
+
+    @classmethod
+    def of_each_thread(cls, fr: Frame) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A solver's call, for which each thread makes a solver of its own: they hold buffers."""
+        kept = threading.local()
+
+        def decode(targets: torch.Tensor) -> torch.Tensor:
+            if not hasattr(kept, "solver"):
+                kept.solver = cls(fr)
+            answer: torch.Tensor = kept.solver(targets)
+            return answer
+
+        return decode
+
+    def __init__(self, fr: Frame) -> None:
+        n = len(fr.L)
+        self.chunk, self.block = self.chunk_of(n), 16 if n <= 128 else 32
         diagonal = torch.diagonal(fr.L)
         self._columns = (fr.L / diagonal).T.contiguous()
         self._Q = fr.Q / diagonal[:, None]

@@ -13,6 +13,7 @@ import torch
 from cllm.lattice import kbest
 from cllm.lattice.babai import Frame, NearestPlane, frame, nearest_plane, rounding
 from cllm.lattice.check import as_real_basis, as_targets, back, empty, magnitude, positive_int
+from cllm.lattice.threads import for_each
 
 METHODS = ("rounding", "nearest-plane", "k-best", "exact")
 
@@ -69,6 +70,9 @@ def closest(
         compiled: k-best through Inductor, for which the first call takes seconds; worth it from some
             100,000 targets. Where there is no C++ compiler it warns and goes on without.
 
+    Chunks of the targets are shared out among torch's number of threads (``torch.set_num_threads``),
+    but for ``exact`` and compiled beams.
+
     Raises:
         ValueError: malformed or rank-deficient basis, malformed targets, empty box, coefficients
             beyond what the dtype holds exactly, or a dimension out of reach of ``exact``.
@@ -87,8 +91,7 @@ def closest(
     if method == "rounding":
         decode = partial(rounding, fr)
     elif method == "nearest-plane" or (method == "k-best" and K == 1):
-        decode = solver = NearestPlane(fr)
-        size = solver.chunk
+        decode, size = NearestPlane.of_each_thread(fr), NearestPlane.chunk_of(len(basis))
     elif method == "k-best":
         size = 4 * kbest.CHUNK
 
@@ -99,9 +102,17 @@ def closest(
     else:
         decode, size = partial(_exact, basis, box), max(1, len(T))
     answer = _Answer(fr, T, exact=method == "exact")
-    for start in range(0, len(T), size):
+
+    def settle(start: int) -> None:
         part = slice(start, start + size)
         answer.put(part, decode(T[part]))
+
+    starts = range(0, len(T), size)
+    if compiled:  # by one thread: the first call compiles
+        for start in starts:
+            settle(start)
+    else:
+        for_each(settle, starts)
     return Closest(
         coefficients=back(answer.coefficients, targets),
         points=back(answer.points, targets),
