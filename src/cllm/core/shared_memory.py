@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ class SharedMemory:
         """Map ``size`` bytes of the file ``fd``, which is then this object's to close."""
         self.fd, self.size, self._taken = fd, size, 0
         self._map = mmap.mmap(fd, size)
+        weakref.finalize(self, os.close, fd)  # the tensors keep the mapping, which is its own
 
     @classmethod
     def create(cls, size: int) -> SharedMemory:

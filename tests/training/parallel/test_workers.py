@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -17,8 +18,10 @@ import torch
 
 from cllm.core.config import Config
 from cllm.core.errors import UsageError
+from cllm.core.machine import machine
 from cllm.store.metrics import read_columns
 from cllm.store.run import RunDirectory
+from cllm.training import choose as choosing
 from cllm.training.build import build
 from cllm.training.choose import choose
 from cllm.training.feed import MicroBatches
@@ -167,16 +170,33 @@ def test_what_does_not_go_with_workers_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=why):
         choose(config_of(**BASE | {"train__parallel__workers": 2} | changes))
-    resolved = choose(
-        config_of(
-            **BASE
-            | {"train__parallel__workers": "auto"}
-            | changes
-            | ({"train__device": "cpu"} if "train__device" in changes else {})
-        )
-    )
-    if "train__device" not in changes:
-        assert resolved.config.train.parallel.workers == 1 or why.startswith("train")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__batch_size": 3},
+        {"model__norm": "batchnorm"},
+        {"train__loss": "sampled", "train__sampled__candidates": 8},
+        {"train__similarity__weight": 0.1},
+    ],
+)
+def test_auto_takes_one_worker_where_several_do_not_do(
+    changes: dict[str, Any], config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = dataclasses.replace(machine(), cores=2, quota=None, threads=2)
+    monkeypatch.setattr(choosing, "machine", lambda: two)
+    asked = BASE | {"train__parallel__workers": "auto"}
+    assert choose(config_of(**asked)).config.train.parallel.workers == 2
+    assert choose(config_of(**asked | changes)).config.train.parallel.workers == 1
+
+
+def test_the_cores_of_the_parent_are_its_own_again(step_with: Callable[..., TrainStep]) -> None:
+    before = os.sched_getaffinity(0)
+    step = step_with(2)
+    step(batches(0), 1e-2)
+    step.close()
+    assert os.sched_getaffinity(0) == before
 
 
 def children(pid: int) -> list[int]:

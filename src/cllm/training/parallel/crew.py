@@ -107,6 +107,8 @@ class Crew:
         self._buffers = self.shared.buffers(model)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._sockets: list[socket.socket] = []
+        self._affinity: set[int] = set()
+        """The cores of this thread before it was pinned, as long as it is."""
 
     def begin(self, batches: Batches, scale: float) -> list[tuple[Tensor, Tensor]]:
         """Hand the step's micro-batches out; returns the parent's own share.
@@ -146,7 +148,7 @@ class Crew:
         return found
 
     def close(self) -> None:
-        """Let the workers end, and wait until they have."""
+        """Let the workers end, wait until they have, and give this thread its cores back."""
         for sock in self._sockets:
             sock.close()
         for process in self._processes:
@@ -156,6 +158,9 @@ class Crew:
                 process.kill()
                 process.wait()
         self._sockets, self._processes = [], []
+        if self._affinity:
+            os.sched_setaffinity(0, self._affinity)
+            self._affinity = set()
 
     def _hire(self) -> None:
         for name, buffer in self.model.named_buffers():
@@ -182,6 +187,7 @@ class Crew:
             except OSError as error:
                 raise self._lost(number) from error
         if cores:
+            self._affinity = os.sched_getaffinity(0)
             os.sched_setaffinity(0, cores[0])
 
     def _lost(self, number: int) -> WorkerError:
