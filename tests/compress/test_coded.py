@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special
 
-from cllm.compress import coded, sparse
+from cllm.compress import coded
 from cllm.compress.codecs import frame
 from cllm.compress.coded import CodedMatrix, bits_like
 from cllm.compress.coded_fit import CodedSpec, fit_coded
@@ -151,16 +151,3 @@ def test_no_damage_goes_unseen_even_behind_a_right_checksum() -> None:
             assert "damaged" in str(error)  # noqa: PT017 - either outcome is sound
     with pytest.raises(ValueError, match="written by"):
         coded.decode(frame.pack("rows", (2, 2), b""))
-
-
-@given(m=st.integers(1, 9), n=st.integers(1, 9), seed=st.integers(0, 99), share=st.floats(0, 1))
-@settings(max_examples=25)
-def test_sparse_rows_come_back(m, n, seed, share):
-    rng = np.random.default_rng(seed)
-    weight = torch.from_numpy(rng.normal(size=(m, n)) * (rng.random((m, n)) < share)).half()
-    back = sparse.read(sparse.store(weight.float()), (m, n))
-    assert torch.equal(back, weight.float())
-    parts = sparse.store(weight.float())
-    parts["counts"][0] += 1
-    with pytest.raises(ValueError, match="do not fit"):
-        sparse.read(parts, (m, n))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllm.compress import codecs, coded, sparse
+from cllm.compress import codecs, coded
 from cllm.compress.grids import Grid, GridSpec
 from cllm.core.errors import UserError
 from cllm.store.container import Container, Stored
@@ -96,11 +96,6 @@ def _read_table(container: Container, name: str, stored: Stored) -> Tensor:
     return torch.from_numpy(codecs.decode(container.tensor(name).numpy().tobytes()))
 
 
-def _read_sparse(container: Container, name: str, stored: Stored) -> Tensor:
-    parts = {part: container.tensor(name, part) for part in sparse.PARTS}
-    return sparse.read(parts, (stored.shape[0], stored.shape[1]))
-
-
 _READERS: dict[str, Callable[[Container, str, Stored], Tensor]] = {
     "plain": _read_plain,
     "grid": _read_on_grid,
@@ -108,7 +103,6 @@ _READERS: dict[str, Callable[[Container, str, Stored], Tensor]] = {
     "gguf-q8_0": _read_on_grid,
     "coded": _read_coded,
     "table": _read_table,
-    "sparse": _read_sparse,
 }
 
 
