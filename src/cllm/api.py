@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import tomllib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,31 +117,31 @@ def resolve_config(
     return merge(whole, kept | dropouts)
 
 
-class Model:
+class Model(ABC):
     """A model that can be used: generate, evaluate. A ``Run`` or a ``CompressedModel``."""
 
     @property
+    @abstractmethod
     def path(self) -> Path:
         """Where it is."""
-        raise NotImplementedError
 
-    @cached_property
+    @property
+    @abstractmethod
     def config(self) -> Config:
         """The resolved configuration."""
-        raise NotImplementedError
 
-    @cached_property
+    @property
+    @abstractmethod
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self) -> dict[str, torch.Tensor]:
         """The weights by parameter name, in float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def split(self, name: str) -> PackedTokens:
         """A split of its own text; ``UserError`` where there is none."""
-        raise NotImplementedError
 
     @cached_property
     def model(self) -> Transformer:

@@ -18,7 +18,7 @@ from typing import Any
 from cllm.bench import compress_cases as known
 from cllm.bench.compress_cases import Case, cases
 from cllm.bench.harness import Claim, Options, Result, load_now
-from cllm.bench.reference import reference_run
+from cllm.bench.reference import QUICK, reference_run
 from cllm.compress.pipeline import Source, compress, open_source
 from cllm.compress.settings import Settings
 from cllm.core.atomic import write_json
@@ -82,16 +82,7 @@ def _runs(options: Options) -> list[RunDirectory]:
             "train.seed": seed,
         }
         if options.quick:
-            changes |= {
-                "model.preset": "nano",
-                "tokenizer.vocab_size": 400,
-                "train.steps": 8,
-                "train.compile": "off",
-                "train.dtype": "fp32",
-                "train.attention": "matmul",
-                "train.batch_size": 4,
-                "log.sample_tokens": 0,
-            }
+            changes |= QUICK
         found.append(reference_run(build(changes)))
     return found
 

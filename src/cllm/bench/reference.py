@@ -14,6 +14,18 @@ from cllm.text.sources import expand
 FORMAT = 2
 """Raised when training, or the default of a setting, changes so that kept runs no longer stand for it."""
 
+QUICK = {
+    "model.preset": "nano",
+    "tokenizer.vocab_size": 400,
+    "train.steps": 8,
+    "train.compile": "off",
+    "train.dtype": "fp32",
+    "train.attention": "matmul",
+    "train.batch_size": 4,
+    "log.sample_tokens": 0,
+}
+"""Settings with which a quick bench trains next to nothing."""
+
 DONE = ("finished", "stopped early")
 
 

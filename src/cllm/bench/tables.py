@@ -12,7 +12,7 @@ import torch
 
 from cllm.bench.harness import Claim, Options, Result, load_now
 from cllm.bench.product_quantization import product_quantized
-from cllm.bench.reference import reference_run
+from cllm.bench.reference import QUICK, reference_run
 from cllm.compress import codecs
 from cllm.compress.statistics import table_statistics
 from cllm.core.config import Config
@@ -75,16 +75,7 @@ def run(options: Options) -> Result:
 def _config(options: Options) -> Config:
     changes: dict[str, Any] = {"data.paths": options.data, "log.tensorboard": False}
     if options.quick:
-        changes |= {
-            "model.preset": "nano",
-            "tokenizer.vocab_size": 400,
-            "train.steps": 8,
-            "train.compile": "off",
-            "train.dtype": "fp32",
-            "train.attention": "matmul",
-            "train.batch_size": 4,
-            "log.sample_tokens": 0,
-        }
+        changes |= QUICK
     return build(changes)
 
 
