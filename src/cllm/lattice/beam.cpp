@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -54,7 +54,31 @@ template <typename I> struct Steps {
     Steps() { for (int64_t i = 0; i < 2 * COUNTED; ++i) values[i] = i >= COUNTED; }
 };
 
-// Numbers of the ``K`` smallest of ``count`` costs, in the order of cost where few; ties go to the first.
+// Of more, those at or below a threshold, which is halved in until as many as are wanted remain; of those that
+// equal it the first. In the order of their numbers.
+template <typename I> void threshold(const I *keys, int64_t count, int64_t K, int32_t *chosen) {
+    using U = std::make_unsigned_t<I>;
+    I low = keys[0], high = keys[0];
+    for (int64_t i = 1; i < count; ++i) low = std::min(low, keys[i]), high = std::max(high, keys[i]);
+    int64_t below = count;
+    while (low < high && below != K) {
+        const I middle = low + I((U(high) - U(low)) / 2);
+        I within = 0;
+        for (int64_t i = 0; i < count; ++i) within += keys[i] <= middle;
+        if (within < K) low = middle + 1;
+        else high = middle, below = within;
+    }
+    int64_t ties = K, k = 0;
+    for (int64_t i = 0; i < count; ++i) ties -= keys[i] < high;
+    for (int64_t i = 0; i < count; ++i) {
+        chosen[k] = int32_t(i);
+        const bool tie = keys[i] == high && ties > 0;
+        ties -= tie, k += keys[i] < high || tie;
+    }
+}
+
+// Numbers of the ``K`` smallest of ``count`` costs, of which the smallest comes first where they are few and where it
+// is child 0; ties go to the first.
 // Bits of non-negative floats order as integers, and as integers everything has an order, even NaN: a
 // number is never out of range.
 template <typename T, int64_t COUNT>
@@ -76,20 +100,7 @@ void select(const T *cost, int64_t count, int64_t K, int32_t *chosen) {
         std::memcpy(chosen, order, K * sizeof(int32_t));
         return;
     }
-    struct Child {
-        I key;
-        int32_t number;
-        bool operator<(const Child &o) const { return key < o.key || (key == o.key && number < o.number); }
-    };
-    static thread_local std::vector<Child> all;
-    all.resize(size);
-    for (int64_t i = 0; i < size; ++i) {
-        std::memcpy(&all[i].key, cost + i, sizeof(T));
-        all[i].number = int32_t(i);
-    }
-    std::nth_element(all.begin(), all.begin() + (K - 1), all.end());
-    std::sort(all.begin(), all.begin() + K);
-    for (int64_t k = 0; k < K; ++k) chosen[k] = all[k].number;
+    threshold(reinterpret_cast<const I *>(cost), size, K, chosen);
 }
 
 template <typename T> struct Scratch {
@@ -100,8 +111,8 @@ template <typename T> struct Scratch {
     explicit Scratch(const Arguments<T> &a)
         : lines(a.K * a.stride + WIDTH), others(a.K * a.stride + WIDTH), coefficients(a.n * a.K),
           amounts(BLOCK * rounded(a.K, QUAD)), costs(a.children * a.K), choices(a.children * a.K),
-          distance(a.K), gap(a.K), sides(a.K), parents(a.n * a.K), origin(rounded(a.K, QUAD)), chosen(a.children * a.K),
-          line(lines.data()), other(others.data()) {}
+          distance(a.K), gap(a.K), sides(a.K), parents(a.n * a.K), origin(rounded(a.K, QUAD)),
+          chosen(a.children * a.K + 1), line(lines.data()), other(others.data()) {}
 };
 
 // The children of all beams in row i: costs and coefficients, child c of beam k at c·K + k.

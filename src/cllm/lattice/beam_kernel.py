@@ -26,8 +26,12 @@ SOURCE = Path(__file__).with_name("beam.cpp")
 # Rows of ``effects`` and of beams are padded to whole products.
 STRIP = 16
 REALS = {torch.float32: "float", torch.float64: "double"}
-# No exceptions of floating point are read, so that rounding and choices may be vectorised.
-OPTIONS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+# No exceptions of floating point are read, so that rounding and choices may be vectorised; costs are
+# ordered by their bits.
+OPTIONS = (
+    *("-O3", "-std=c++17", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"),
+)
 # Clang calls it -mcpu on Arm; an old compiler on a new machine may know neither.
 TARGETS = (("-march=native",), ("-mcpu=native",), ())
 
