@@ -103,11 +103,12 @@ def _k_best(n: int, count: int) -> tuple[list[dict[str, Any]], Claim]:
     B = _plane_basis(n)
     T = torch.rand(count, n, generator=torch.Generator().manual_seed(0)) * 40
     T = T @ torch.from_numpy(B).float()
+    few = T[: count // 10]
     seconds = medians(
         {
             "plane": lambda: lattice.closest(B, T),
             "beam": lambda: lattice.closest(B, T, "k-best", K=16),
-            "compiled": lambda: lattice.closest(B, T, "k-best", K=16, compiled=True),
+            "passes": lambda: lattice.closest(B, few, "k-best", K=16, kernel=False),
         }
     )
     errors = [
@@ -119,12 +120,12 @@ def _k_best(n: int, count: int) -> tuple[list[dict[str, Any]], Claim]:
     share = errors[1] / errors[0]
     rows = [
         row("K-best, K=16", case, beam, "targets/s", "nearest plane", plane),
-        row("K-best, K=16, compiled", case, count / seconds["compiled"], "targets/s"),
+        row("K-best, K=16, no compiler", case, len(few) / seconds["passes"], "targets/s"),
         row("K-best, K=16", case, share, "of nearest plane's squared error"),
     ]
     claim = Claim(
         name=f"K-best n={n} with K=16 over nearest plane, times",
-        value=min(seconds["beam"], seconds["compiled"]) / seconds["plane"],
+        value=seconds["beam"] / seconds["plane"],
         required=25.0,
         higher_is_better=False,
     )

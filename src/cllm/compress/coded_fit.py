@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cllm.compress.coded import CodedMatrix, bits_like, column_steps, encode
 from cllm.compress.decoders import Decoder, Points, babai, k_best, rtn
-from cllm.compress.decoders.beam import Price
 from cllm.compress.problem import Problem
+from cllm.lattice.beam import Prices
 
 COLUMNS = ("uniform", "water")
 # Integers stay well inside what the coder takes and float32 holds.
@@ -163,25 +163,20 @@ class _Work:
             return babai(self.problem, points) if K == 1 else k_best(self.problem, points, K)
         if self.last is None:
             self.last = self.problem.back(babai(self.problem, points)).long().numpy()
-        price = self._price(points)
-        return k_best(self.problem, points, K, children=3 if K < 4 else 2, price=price)
+        prices = self._prices(points)
+        return k_best(self.problem, points, K, children=3 if K < 4 else 2, prices=prices)
 
-    def _price(self, points: Points) -> Price:
+    def _prices(self, points: Points) -> Prices:
         """Bits as the entropy coder would count them beside the integers of before."""
         assert self.last is not None
         found, table = bits_like(self.last)
-        classes = torch.from_numpy(found[:, self.problem.order.numpy()].astype(np.int64))
         sizes = self.problem.squares.double() * points.step[0].double().square()
         # Where the diagonal is not flat, the mean is that of what one more bit gains on the whole.
         unit = self.spec.price * float(sizes.log().mean().exp())
-        costs = torch.from_numpy(table * unit).to(points.step.dtype)
-        last = costs.shape[1] - 1
-
-        def price(j: int, part: slice, codes: Tensor) -> Tensor:
-            size = codes.abs().clamp_(max=last).long()
-            return costs[classes[part, j, None], size]
-
-        return price
+        return Prices(
+            classes=torch.from_numpy(found)[:, self.problem.order].contiguous(),
+            costs=torch.from_numpy(table * unit).to(points.step.dtype),
+        )
 
 
 def _octaves(problem: Problem, columns: str) -> np.ndarray:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cllm.lattice import kbest
 from cllm.lattice.babai import Frame, NearestPlane, frame, nearest_plane, rounding
+from cllm.lattice.beam import Tree, beam_search
 from cllm.lattice.check import as_real_basis, as_targets, back, empty, magnitude, positive_int
 from cllm.lattice.threads import for_each
 
@@ -19,6 +19,7 @@ METHODS = ("rounding", "nearest-plane", "k-best", "exact")
 
 # Targets decoded before what is said of them.
 CHUNK = 4096
+BEAM_CHUNK = 1040
 # Beams that give exact enumeration its first radius.
 START_BEAMS = 16
 # Share of ½·min‖b*_i‖ that the rounding error of an enumerated answer may reach.
@@ -54,7 +55,7 @@ def closest(
     K: int = 16,
     children: int = 2,
     bounds: tuple[Any, Any] | None = None,
-    compiled: bool = False,
+    kernel: bool | None = None,
 ) -> Closest:
     """Lattice points close to the targets.
 
@@ -67,15 +68,17 @@ def closest(
             ``exact`` by enumeration (Schnorr & Euchner 1994), for small dimension.
         bounds: ``(low, high)`` integers, scalars or (n,), that the coefficients on B must keep to.
             Every method then decides inside the box.
-        compiled: k-best through Inductor, for which the first call takes seconds; worth it from some
-            100,000 targets. Where there is no C++ compiler it warns and goes on without.
+        kernel: k-best by a kernel that is compiled once for the machine and kept in the user's cache, or
+            (False) by passes of torch, several times slower. None takes the kernel where there is a C++
+            compiler, and warns where there is none; True insists on it.
 
     Chunks of the targets are shared out among torch's number of threads (``torch.set_num_threads``),
-    but for ``exact`` and compiled beams.
+    but for ``exact``.
 
     Raises:
         ValueError: malformed or rank-deficient basis, malformed targets, empty box, coefficients
-            beyond what the dtype holds exactly, or a dimension out of reach of ``exact``.
+            beyond what the dtype holds exactly, a dimension out of reach of ``exact``, or no compiler for
+            the kernel that was insisted on.
     """
     basis = as_real_basis(B)
     if method not in METHODS:
@@ -93,11 +96,11 @@ def closest(
     elif method == "nearest-plane" or (method == "k-best" and K == 1):
         decode, size = NearestPlane.of_each_thread(fr), NearestPlane.chunk_of(len(basis))
     elif method == "k-best":
-        size = 4 * kbest.CHUNK
+        size = BEAM_CHUNK
 
         def decode(part: torch.Tensor) -> torch.Tensor:
             return _better(
-                fr, part, nearest_plane(fr, part), kbest.k_best(fr, part, K, children, compiled)
+                fr, part, nearest_plane(fr, part), _k_best(fr, part, K, children, kernel)
             )
     else:
         decode, size = partial(_exact, basis, box), max(1, len(T))
@@ -107,12 +110,7 @@ def closest(
         part = slice(start, start + size)
         answer.put(part, decode(T[part]))
 
-    starts = range(0, len(T), size)
-    if compiled:  # by one thread: the first call compiles
-        for start in starts:
-            settle(start)
-    else:
-        for_each(settle, starts)
+    for_each(settle, range(0, len(T), size))
     return Closest(
         coefficients=back(answer.coefficients, targets),
         points=back(answer.points, targets),
@@ -193,6 +191,22 @@ def _box(bounds: tuple[Any, Any] | None, n: int) -> tuple[np.ndarray, np.ndarray
     return low, high
 
 
+def _k_best(
+    fr: Frame, targets: torch.Tensor, K: int, children: int, kernel: bool | None = None
+) -> torch.Tensor:
+    """The best of K beams: coefficients (m, n). It may have lost Babai's path."""
+    diagonal = torch.diagonal(fr.L)
+    box = [None if b is None else b.to(fr.L.dtype) for b in (fr.low, fr.high)]
+    tree = Tree(
+        opened=targets @ (fr.Q / diagonal[:, None]).T,
+        effects=fr.L / diagonal,
+        squares=diagonal**2,
+        low=box[0],
+        high=box[1],
+    )
+    return beam_search(tree, K, children, kernel=kernel)
+
+
 def _better(fr: Frame, T: torch.Tensor, X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
     """Of two coefficient vectors for every target the one whose point is nearer."""
     first = torch.linalg.vector_norm(T - X @ fr.basis, dim=1)
@@ -208,7 +222,7 @@ def _exact(
         from cllm.lattice.boxed import boxed_closest
 
         fr = frame(basis, torch.float64, box)
-        start = _better(fr, wide, nearest_plane(fr, wide), kbest.k_best(fr, wide, START_BEAMS, 2))
+        start = _better(fr, wide, nearest_plane(fr, wide), _k_best(fr, wide, START_BEAMS, 2))
         L, y = fr.L.numpy(), (wide @ fr.Q.T).numpy()
         return torch.from_numpy(boxed_closest(L, y, *box, start.numpy())).to(T.dtype)
     return _enumerate(basis, wide).to(T.dtype)
@@ -219,7 +233,7 @@ def _enumerate(basis: np.ndarray, T: torch.Tensor) -> torch.Tensor:
 
     search = Enumerator(basis)
     fr = frame(search.basis, torch.float64, None)
-    start = _better(fr, T, nearest_plane(fr, T), kbest.k_best(fr, T, START_BEAMS, 2))
+    start = _better(fr, T, nearest_plane(fr, T), _k_best(fr, T, START_BEAMS, 2))
     distances = torch.linalg.vector_norm(T - start @ fr.basis, dim=1)
     X = start.numpy()
     for i in torch.nonzero(distances >= 0.5 * float(torch.diagonal(fr.L).min())).ravel().tolist():
