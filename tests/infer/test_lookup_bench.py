@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cllm.bench import lookup, lookup_parts, lookup_peers
+from cllm.bench import lookup, lookup_peers
 from cllm.bench.harness import Options, render
 from cllm.bench.lookup import run
 from cllm.bench.lookup_contestant import PRODUCT, main, recall
 from cllm.bench.lookup_parts import Parts
 from cllm.bench.lookup_peers import Building
 from cllm.bench.lookup_tables import clustered_table, noisy_rows
+from cllm.core.errors import UserError
 
 
 def test_quick_run_measures_all_methods_and_judges_nothing() -> None:
@@ -33,19 +34,16 @@ def test_quick_run_measures_all_methods_and_judges_nothing() -> None:
     assert all(claim.required == 0 and not claim.higher_is_better for claim in result.claims[3:])
 
 
-def test_a_part_is_measured_in_a_process_of_its_own_and_kept(
-    isolated: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    table = {"V": 600, "D": 16}
-    row = Parts(rounds=1, minutes=None).row(table, "ours, plain scan")
-    assert row is not None
+def test_a_part_is_measured_in_a_process_of_its_own_and_kept(isolated: Path) -> None:
+    table, scan = {"V": 600, "D": 16}, "ours, plain scan"
+    (row,) = Parts(rounds=1, minutes=None).rows(table, [scan])
     assert row["recall@10"] == 1
-    monkeypatch.setattr(lookup_parts, "_measure", lambda *_: pytest.fail("measured again"))
     late = Parts(rounds=1, minutes=0)
-    assert late.row(table, "ours, plain scan") == row
-    assert late.row(table, PRODUCT) is None
-    assert late.row({"V": 601, "D": 16}, "ours, plain scan") is None
-    assert late.missing == [f"{PRODUCT} (V=600, D=16)", "ours, plain scan (V=601, D=16)"]
+    assert late.rows(table, [PRODUCT, scan]) == [row]
+    assert late.rows({"V": 601, "D": 16}, [scan]) == []
+    assert late.missing == [f"{PRODUCT} (V=600, D=16)", f"{scan} (V=601, D=16)"]
+    with pytest.raises(UserError, match=r"bench process .* failed: TypeError"):
+        Parts(rounds=1, minutes=None).rows({"V": 600, "D": "nine"}, [scan])
 
 
 def test_what_there_was_no_time_for_is_said_and_not_judged(isolated: Path) -> None:
@@ -69,13 +67,13 @@ def test_an_index_that_the_time_ends_is_put_aside_and_goes_on(
         assert not building.is_whole
         building.keep()
     spent = building.seconds
-    case: dict[str, Any] = {"V": 900, "D": 16, "method": "faiss HNSW", "rounds": 1}
-    row = main(case | {"place": str(tmp_path / "hnsw"), "seconds": 60})
+    case: dict[str, Any] = {"V": 900, "D": 16, "methods": ["faiss HNSW"], "rounds": 1}
+    (row,) = main(case | {"places": [str(tmp_path / "hnsw")], "seconds": 60})
     assert row is not None
     assert row["build s"] > spent > 0
     assert row["recall@10"] > 0.9
-    assert main(case | {"place": str(tmp_path / "other"), "seconds": 0}) is None
-    assert (tmp_path / "other" / "index").is_file()
+    (nothing,) = main(case | {"places": [str(tmp_path / "other")], "seconds": 0})
+    assert nothing is None
 
 
 def test_recall_counts_what_was_found() -> None:

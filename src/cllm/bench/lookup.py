@@ -37,7 +37,7 @@ NOTES = [
 
 
 def run(options: Options) -> Result:
-    """Every table and method, each in a process of its own; ``quick`` takes a small table, measures in this
+    """Every table in a process of its own; ``quick`` takes a small table, measures in this
     process, keeps nothing and judges nothing."""
     load = load_now()
     parts = Parts(
@@ -47,9 +47,8 @@ def run(options: Options) -> Result:
     tables: list[dict[str, Any]] = [{"run": path} for path in options.data]
     tables += [{"V": V, "D": D} for V in sizes for D in widths]
     methods = (PRODUCT, *OURS, *(PEERS if has_faiss() else ()))
-    rows = [parts.row(table, method) for table in tables for method in methods]
+    found = [row for table in tables for row in parts.rows(table, methods)]
     proofs = [_exact_claim(parts, metric, options.quick) for metric in PROVED]
-    found = [row for row in rows if row is not None]
     claims = [claim for D in widths for claim in _speed_claims(found, max(sizes), D)] + proofs
     if options.quick:
         claims = [replace(claim, judged=False, why="--quick") for claim in claims]

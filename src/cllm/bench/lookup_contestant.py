@@ -1,18 +1,17 @@
-"""One method on one table of the bench of look-ups, in a process of one thread.
+"""One table of the bench of look-ups, in a process of one thread: one method after the other.
 
-``python -m cllm.bench.lookup_contestant '{"V": …, "D": …, "method": …}'`` prints one JSON line: the
-method's figures, or ``null`` if its index is not whole yet and the time is over. A method's queries take
-turns with the exact matrix product's.
+``python -m cllm.bench.lookup_contestant '{"V": …, "D": …, "methods": […], …}'`` prints one JSON line a
+method: its figures, or ``null`` if there was no time. A method's queries take turns with the exact matrix
+product's.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -33,13 +32,15 @@ BATCH = 128
 SHARES = (256, 128, 64, 32, 16, 8, 4)
 
 
-def main(case: dict[str, Any]) -> dict[str, Any] | None:
-    """A row of the bench's table, with ``others``: processors that other programs used meanwhile.
+def main(case: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+    """For each of ``methods`` in turn a row of the bench's table, with ``others``: processors that other
+    programs used meanwhile.
 
-    ``case``: a table (``V`` and ``D``, or ``run``), ``method``, ``rounds``, ``seconds`` after which a
-    half-built index of faiss is put aside (none: never), and ``place``, where.
+    ``case``: a table (``V`` and ``D``, or ``run``), ``methods``, ``rounds``, ``seconds`` after which none
+    is begun (none: never), and for each method a place where an index of faiss is put aside that is not
+    whole by then (``places``). What there was no time for is ``None``.
     """
-    until = time.monotonic() + (math.inf if case.get("seconds") is None else case["seconds"])
+    until = time.monotonic() + (math.inf if case["seconds"] is None else case["seconds"])
     torch.set_num_threads(1)
     if case.get("run"):
         table, queries = table_and_hidden_vectors(Path(case["run"]), 512)
@@ -47,26 +48,24 @@ def main(case: dict[str, Any]) -> dict[str, Any] | None:
     else:
         table = clustered_table(case["V"], case["D"])
         queries, name = noisy_rows(table, 512), "clustered"
-    method, note = case["method"], ""
-    if method in PEERS:
-        building = Building(method, table, Path(case["place"]))
-        whole_before = building.is_whole
-        building.go_on(until)
-        if not building.is_whole or (not whole_before and time.monotonic() > until):
-            building.keep()
-            return None
-        asks, seconds = settings(building.index, method), building.seconds
-    else:
-        asks, seconds, note = _our_way(method, table)
-    contest = Contest(table, queries, case["rounds"])
-    before, started, own = busy_seconds(), time.monotonic(), sum(os.times()[:2])
-    figures = contest.enter(asks, seconds)
-    after, took = busy_seconds(), time.monotonic() - started
-    others = None
-    if before is not None and after is not None:
-        others = max(after - before - sum(os.times()[:2]) + own, 0.0) / took
-    row = {"table": name, "V": len(table), "D": table.shape[1], "method": method}
-    return row | figures | {"note": note, "others": others}
+    contest, ours = Contest(table, queries, case["rounds"]), Ours(table)
+    for method, place in zip(case["methods"], case["places"], strict=True):
+        if time.monotonic() > until:
+            yield None
+            continue
+        if method in PEERS:
+            building = Building(method, table, Path(place))
+            if not building.is_whole:
+                building.go_on(until)
+                if not building.is_whole or time.monotonic() > until:
+                    building.keep()
+                    yield None
+                    continue
+            asks, seconds, note = settings(building.index, method), building.seconds, ""
+        else:
+            asks, seconds, note = ours.ways(method)
+        row = {"table": name, "V": len(table), "D": table.shape[1], "method": method}
+        yield row | contest.enter(asks, seconds) | {"note": note}
 
 
 class Contest:
@@ -77,6 +76,13 @@ class Contest:
         self.choice, self.queries = queries[: len(queries) // 2], queries[len(queries) // 2 :]
         # Few singles for the large tables, whose scans take tenths of a second.
         self.singles = 8 if len(table) > 100_000 else 64
+        self._truths: dict[int, np.ndarray] = {}
+
+    def truth(self, q: np.ndarray) -> np.ndarray:
+        """The true ten of ``choice`` or ``queries``, computed once."""
+        if id(q) not in self._truths:
+            self._truths[id(q)] = self.product(q)
+        return self._truths[id(q)]
 
     def product(self, q: np.ndarray) -> np.ndarray:
         """The exact matrix product and its top ten."""
@@ -90,13 +96,18 @@ class Contest:
     def enter(self, asks: dict[str, Ask], seconds: float) -> dict[str, Any]:
         """Choose the first setting that finds 95% of the ten (the last if none does) on one half of the
         queries; report the other half."""
+        before, started, own = busy_seconds(), time.monotonic(), time.process_time()
         setting, ask = self._choose(asks) if asks else ("", self.product)
-        truth = self.product(self.queries)
+        truth = self.truth(self.queries)
         found = ask(self.queries) if asks else truth
         ones = [self.queries[i : i + 1] for i in range(self.singles)]
         single = self._race(lambda f: [f(one) for one in ones], ask, len(ones))
         many = self.queries[:BATCH]
         batch = self._race(lambda f: [f(many)], ask, len(many))
+        own, took, after = time.process_time() - own, time.monotonic() - started, busy_seconds()
+        others = None
+        if before is not None and after is not None:
+            others = max(after - before - own, 0.0) / took
         return {
             "setting": setting,
             "recall@1": recall(found[:, :1], truth[:, :1]),
@@ -106,13 +117,13 @@ class Contest:
             "× product, one": single[0] / single[1],
             "× product, 128": batch[0] / batch[1],
             "build s": seconds,
+            "others": others,
         }
 
     def _choose(self, asks: dict[str, Ask]) -> tuple[str, Ask]:
         if len(asks) > 1:
-            truth = self.product(self.choice)
             for setting, ask in asks.items():
-                if recall(ask(self.choice), truth) >= SETTLED:
+                if recall(ask(self.choice), self.truth(self.choice)) >= SETTLED:
                     return setting, ask
         return list(asks.items())[-1]
 
@@ -133,23 +144,35 @@ def recall(found: np.ndarray, truth: np.ndarray) -> float:
     return float(np.sum(hits) / truth.size)
 
 
-def _our_way(method: str, table: np.ndarray) -> tuple[dict[str, Ask], float, str]:
-    """Settings and how to ask under each, processor seconds to build, and a note."""
-    if method == PRODUCT:
-        return {}, 0.0, ""
-    started = time.process_time()
-    index = TokenIndex.build(table, plain=method == "ours, plain scan")
-    seconds = time.process_time() - started
-    if method == "ours, plain scan":
-        return {"": partial(_ours, index)}, seconds, ""
-    if method == "ours, exact":
-        return {"exact": partial(_ours, index, exact=True)}, seconds, "proved"
-    note = f"{index.cells:,} cells"
-    if method == "ours, cells":
-        return {"default": partial(_ours, index)}, seconds, note
-    assert method == "ours, cells, tuned"
-    budgets = dict.fromkeys(max(len(table) // share, 128) for share in SHARES)
-    return {f"budget={b}": partial(_ours, index, budget=b) for b in budgets}, seconds, note
+class Ours:
+    """Ways to ask our index of a table, which is built once for all methods that use cells."""
+
+    def __init__(self, table: np.ndarray) -> None:
+        self.table = table
+        self._cells: tuple[TokenIndex, float] | None = None
+
+    def ways(self, method: str) -> tuple[dict[str, Ask], float, str]:
+        """Settings and how to ask under each, processor seconds to build, and a note."""
+        if method == PRODUCT:
+            return {}, 0.0, ""
+        if method == "ours, plain scan":
+            index, seconds = self._built(plain=True)
+            return {"": partial(_ours, index)}, seconds, ""
+        if self._cells is None:
+            self._cells = self._built(plain=False)
+        index, seconds = self._cells
+        if method == "ours, exact":
+            return {"exact": partial(_ours, index, exact=True)}, seconds, "proved"
+        note = f"{index.cells:,} cells"
+        if method == "ours, cells":
+            return {"default": partial(_ours, index)}, seconds, note
+        assert method == "ours, cells, tuned"
+        budgets = dict.fromkeys(max(len(self.table) // share, 128) for share in SHARES)
+        return {f"budget={b}": partial(_ours, index, budget=b) for b in budgets}, seconds, note
+
+    def _built(self, *, plain: bool) -> tuple[TokenIndex, float]:
+        started = time.process_time()
+        return TokenIndex.build(self.table, plain=plain), time.process_time() - started
 
 
 def _ours(index: TokenIndex, q: np.ndarray, **how: Any) -> np.ndarray:
@@ -157,4 +180,5 @@ def _ours(index: TokenIndex, q: np.ndarray, **how: Any) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))), flush=True)
+    for figures in main(json.loads(sys.argv[1])):
+        print(json.dumps(figures), flush=True)
