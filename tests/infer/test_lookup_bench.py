@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
+import importlib.util
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
+
+from cllm.bench import lookup, lookup_peers
 from cllm.bench.harness import Options, render
 from cllm.bench.lookup import run
-from cllm.bench.lookup_contestant import recall
+from cllm.bench.lookup_contestant import PRODUCT, main, recall
+from cllm.bench.lookup_parts import Parts
+from cllm.bench.lookup_peers import Building
 from cllm.bench.lookup_tables import clustered_table, noisy_rows
+from cllm.core.errors import UserError
 
 
 def test_quick_run_measures_all_methods_and_judges_nothing() -> None:
@@ -22,6 +31,49 @@ def test_quick_run_measures_all_methods_and_judges_nothing() -> None:
     assert unlike == [0, 0, 0]
     assert ("faiss Flat" in rows) != any("faiss is not installed" in note for note in result.notes)
     assert "--quick" in render(result)
+    assert all(claim.required == 0 and not claim.higher_is_better for claim in result.claims[3:])
+
+
+def test_a_part_is_measured_in_a_process_of_its_own_and_kept(isolated: Path) -> None:
+    table, scan = {"V": 600, "D": 16}, "ours, plain scan"
+    (row,) = Parts(rounds=1, minutes=None).rows(table, [scan])
+    assert row["recall@10"] == 1
+    late = Parts(rounds=1, minutes=0)
+    assert late.rows(table, [PRODUCT, scan]) == [row]
+    assert late.rows({"V": 601, "D": 16}, [scan]) == []
+    assert late.missing == [f"{PRODUCT} (V=600, D=16)", f"{scan} (V=601, D=16)"]
+    with pytest.raises(UserError, match=r"bench process .* failed: TypeError"):
+        Parts(rounds=1, minutes=None).rows({"V": 600, "D": "nine"}, [scan])
+
+
+def test_what_there_was_no_time_for_is_said_and_not_judged(isolated: Path) -> None:
+    result = run(Options(minutes=0))
+    assert not result.rows
+    assert {claim.holds for claim in result.claims} == {None}
+    assert {claim.why for claim in result.claims} == {lookup.UNMEASURED}
+    assert "matrix product (torch) (V=1,000,000, D=128)" in render(result)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed")
+def test_an_index_that_the_time_ends_is_put_aside_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = clustered_table(900, 16)
+    monkeypatch.setattr(lookup_peers, "STEP", 400)
+    for rows in (400, 800):
+        building = Building("faiss HNSW", table, tmp_path / "hnsw")
+        building.go_on(until=0.0)
+        assert building.index.ntotal == rows
+        assert not building.is_whole
+        building.keep()
+    spent = building.seconds
+    case: dict[str, Any] = {"V": 900, "D": 16, "methods": ["faiss HNSW"], "rounds": 1}
+    (row,) = main(case | {"places": [str(tmp_path / "hnsw")], "seconds": 60})
+    assert row is not None
+    assert row["build s"] > spent > 0
+    assert row["recall@10"] > 0.9
+    (nothing,) = main(case | {"places": [str(tmp_path / "other")], "seconds": 0})
+    assert nothing is None
 
 
 def test_recall_counts_what_was_found() -> None:

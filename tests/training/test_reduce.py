@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,11 +16,14 @@ from cllm.api import Run
 from cllm.core.config import Config
 from cllm.core.errors import UsageError, UserError
 from cllm.core.settings import load_config
+from cllm.model.rebase import basis_facts
 from cllm.store import checkpoint
 from cllm.store.metrics import read_lines
+from cllm.text.dataset import load_prepared
 from cllm.training import session
 from cllm.training.progress import Silent
 from cllm.training.reduce import reduce_run
+from cllm.training.tables import metrics_of
 
 Reduce = Callable[..., Run]
 
@@ -80,6 +84,47 @@ def test_lattice_reduction_of_a_trained_basis_changes_no_score(
     assert any("orthogonality defect 2^" in line for line in told.said)
 
 
+def test_under_the_hidden_metric_another_basis_of_the_same_table_comes_out(
+    trained: Path, reduced: Reduce, told: Any
+) -> None:
+    plain = reduced(trained, "plain", rank=12, reduction="lll")
+    assert told.said[-1].startswith("embedding basis by lll: ")
+    found = reduced(trained, "hidden", rank=12, reduction="lll", metric="hidden")
+    assert "embedding basis by lll under the metric of hidden states: " in told.said[-1]
+    ours, theirs = found.model.embedding, plain.model.embedding
+    torch.testing.assert_close(ours.table(), theirs.table(), rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(ours.basis.abs(), theirs.basis.abs(), rtol=1e-2)
+    assert found.evaluate().bpb == pytest.approx(plain.evaluate().bpb, rel=1e-5)
+    facts = found.directory.status().facts["table"]
+    assert facts["metric of the basis"] == "hidden states"
+    # Reduced already, under this metric; under the identity it is not.
+    assert facts["basis"]["log2_defect"] == pytest.approx(
+        facts["basis after lll"]["log2_defect"], abs=0.1
+    )
+    assert basis_facts(ours.basis).log2_defect > basis_facts(theirs.basis).log2_defect
+    assert "hidden states" in found.report.read_text(encoding="utf-8")
+    assert load_config(found.directory.config).model.embedding.reduction_metric == "hidden"
+
+
+def test_tables_of_their_own_have_metrics_of_their_own(
+    corpus: Path, told: Any, config_of: Callable[..., Config], isolated: Path
+) -> None:
+    fields = {"kind": "reduced", "rank": 8, "reduction": "lll", "reduction_metric": "hidden"}
+    config = config_of(
+        data__paths=(str(corpus),),
+        model__tie_embeddings=False,
+        train__steps=2,
+        **{f"model__embedding__{name}": value for name, value in fields.items()},
+    )
+    run = cllm.load(session.start(config, told, out=isolated / "run").run.path)
+    tokens = load_prepared(run.directory.data).train
+    metrics = metrics_of(run.model, run.config.model.embedding, tokens)
+    assert (metrics["embedding"] == np.eye(64)).all(), "no score comes of it"
+    assert np.trace(metrics["head"]) == pytest.approx(64)
+    assert np.linalg.cond(metrics["head"]) > 10
+    assert sum("metric of hidden states" in line for line in told.said) == 2
+
+
 def test_training_goes_on_in_the_reduced_space(trained: Path, reduced: Reduce) -> None:
     start, end = reduced(trained, "start", rank=8), reduced(trained, "end", rank=8, then_train=20)
     assert end.config.train.steps == 20
@@ -134,6 +179,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
         ({"retain": 1.5}, UsageError, "share to retain"),
         ({"rank": 65}, UsageError, "rank = 65 is above model.d_model = 64"),
         ({"rank": 60, "reduction": "hkz"}, UserError, "50 are in reach; use bkz"),
+        ({"rank": 8, "metric": "hidden"}, UsageError, "set model.embedding.reduction = 'lll'"),
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_nothing(

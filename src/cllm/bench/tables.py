@@ -14,12 +14,12 @@ from cllm.bench.harness import Claim, Options, Result, load_now
 from cllm.bench.product_quantization import product_quantized
 from cllm.bench.reference import QUICK, reference_run
 from cllm.compress import codecs
-from cllm.compress.statistics import table_statistics
 from cllm.core.config import Config
 from cllm.core.errors import UserError
 from cllm.core.machine import machine
 from cllm.core.settings import build, load_config
 from cllm.model.cross_entropy import cross_entropy_sum
+from cllm.model.table_statistics import table_statistics
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
 from cllm.text.batches import IGNORED, evaluation_windows

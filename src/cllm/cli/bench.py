@@ -34,7 +34,8 @@ def bench(
     minutes: Annotated[
         float | None,
         typer.Option(
-            min=0, help="`embed`, `compress`: begin nothing after this; call again to go on."
+            min=0,
+            help="`embed`, `compress`, `lookup`: begin nothing after this; call again to go on.",
         ),
     ] = None,
     write: Annotated[

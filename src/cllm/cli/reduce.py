@@ -21,6 +21,12 @@ def reduce(
         Literal["none", "lll", "bkz", "hkz"],
         typer.Option(help="Lattice reduction of the basis; the table stays the same."),
     ] = "none",
+    metric: Annotated[
+        Literal["identity", "hidden"],
+        typer.Option(
+            help="What lattice reduction calls short: `hidden` is what errors cost the scores."
+        ),
+    ] = "identity",
     then_train: Annotated[
         int, typer.Option(min=0, metavar="N", help="Train N more steps with the reduced table.")
     ] = 0,
@@ -48,6 +54,7 @@ def reduce(
         rank=rank,
         retain=retain,
         reduction=reduction,
+        metric=metric,
         then_train=then_train,
         out=out,
         command=shlex.join(["cllm", *sys.argv[1:]]),

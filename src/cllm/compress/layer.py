@@ -18,8 +18,8 @@ from cllm.compress.grids import GridSpec
 from cllm.compress.problem import checked_metric, objective, problem
 from cllm.compress.scales import fit_grid
 from cllm.compress.settings import Settings
-from cllm.compress.statistics import TableStatistics
 from cllm.core.errors import UserError
+from cllm.model.table_statistics import TableStatistics
 from cllm.store.container import Stored
 
 

@@ -19,10 +19,10 @@ from cllm.compress.layer import Piece, cast_layer, compress_layer, compress_tabl
 from cllm.compress.parts import PartsFolder
 from cllm.compress.score import score
 from cllm.compress.settings import Settings
-from cllm.compress.statistics import table_statistics
 from cllm.core.config import Config
 from cllm.core.machine import machine
 from cllm.core.settings import load_config, merge, to_toml
+from cllm.model.table_statistics import table_statistics
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
 from cllm.store.container import Container, Header, tensor_name, write_container

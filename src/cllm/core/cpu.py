@@ -13,6 +13,7 @@ from pathlib import Path
 from cllm.core import cgroup
 
 CPUINFO = Path("/proc/cpuinfo")
+STAT = Path("/proc/stat")
 
 # What a system calls it -> what we call it. x86 on Linux and macOS, then Arm on Linux and macOS.
 _NAMES = {
@@ -83,6 +84,17 @@ def load_average() -> float | None:
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):
+        return None
+
+
+def busy_seconds() -> float | None:
+    """Seconds that all processors together have worked since the machine began, for whomever; ``None``
+    where the system does not tell (all but Linux)."""
+    try:
+        fields = STAT.read_text(encoding="ascii").split("\n", 1)[0].split()
+        user, nice, system = map(int, fields[1:4])
+        return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
         return None
 
 

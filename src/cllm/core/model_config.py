@@ -30,6 +30,8 @@ class EmbeddingConfig(Section):
     """What one step of that lattice is worth."""
     reduction: Literal["none", "lll", "bkz", "hkz"] = "none"
     """``reduced``: lattice reduction of the basis; the table stays the same."""
+    reduction_metric: Literal["identity", "hidden"] = "identity"
+    """What reduction calls short: all directions alike, or by what errors cost the scores."""
     init: Literal["normal", "corpus", "crystal"] = "corpus"
     """Start: random, from the corpus's statistics, or by the tokens' codes (see ``docs/model.md``)."""
     init_std: Annotated[float, Field(gt=0)] | None = None
@@ -74,6 +76,11 @@ class EmbeddingConfig(Section):
                         f"model.embedding.{name} needs a basis: set model.embedding.kind = 'reduced' or "
                         "'composed+reduced'"
                     )
+        if self.reduction_metric != "identity" and self.reduction == "none":
+            raise ValueError(
+                "model.embedding.reduction_metric is that of a lattice reduction: set "
+                "model.embedding.reduction = 'lll', 'bkz' or 'hkz', too"
+            )
         if self.pieces_from != "merges" and not self.is_composed:
             raise ValueError(
                 "model.embedding.pieces_from needs pieces: set model.embedding.kind = 'composed' or "

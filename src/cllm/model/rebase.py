@@ -3,6 +3,10 @@
 The table C·R stays what it is; what changes is how much is lost when coordinates are snapped to integers,
 since nearest plane's error follows the Gram–Schmidt profile of the basis. The rank does not change:
 lattice reduction shortens basis vectors, it removes none.
+
+Lengths and angles are those of a metric M (D, D): the Gram matrix of the basis is R M Rᵀ, that of the rows
+of R M^½. Principal axes are orthogonal under the identity, so that reduction has nothing to do there; under
+what errors cost (``cllm.model.table_metric``) they are not.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cllm import lattice
+from cllm.model.table_metric import as_metric, roots
 
 SECONDS = 5.0
 """Time for a shortest vector beyond ``EXACT_SHORTEST`` dimensions: the figure is for a report."""
@@ -70,9 +75,22 @@ class Rebased:
         return bool((np.abs(self.transform).sum(axis=0) == 1).all())
 
 
-def basis_facts(basis_rd: Tensor) -> BasisFacts:
-    """Figures of a basis (k, D). Raises ``ValueError`` if its rows are dependent."""
-    rows = basis_rd.detach().double().cpu().numpy()
+def basis_facts(basis_rd: Tensor, metric: np.ndarray | None = None) -> BasisFacts:
+    """Figures of a basis (k, D) under ``metric`` (D, D), none for the identity.
+
+    Raises ``ValueError`` if its rows are dependent, or for what is no metric of this width.
+    """
+    return _facts(_measured_rows(basis_rd.detach().double().cpu().numpy(), metric))
+
+
+def _measured_rows(rows: np.ndarray, metric: np.ndarray | None) -> np.ndarray:
+    """Rows whose usual lengths and angles are those of ``rows`` (k, D) under the metric."""
+    if metric is None:
+        return rows
+    return rows @ roots(as_metric(metric, width=rows.shape[1]))[0]
+
+
+def _facts(rows: np.ndarray) -> BasisFacts:
     exact = len(rows) <= EXACT_SHORTEST
     method, limit = ("exact", None) if exact else ("bkz", SECONDS)
     found = lattice.shortest(rows, method, max_seconds=limit)
@@ -85,27 +103,34 @@ def basis_facts(basis_rd: Tensor) -> BasisFacts:
     )
 
 
-def rebase(core_vr: Tensor, basis_rd: Tensor, method: str) -> Rebased:
+def rebase(
+    core_vr: Tensor, basis_rd: Tensor, method: str, metric: np.ndarray | None = None
+) -> Rebased:
     """Reduce the rows of ``basis_rd`` by ``lll``, ``bkz`` or ``hkz``, and carry the core along.
 
-    Raises ``ValueError`` for dependent rows, an unknown method, or ``hkz`` beyond its reach.
+    ``metric`` (D, D) says what is short and what is orthogonal, for the reduction and for the figures; none
+    means the identity. Raises ``ValueError`` for dependent rows, an unknown method, ``hkz`` beyond its
+    reach, or what is no metric of this width.
     """
-    rows = basis_rd.detach().double().cpu()
+    rows = basis_rd.detach().double().cpu().numpy()
     if method == "hkz" and len(rows) > HKZ_LIMIT:
         raise ValueError(
             f"hkz enumerates in {len(rows)} dimensions, and {HKZ_LIMIT} are in reach; use bkz"
         )
-    reduced = lattice.reduce(rows.numpy(), method=method)
+    measured = _measured_rows(rows, metric)
+    reduced = lattice.reduce(measured, method=method)
     transform = reduced.transform
-    basis = torch.from_numpy(reduced.basis)
-    inverse = _inverse(transform, rows.numpy(), reduced.basis)
+    basis = torch.from_numpy(
+        reduced.basis if metric is None else transform.astype(np.float64) @ rows
+    )
+    inverse = _inverse(transform, measured, reduced.basis)
     core = core_vr.detach().double().cpu() @ torch.from_numpy(inverse.astype(np.float64))
     return Rebased(
         core=core.to(core_vr.dtype).to(core_vr.device),
         basis=basis.to(basis_rd.dtype).to(basis_rd.device),
         transform=transform,
-        before=basis_facts(basis_rd),
-        after=basis_facts(basis),
+        before=_facts(measured),
+        after=_facts(reduced.basis),
     )
 
 

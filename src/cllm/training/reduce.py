@@ -34,6 +34,7 @@ def reduce_run(
     rank: int | None = None,
     retain: float | None = None,
     reduction: str = "none",
+    metric: str = "identity",
     then_train: int = 0,
     out: Path | str | None = None,
     command: str = "",
@@ -42,9 +43,9 @@ def reduce_run(
 
     The factors begin as the best approximation of the trained table (its principal axes) and are
     rewritten by lattice ``reduction`` (``lll``, ``bkz``, ``hkz`` or ``none``), which changes no entry of
-    the table. ``then_train``: further steps in the reduced space. The result is a run of its own with
-    the parent's data. With neither ``rank`` nor ``retain``, a run whose tables are reduced already keeps
-    its factors.
+    the table; ``metric``, ``identity`` or ``hidden``, says what is short. ``then_train``: further steps in
+    the reduced space. The result is a run of its own with the parent's data. With neither ``rank`` nor
+    ``retain``, a run whose tables are reduced already keeps its factors.
 
     Raises ``UserError`` for the user's mistakes; nothing half-made stays behind.
     """
@@ -55,7 +56,9 @@ def reduce_run(
     with torch.no_grad():
         tables = {name: table.table() for name, table in source.tables.items()}
     keep = rank is None and retain is None
-    config = _reduced(config, source.embedding, tables["embedding"], rank, retain, reduction)
+    config = _reduced(
+        config, source.embedding, tables["embedding"], rank, retain, (reduction, metric)
+    )
     if then_train:
         config = merge(config, {"train.steps": then_train, "train.warmup": None})
     with Draft(out, corpus=f"{parent.name}-reduced") as draft:
@@ -69,7 +72,7 @@ def reduce_run(
         if before is not None:
             progress.say(f"{parent.path}: {before:.4f} bits per byte of validation text")
         if reduction != "none":
-            for line in reduce_bases(model, reduction):
+            for line in reduce_bases(model, config.model.embedding, dataset.train):
                 progress.say(line)
         step.refresh()
         draft.run.write_config(to_toml(config))
@@ -85,7 +88,7 @@ def _reduced(
     table: torch.Tensor,
     rank: int | None,
     retain: float | None,
-    reduction: str,
+    reduction: tuple[str, str],
 ) -> Config:
     if rank is not None and retain is not None:
         raise UsageError("give a rank or a share to retain, not both")
@@ -101,7 +104,8 @@ def _reduced(
     changes = {
         "model.embedding.kind": kind,
         "model.embedding.rank": rank if rank is not None else kept,
-        "model.embedding.reduction": reduction,
+        "model.embedding.reduction": reduction[0],
+        "model.embedding.reduction_metric": reduction[1],
         "model.preset": None,
     }
     return merge(config, changes)

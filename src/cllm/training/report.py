@@ -141,6 +141,7 @@ def _token_table(facts: Mapping[str, Any]) -> str:
         ("numbers", facts.get("numbers")),
         ("share of a dense table's", facts.get("of_dense")),
         ("energy that half the width retains", facts.get("retained_at_half")),
+        ("metric of the basis", facts.get("metric of the basis")),
     ]
     for key, figures in facts.items():
         if isinstance(figures, dict):

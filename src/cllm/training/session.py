@@ -76,7 +76,7 @@ def start(
         else:
             start_tables(config, dataset, model, progress)
             if config.model.embedding.reduction != "none":
-                for line in reduce_bases(model, config.model.embedding.reduction):
+                for line in reduce_bases(model, config.model.embedding, dataset.train):
                     progress.say(line)
             step.refresh()
         if seconds is not None:
@@ -190,7 +190,7 @@ def train_run(
             raise
         outcome = conclude(trainer, state)
         facts = _last_facts(run, standing, outcome)
-        facts["table"] = table_facts(model, step, config)
+        facts["table"] = table_facts(model, step, config, dataset.train)
         if state == "finished":
             session.end("finished", warnings=progress.warnings, **facts)
         else:

@@ -4,33 +4,63 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from cllm.core.config import Config
 from cllm.core.errors import UserError
+from cllm.core.model_config import EmbeddingConfig
 from cllm.model.embedding import Embedding
 from cllm.model.factors import retained
 from cllm.model.rebase import Rebased, rebase
+from cllm.model.table_metric import table_metric
+from cllm.model.table_statistics import table_statistics
 from cllm.model.transformer import Transformer
+from cllm.text.packed import PackedTokens
 from cllm.training.step import TrainStep
 
 UNASKED_RANK = 128
 """Up to this rank a report has the basis's figures unasked: they take seconds there, and minutes at 384."""
 
 
-def reduce_bases(model: Transformer, method: str) -> list[str]:
-    """Rewrite the factors of every reduced table by lattice reduction; lines that say what came of it.
+def reduce_bases(model: Transformer, config: EmbeddingConfig, tokens: PackedTokens) -> list[str]:
+    """Rewrite the factors of every reduced table by the configured lattice reduction; lines that say what
+    came of it.
 
-    The tables stay what they are. Raises ``UserError`` for a basis that cannot be reduced.
+    The tables stay what they are. ``tokens``: training text, for the metric of what errors cost. Raises
+    ``UserError`` for a basis that cannot be reduced.
     """
-    lines = []
+    lines, metrics = [], metrics_of(model, config, tokens)
+    method, under = config.reduction, config.reduction_metric
     for name, table in model.tables.items():
         assert table.basis is not None, "only reduced tables have a basis"
-        found = _rebased(table, method)
+        found = _rebased(table, method, metrics.get(name))
         # A composed core is linear in its pieces' vectors, so that these change as it does.
         table.weight.data.copy_(found.core)
         table.basis.data.copy_(found.basis)
         table.after_step()
-        lines.append(f"{name} basis by {method}: {describe(found)}")
+        by = method if under == "identity" else f"{method} under the metric of {under} states"
+        lines.append(f"{name} basis by {by}: {describe(found)}")
     return lines
+
+
+def metrics_of(
+    model: Transformer, config: EmbeddingConfig, tokens: PackedTokens
+) -> dict[str, np.ndarray]:
+    """The metric (D, D) for the basis of each table, by its name; none where it is the identity.
+
+    ``hidden``: what an error costs where the table scores, the mean with the identity where it is looked up
+    in, too (``table_metric``). Raises ``UserError`` where the hidden states tell nothing.
+    """
+    if config.reduction_metric == "identity":
+        return {}
+    moment = table_statistics(model, tokens).moment
+    try:
+        return {
+            name: table_metric(moment, head=table is model.output, look_up=table is model.embedding)
+            for name, table in model.tables.items()
+        }
+    except ValueError as error:
+        raise UserError(f"model.embedding.reduction_metric = 'hidden': {error}") from error
 
 
 def describe(found: Rebased) -> str:
@@ -47,12 +77,14 @@ def describe(found: Rebased) -> str:
     return text
 
 
-def table_facts(model: Transformer, step: TrainStep, config: Config) -> dict[str, Any]:
+def table_facts(
+    model: Transformer, step: TrainStep, config: Config, tokens: PackedTokens
+) -> dict[str, Any]:
     """Figures of the trained input table for the status and the report.
 
     ``retained`` is what the best table of half the width would keep of this one's energy, a measure of
     how far from low rank training has left it; a reduced basis has its figures before and after
-    reduction.
+    reduction, under the configured metric (``tokens``: training text for it).
     """
     embedding = model.embedding
     wide = config.model
@@ -69,7 +101,10 @@ def table_facts(model: Transformer, step: TrainStep, config: Config) -> dict[str
         method = wide.embedding.reduction
         if method != "none" or facts["rank"] <= UNASKED_RANK:
             method = method if method != "none" else "lll"
-            found = _rebased(embedding, method)
+            metrics = metrics_of(model, wide.embedding, tokens)
+            if metrics:
+                facts["metric of the basis"] = f"{wide.embedding.reduction_metric} states"
+            found = _rebased(embedding, method, metrics.get("embedding"))
             facts["basis"] = found.before.to_json()
             facts[f"basis after {method}"] = found.after.to_json()
     if step.cores:
@@ -81,9 +116,9 @@ def table_facts(model: Transformer, step: TrainStep, config: Config) -> dict[str
     return facts
 
 
-def _rebased(table: Embedding, method: str) -> Rebased:
+def _rebased(table: Embedding, method: str, metric: np.ndarray | None) -> Rebased:
     assert table.basis is not None
     try:
-        return rebase(table.weight.detach(), table.basis.detach(), method)
+        return rebase(table.weight.detach(), table.basis.detach(), method, metric)
     except (ValueError, ArithmeticError) as error:
         raise UserError(f"model.embedding.reduction = {method!r}: {error}") from error

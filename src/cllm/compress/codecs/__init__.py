@@ -14,9 +14,9 @@ import numpy as np
 from cllm.compress.codecs import lattice, pca, rows
 from cllm.compress.codecs.frame import unpack
 from cllm.compress.codecs.lattice import Lattice
-from cllm.compress.codecs.metric import table_metric
 from cllm.compress.codecs.pca import Pca
 from cllm.compress.codecs.rows import Rows
+from cllm.model.table_metric import table_metric
 
 __all__ = ["CODECS", "Codec", "Lattice", "Pca", "Rows", "decode", "table_metric"]
 

@@ -16,9 +16,9 @@ import numpy as np
 from cllm.compress.codecs.bases import Basis, plain_basis, rotated_basis
 from cllm.compress.codecs.entropy import LARGEST, decode_integers, encode_integers
 from cllm.compress.codecs.frame import Reader, as_table, pack
-from cllm.compress.codecs.metric import as_metric, roots
 from cllm.compress.codecs.quantize import least_squares_scales
 from cllm.compress.codecs.rate import smallest_step
+from cllm.model.table_metric import as_metric, roots
 
 BASES = ("auto", "rotated", "plain")
 # Up to so many rows a column, ``auto`` weighs the plain basis against storing a rotation.

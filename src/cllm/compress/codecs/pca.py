@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from cllm.compress.codecs.frame import Reader, as_table, pack, unpack
-from cllm.compress.codecs.metric import as_metric, roots
 from cllm.compress.codecs.rows import Rows
 from cllm.compress.codecs.rows import decode as decode_rows
+from cllm.model.table_metric import as_metric, roots
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 import cllm
-from cllm.compress.statistics import table_statistics
+from cllm.model.table_statistics import table_statistics
 from cllm.text.batches import evaluation_windows
 from cllm.text.dataset import load_prepared
 

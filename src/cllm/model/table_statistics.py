@@ -24,20 +24,23 @@ class TableStatistics:
 def table_statistics(
     model: Transformer, tokens: PackedTokens, *, limit: int = 32_768, batch_size: int = 16
 ) -> TableStatistics:
-    """Hidden states of the first ``limit`` tokens or so, and counts of all tokens.
+    """Hidden states of the first ``limit`` tokens or so, without dropout, and counts of all tokens.
 
     Take training text: what is measured here decides what is stored, so held-out text must not.
     """
     width, context = model.config.d_model, model.config.context
+    device, was_training = next(model.parameters()).device, model.training
     moment, count = np.zeros((width, width)), 0
+    model.eval()
     with torch.no_grad():
         for ids, targets in evaluation_windows(tokens, context, batch_size):
-            hidden = model.hidden(torch.as_tensor(ids)).flatten(0, 1)
+            hidden = model.hidden(torch.as_tensor(ids).to(device)).flatten(0, 1).cpu()
             used = hidden[torch.as_tensor(targets).flatten() != IGNORED].double().numpy()
             moment += used.T @ used
             count += len(used)
             if count >= limit:
                 break
+    model.train(was_training)
     assert model.config.vocab_size is not None
     frequency = count_tokens(tokens, model.config.vocab_size)
     return TableStatistics(moment=moment / max(count, 1), frequency=frequency)
