@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cllm.compress.decoders.block_plane import lattice_of
 from cllm.compress.lattices.blocks import Kind, runs
+from cllm.lattice import nth_primes
 from cllm.store.packing import pack_codes, unpack_codes
 
 BITS = (2, 3, 4, 8)
@@ -144,6 +145,7 @@ def _frame(kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
     shift = torch.zeros(kind.width, dtype=torch.float64)
     # Half of (½; 2 and 2 in E8's units; 4 and 4 in Leech's): a shortest vector of each.
     shift[: min(2, kind.width)] = {1: 0.5, 8: 0.5, 24: 2 * kind.unit}[kind.width]
-    places = torch.arange(1, kind.width + 1, dtype=torch.float64)
-    aside = torch.remainder(places * 0.6180339887498949, 1.0) - 0.3
+    # Square roots of primes are independent over the rationals: no lattice vector is at right angles.
+    roots = torch.tensor(nth_primes(kind.width), dtype=torch.float64).sqrt()
+    aside = torch.remainder(roots, 1.0) - 0.5
     return generator, torch.linalg.inv(generator), shift + _ASIDE * aside
