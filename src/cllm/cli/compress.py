@@ -25,9 +25,15 @@ def compress(
     grid: Annotated[
         str,
         typer.Option(
-            help="int, gguf-q4_0, gguf-q8_0, or coded: integers without bounds, entropy coded."
+            help="int, gguf-q4_0, gguf-q8_0, coded (points without bounds, entropy coded), e8 or leech."
         ),
     ] = "int",
+    lattice: Annotated[
+        str, typer.Option(help="Points of --grid coded: e8 or leech, in blocks, or z, integers.")
+    ] = "e8",
+    rotate: Annotated[
+        str, typer.Option(help="hadamard: round a randomly rotated matrix; or none.")
+    ] = "none",
     group: Annotated[
         str, typer.Option(metavar="32|64|128|row", help="Columns that share a scale.")
     ] = "128",
@@ -80,6 +86,8 @@ def compress(
         bits=bits,
         method=method,
         grid=grid,
+        lattice=lattice,
+        rotate=rotate,
         group=group,
         symmetric=symmetric,
         beams=beams,

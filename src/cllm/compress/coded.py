@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from cllm.compress.bits import Bits, packed, pop_gamma, push_gamma
 from cllm.compress.codecs.entropy import (
     LARGEST,
     constriction_stream,
@@ -243,35 +244,12 @@ def _encode_symbols(integers: np.ndarray, levels: Levels) -> bytes:
     family = stream.model.Categorical
     for high, table in reversed(planned):
         for excess in (high[high >= ESCAPE] - ESCAPE)[::-1]:
-            _push_gamma(stream, coder, int(excess) + 1)
+            push_gamma(stream, coder, int(excess) + 1)
         symbols = np.minimum(high, ESCAPE).astype(np.int32)
         coder.encode_reverse(symbols, family(table, perfect=False, lazy=False))
     words = np.asarray(coder.get_compressed(), dtype="<u4").tobytes()
-    sign, low = (_packed(bits) for bits in (signs, lows))
+    sign, low = (packed(bits) for bits in (signs, lows))
     return struct.pack("<III", len(words), len(sign), len(low)) + words + sign + low
-
-
-def _packed(bits: list[np.ndarray]) -> bytes:
-    return np.packbits(np.concatenate([np.zeros(0, dtype=bool), *bits])).tobytes()
-
-
-def _push_gamma(stream: Any, coder: Any, value: int) -> None:
-    """Elias' gamma code of ``value`` ≥ 1 below 2^31."""
-    bits = value.bit_length() - 1
-    for start in range(0, bits, 16):
-        width = min(16, bits - start)
-        part = (value >> start) & ((1 << width) - 1)
-        coder.encode_reverse(part, stream.model.Uniform(1 << width))
-    coder.encode_reverse(bits, stream.model.Uniform(32))
-
-
-def _pop_gamma(stream: Any, coder: Any) -> int:
-    bits = int(coder.decode(stream.model.Uniform(32)))
-    value = 1 << bits
-    for start in reversed(range(0, bits, 16)):
-        width = min(16, bits - start)
-        value |= int(coder.decode(stream.model.Uniform(1 << width))) << start
-    return value
 
 
 def _decode_symbols(reader: Reader, levels: Levels) -> np.ndarray:
@@ -281,7 +259,7 @@ def _decode_symbols(reader: Reader, levels: Levels) -> np.ndarray:
     if len(words) % 4 or (len(words) and not words[-4:].any()):
         raise ValueError("damaged matrix: the entropy-coded part is cut")
     coder = stream.stack.AnsCoder(words.view("<u4").astype(np.uint32))
-    bits = _Bits(sign), _Bits(low)
+    bits = Bits(sign), Bits(low)
     m, n = len(levels.rows), len(levels.columns)
     out = np.empty((m, n), dtype=np.int32)
     for part in _blocks(n):
@@ -306,7 +284,7 @@ def _pop(
     model: _Model,
     number: int,
     count: int,
-    bits: tuple[_Bits, _Bits],
+    bits: tuple[Bits, Bits],
 ) -> np.ndarray:
     """The next ``count`` integers of one class, which the model takes in: a class occurs once a block, so
     that its counts are not asked for again before the next."""
@@ -316,7 +294,7 @@ def _pop(
     model.see(number, sizes)
     if sizes.max(initial=0) == ESCAPE:
         for i in np.flatnonzero(sizes == ESCAPE):
-            sizes[i] += _pop_gamma(stream, coder) - 1
+            sizes[i] += pop_gamma(stream, coder) - 1
     if shift:
         low = bits[1].take(count * shift).reshape(count, shift)
         if sizes.max(initial=0) >= LARGEST >> shift:
@@ -328,22 +306,3 @@ def _pop(
     negative = there[bits[0].take(len(there)).view(bool)]
     sizes[negative] = -sizes[negative]
     return sizes
-
-
-class _Bits:
-    """Takes bits off packed bytes."""
-
-    def __init__(self, packed: np.ndarray) -> None:
-        self._bits, self._place = np.unpackbits(packed), 0
-
-    def take(self, count: int) -> np.ndarray:
-        """The next ``count`` bits, uint8."""
-        part = self._bits[self._place : self._place + count]
-        if len(part) != count:
-            raise ValueError("damaged matrix: it is cut short")
-        self._place += count
-        return part
-
-    def left(self) -> int:
-        """Bits not taken yet."""
-        return len(self._bits) - self._place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +12,14 @@ from torch import Tensor
 
 from cllm.compress.coded import CodedMatrix, bits_like, column_steps, encode
 from cllm.compress.decoders import Decoder, Points, babai, k_best, rtn
+from cllm.compress.lattices.blocks import LATTICES
+from cllm.compress.lattices.coding import LatticeMatrix
+from cllm.compress.lattices.fit import LatticeWork
 from cllm.compress.problem import Problem
 from cllm.lattice.beam import Prices
 
 COLUMNS = ("uniform", "water")
+Matrix = CodedMatrix | LatticeMatrix
 # Integers stay well inside what the coder takes and float32 holds.
 _LIMIT = float(2**22)
 _TRIES = 7
@@ -32,36 +37,40 @@ class CodedSpec:
         columns: ``uniform`` gives all columns one step; ``water`` scales them so that the factor's diagonal
             is flat, by which columns below the water level come out as zeros (reverse water-filling;
             WaterSIC, 2026).
+        lattice: ``z``; or ``e8`` or ``leech`` for points of these in blocks of 8 or 24 columns, whose problem
+            keeps blocks together.
     """
 
     price: float = 0.12
     columns: str = "uniform"
+    lattice: str = "z"
 
     def __post_init__(self) -> None:
         if not 0 <= self.price <= 1:
             raise ValueError(f"the price lies between 0 and 1, not {self.price}")
         if self.columns not in COLUMNS:
             raise ValueError(f"columns must be {' or '.join(COLUMNS)}, not {self.columns!r}")
+        if self.lattice not in LATTICES:
+            raise ValueError(f"the lattice is one of {', '.join(LATTICES)}, not {self.lattice!r}")
 
 
 def fit_coded(
     problem: Problem, target: int, decoder: Decoder, spec: CodedSpec
-) -> tuple[CodedMatrix, bytes]:
+) -> tuple[Matrix, bytes]:
     """The matrix whose bytes are at most ``target`` and as near to it as a few tries come.
 
     Raises ``ValueError`` naming the least possible where ``target`` is below it.
     """
-    octaves = _octaves(problem, spec.columns)
-    zeros = CodedMatrix(np.zeros(problem.shape, dtype=np.int64), 1.0, octaves)
+    work, plain = _work(problem, spec, spec.price), _work(problem, spec, 0.0)
+    zeros = work.zeros()
+    empty = work.encode(zeros)
     if problem.weight.abs().max() == 0:
-        return zeros, encode(zeros)
-    work = _Work(problem, octaves, spec)
+        return zeros, empty
     # A search by nearest plane first, which is cheap; the decoder starts from where it ends.
     quick = Decoder(method="rtn" if decoder.method == "rtn" else "babai")
     step = 4.13 * float(problem.weight.double().square().mean().sqrt())
     step *= 2.0 ** (-8 * target / problem.weight.numel())
-    search = _Search(target, problem.weight.numel(), len(encode(zeros)))
-    plain = _Work(problem, octaves, CodedSpec(price=0, columns=spec.columns))
+    search = _Search(target, problem.weight.numel(), len(empty))
     stages = [(plain, quick)]
     if spec.price or decoder != quick:
         stages.append((work, decoder))
@@ -69,25 +78,24 @@ def fit_coded(
         search.restart()
         for _ in range(_TRIES):
             matrix = stage.decode(method, step)
-            search.offer(matrix, encode(matrix))
+            search.offer(matrix, stage.encode(matrix))
             if search.done:
                 break
             step = search.next_step()
         while search.best is None and search.seen[-1][1] > search.floor:
             step = 1.1 * search.last_step
             matrix = stage.decode(method, step)
-            search.offer(matrix, encode(matrix))
+            search.offer(matrix, stage.encode(matrix))
         step = search.last_step
         if spec.price:  # weighing bits saves some: a smaller step takes as many
             step *= 0.93
         work.last = plain.last
     if search.best is None:
-        least = len(encode(zeros))
-        if target < least:
+        if target < len(empty):
             raise ValueError(
-                f"{target:,} bytes are fewer than the {least:,} that a matrix of {problem.shape} takes"
+                f"{target:,} bytes are fewer than the {len(empty):,} that a matrix of {problem.shape} takes"
             )
-        return zeros, encode(zeros)
+        return zeros, empty
     return search.best
 
 
@@ -100,7 +108,7 @@ class _Search:
 
     def restart(self) -> None:
         """Forget the sizes found, which another decoder does not share."""
-        self.best: tuple[CodedMatrix, bytes] | None = None
+        self.best: tuple[Matrix, bytes] | None = None
         self.seen: list[tuple[float, int]] = []
 
     @property
@@ -113,7 +121,7 @@ class _Search:
         """The step that was tried last."""
         return 2.0 ** self.seen[-1][0]
 
-    def offer(self, matrix: CodedMatrix, data: bytes) -> None:
+    def offer(self, matrix: Matrix, data: bytes) -> None:
         """Take in a try."""
         self.seen.append((math.log2(matrix.step), len(data)))
         if len(data) <= self.target and (self.best is None or len(data) > len(self.best[1])):
@@ -135,12 +143,27 @@ class _Search:
         return float(2.0 ** (place + max(-2.0, min(2.0, (wanted - size) / slope))))
 
 
+def _work(problem: Problem, spec: CodedSpec, price: float) -> Any:
+    octaves = _octaves(problem, spec.columns)
+    if spec.lattice == "z":
+        return _Work(problem, octaves, price)
+    return LatticeWork(problem, spec.lattice, octaves, price)
+
+
 class _Work:
     """Decodes one problem at any step."""
 
-    def __init__(self, problem: Problem, octaves: np.ndarray, spec: CodedSpec) -> None:
-        self.problem, self.octaves, self.spec = problem, octaves, spec
+    def __init__(self, problem: Problem, octaves: np.ndarray, price: float) -> None:
+        self.problem, self.octaves, self.price = problem, octaves, price
         self.last: np.ndarray | None = None
+
+    def encode(self, matrix: CodedMatrix) -> bytes:
+        """The bytes of a matrix."""
+        return encode(matrix)
+
+    def zeros(self) -> CodedMatrix:
+        """The matrix of zeros."""
+        return CodedMatrix(np.zeros(self.problem.shape, dtype=np.int64), 1.0, self.octaves)
 
     def decode(self, decoder: Decoder, step: float) -> CodedMatrix:
         """The integers at one step, in the original order."""
@@ -159,7 +182,7 @@ class _Work:
         if decoder.method == "rtn":
             return rtn(self.problem, points)
         K = 1 if decoder.method == "babai" else decoder.K
-        if not self.spec.price:
+        if not self.price:
             return babai(self.problem, points) if K == 1 else k_best(self.problem, points, K)
         if self.last is None:
             self.last = self.problem.back(babai(self.problem, points)).long().numpy()
@@ -172,7 +195,7 @@ class _Work:
         found, table = bits_like(self.last)
         sizes = self.problem.squares.double() * points.step[0].double().square()
         # Where the diagonal is not flat, the mean is that of what one more bit gains on the whole.
-        unit = self.spec.price * float(sizes.log().mean().exp())
+        unit = self.price * float(sizes.log().mean().exp())
         return Prices(
             classes=torch.from_numpy(found)[:, self.problem.order].contiguous(),
             costs=torch.from_numpy(table * unit).to(points.step.dtype),

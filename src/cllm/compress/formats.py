@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cllm.compress import codecs, coded
+from cllm.compress.codecs.frame import unpack
 from cllm.compress.grids import Grid, GridSpec
+from cllm.compress.lattices import coding
+from cllm.compress.lattices.fixed import FixedMatrix, FixedSpec, from_parts
+from cllm.compress.rotation import stored_rotation
 from cllm.core.errors import UserError
 from cllm.store.container import Container, Stored
 from cllm.store.packing import (
@@ -69,7 +74,7 @@ def read_grid(container: Container, name: str) -> GridMatrix:
         return GridMatrix(codes=codes, scale=scale, offset=None, group=32, bits=bits)
     if stored.kind != "grid":
         raise UserError(f"{name} of {container.path} is stored as {stored.kind}, not on a grid")
-    spec = GridSpec(**stored.facts)
+    spec = GridSpec(**{key: stored.facts[key] for key in ("bits", "symmetric", "group")})
     flat = unpack_codes(container.tensor(name, "codes"), spec.bits, m * n)
     codes = (flat.to(torch.int16) - (1 << (spec.bits - 1))).to(torch.int8).view(m, n)
     offset = None if spec.symmetric else container.tensor(name, "offsets")
@@ -89,7 +94,34 @@ def _read_on_grid(container: Container, name: str, stored: Stored) -> Tensor:
 
 def _read_coded(container: Container, name: str, stored: Stored) -> Tensor:
     data = container.tensor(name).numpy().tobytes()
-    return torch.from_numpy(coded.decode(data))
+    points = unpack(data).codec != coded.NAME
+    return torch.from_numpy(coding.decode(data) if points else coded.decode(data))
+
+
+def store_fixed(matrix: FixedMatrix) -> tuple[Stored, Parts]:
+    """Indices and scales of a fixed-rate codebook."""
+    shape = (int(matrix.codes.shape[0]), int(matrix.codes.shape[1]))
+    return Stored(kind="fixed", shape=shape, facts=asdict(matrix.spec)), matrix.parts()
+
+
+def _read_fixed(container: Container, name: str, stored: Stored) -> Tensor:
+    return read_fixed(container, name).dense()
+
+
+def read_fixed(
+    container: Container, name: str, rows: Tensor | slice = slice(None)
+) -> FixedMatrix:
+    """A weight on a fixed-rate codebook, or ``rows`` of it alone: nothing is decoded for the others.
+
+    Raises ``UserError`` where the file is damaged or the weight is of another kind. Rows of a rotated
+    weight are those of the rotated one.
+    """
+    stored = container.header.weights[name]
+    if stored.kind != "fixed":
+        raise UserError(f"{name} of {container.path} is stored as {stored.kind}, in no codebook")
+    spec = FixedSpec(**{key: stored.facts[key] for key in ("lattice", "bits", "group")})
+    codes, scales = container.tensor(name, "codes"), container.tensor(name, "scales")
+    return from_parts(spec, stored.shape[1], codes[rows], scales[rows])
 
 
 def _read_table(container: Container, name: str, stored: Stored) -> Tensor:
@@ -102,6 +134,7 @@ _READERS: dict[str, Callable[[Container, str, Stored], Tensor]] = {
     "gguf-q4_0": _read_on_grid,
     "gguf-q8_0": _read_on_grid,
     "coded": _read_coded,
+    "fixed": _read_fixed,
     "table": _read_table,
 }
 
@@ -116,6 +149,8 @@ def read_weight(container: Container, name: str, dtype: torch.dtype = torch.floa
         raise UserError(f"{container.path} stores {name} as {stored.kind!r}: update cllm")
     try:
         tensor = _READERS[stored.kind](container, name, stored)
+        rotation = stored_rotation(stored.facts, stored.shape)
+        tensor = tensor if rotation is None else rotation.undo(tensor)
     except ValueError as error:
         raise UserError(f"{container.path} is damaged ({name}: {error})") from error
     if tuple(tensor.shape) != stored.shape:
@@ -139,10 +174,11 @@ def _own(facts: dict[str, Any], dtype: torch.dtype) -> torch.dtype:
 
 
 def read_packed(container: Container) -> dict[str, GridMatrix | Tensor]:
-    """All weights, those on a grid as integers with their scales, the others dense in float32."""
+    """All weights, those on a grid as integers with their scales, the others (rotated ones, too) dense in
+    float32."""
     return {
         name: read_grid(container, name)
-        if stored.kind in ("grid", "gguf-q4_0", "gguf-q8_0")
+        if stored.kind in ("grid", "gguf-q4_0", "gguf-q8_0") and "hadamard" not in stored.facts
         else read_weight(container, name, _own(stored.facts, torch.float32))
         for name, stored in container.header.weights.items()
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,12 @@ from cllm.compress import codecs
 from cllm.compress.calibration import HELD_OUT, Layer
 from cllm.compress.coded_fit import fit_coded
 from cllm.compress.damping import choose_damping
-from cllm.compress.formats import Parts, store_grid, store_plain
+from cllm.compress.formats import Parts, store_fixed, store_grid, store_plain
 from cllm.compress.grids import GridSpec
-from cllm.compress.problem import checked_metric, objective, problem
+from cllm.compress.lattices.blocks import block_numbers
+from cllm.compress.lattices.fixed_fit import fit_fixed
+from cllm.compress.problem import Problem, checked_metric, objective, problem
+from cllm.compress.rotation import rotation_of
 from cllm.compress.scales import fit_grid
 from cllm.compress.settings import Settings
 from cllm.core.errors import UserError
@@ -45,26 +48,34 @@ def compress_layer(layer: Layer, settings: Settings, bits: float | None = None) 
     Raises ``UserError`` for a matrix that the grid's blocks do not fit and a rate below what is possible.
     """
     weight = layer.linear.weight.detach().float()
-    metric = (1 - HELD_OUT) * layer.fit + HELD_OUT * layer.held
+    whole = checked_metric((1 - HELD_OUT) * layer.fit + HELD_OUT * layer.held)
+    size = float(objective(weight, torch.zeros_like(weight), whole).sum())
+    rotation = rotation_of(settings.rotate, layer.name, (int(weight.shape[0]), int(weight.shape[1])))
+    fit, held, metric, original = layer.fit, layer.held, whole, weight
+    if rotation is not None:
+        weight, metric = rotation.apply(weight), rotation.metric(whole)
+        fit, held = rotation.metric(fit), rotation.metric(held)
     damping = 0.01
     try:
-        if settings.is_coded:
+        if settings.is_coded or settings.is_fixed:
             spec = GridSpec(bits=3, group=0)  # the damping is chosen on a grid like it
-            damping = choose_damping(weight, layer.fit, layer.held, spec, order=settings.order)
-            made = _coded(
-                weight, metric, damping, settings, settings.bits if bits is None else bits
-            )
+            damping = choose_damping(weight, fit, held, spec, order=settings.order)
+            if settings.is_fixed:
+                made = _fixed(weight, metric, damping, settings)
+            else:
+                rate = settings.bits if bits is None else bits
+                made = _coded(weight, metric, damping, settings, rate)
         else:
             spec = settings.grid_spec
             spec.check_shape((int(weight.shape[0]), int(weight.shape[1])))
-            damping = choose_damping(weight, layer.fit, layer.held, spec, order=settings.order)
+            damping = choose_damping(weight, fit, held, spec, order=settings.order)
             made = _on_grid(weight, metric, damping, settings, spec)
     except ValueError as error:
         raise UserError(f"{layer.name}: {error}") from error
     stored, parts, values = made
-    whole = checked_metric(metric)
-    size = float(objective(weight, torch.zeros_like(weight), whole).sum())
-    lost = float(objective(weight, values, whole).sum()) / max(size, 1e-300)
+    if rotation is not None:
+        stored, values = replace(stored, facts=stored.facts | rotation.facts()), rotation.undo(values)
+    lost = float(objective(original, values, whole).sum()) / max(size, 1e-300)
     return Piece(stored, parts, values, {"error": lost, "damping": damping})
 
 
@@ -80,11 +91,28 @@ def _on_grid(
 def _coded(
     weight: Tensor, metric: Tensor, damping: float, settings: Settings, bits: float
 ) -> tuple[Stored, Parts, Tensor]:
-    prepared = problem(weight, metric, damping=damping, order=settings.order, dtype=torch.float32)
+    prepared = _prepared(weight, metric, damping, settings)
     target = int(bits * weight.numel() / 8)
     matrix, data = fit_coded(prepared, target, settings.decoder, settings.coded_spec)
     stored = Stored(kind="coded", shape=(int(weight.shape[0]), int(weight.shape[1])))
     return stored, {"": as_bytes(data)}, torch.from_numpy(matrix.dense())
+
+
+def _fixed(
+    weight: Tensor, metric: Tensor, damping: float, settings: Settings
+) -> tuple[Stored, Parts, Tensor]:
+    prepared = _prepared(weight, metric, damping, settings)
+    matrix = fit_fixed(prepared, settings.fixed_spec, by_metric=settings.method != "rtn")
+    stored, parts = store_fixed(matrix)
+    return stored, parts, matrix.dense()
+
+
+def _prepared(weight: Tensor, metric: Tensor, damping: float, settings: Settings) -> Problem:
+    """The problem, the columns of a block together."""
+    blocks = block_numbers(settings.blocks, weight.shape[1]) if settings.blocks else None
+    return problem(
+        weight, metric, damping=damping, order=settings.order, dtype=torch.float32, blocks=blocks
+    )
 
 
 def as_bytes(data: bytes) -> Tensor:

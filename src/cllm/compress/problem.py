@@ -61,6 +61,7 @@ def problem(
     damping: float = 0.01,
     order: str = "act",
     dtype: torch.dtype = torch.float64,
+    blocks: Any = None,
 ) -> Problem:
     """Prepare ``weight`` (m, n) under the metric ``H`` (n, n) for the decoders.
 
@@ -68,6 +69,8 @@ def problem(
     diagonal) costs nothing wherever its weights go: it gets the mean diagonal and no correlation, so that
     its weights are rounded to the nearest. A metric of zeros counts as the identity. Where the factor
     fails in float64 (rank deficiency without damping), damping grows tenfold until it does not.
+    ``blocks`` (n,), a number for each column: columns of one number are decided together, blocks in the
+    order of their mean place.
 
     Raises ``ValueError`` naming the shape for what is no such pair, NaN, infinity, an H that is not
     symmetric or has a negative diagonal, and an unknown order.
@@ -86,6 +89,8 @@ def problem(
         raise ValueError(f"the damping must be 0 or more, not {damping}")
     damped = damp(metric, damping)
     places = decision_order(damped, order)
+    if blocks is not None:
+        places = _together(places, torch.as_tensor(blocks))
     R, damped = _factor(damped, places)
     diagonal = torch.diagonal(R)
     return Problem(
@@ -144,6 +149,17 @@ def decision_order(H: Tensor, order: str) -> Tensor:
         pivot = left[j, j].clamp_min(1e-300)
         left = left - torch.outer(left[:, j], left[j]) / pivot
     return torch.tensor(places)
+
+
+def _together(places: Tensor, blocks: Tensor) -> Tensor:
+    """``places`` with the columns of each block side by side, in the order that they have."""
+    mine = blocks[places]
+    ranks = torch.arange(len(places), dtype=torch.float64)
+    mean = torch.zeros(int(blocks.max()) + 1, dtype=torch.float64).index_add(0, mine, ranks)
+    mean /= torch.bincount(mine, minlength=len(mean)).clamp_min(1)
+    # By the mean, then by the block (two may have one mean); what is stable keeps the rest.
+    by_block = torch.argsort(mine, stable=True)
+    return places[by_block[torch.argsort(mean[mine[by_block]], stable=True)]]
 
 
 def _factor(H: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:

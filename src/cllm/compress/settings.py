@@ -8,12 +8,15 @@ from typing import Any
 from cllm.compress.coded_fit import CodedSpec
 from cllm.compress.decoders import METHODS, Decoder
 from cllm.compress.grids import GridSpec, grid_spec
+from cllm.compress.lattices.blocks import LATTICES
+from cllm.compress.lattices.fixed import FixedSpec
 from cllm.compress.problem import ORDERS
+from cllm.compress.rotation import ROTATIONS
 from cllm.compress.scales import SCALES
 from cllm.core.errors import UsageError, nearest
 
 CASTS = ("fp32", "fp16", "bf16")
-GRIDS = ("int", "gguf-q4_0", "gguf-q8_0", "coded")
+GRIDS = ("int", "gguf-q4_0", "gguf-q8_0", "coded", "e8", "leech")
 TABLES = ("lattice", *CASTS, "int8")
 GROUPS = ("32", "64", "128", "row")
 RANGE = (0.1, 12.0)
@@ -28,9 +31,11 @@ class Settings:
         bits: a weight of the linear layers. On a grid of integers 2, 3, 4 or 8, scales apart; with
             ``coded`` any number, everything counted.
         method: a decoder (``rtn``, ``babai``, which is GPTQ, ``k-best``…) or a cast (``fp16``…).
-        grid: ``int``, llama.cpp's ``gguf-q4_0`` or ``gguf-q8_0``, or ``coded``: integers without bounds,
-            entropy coded.
-        group: columns that share a scale on the grid ``int``.
+        grid: ``int``, llama.cpp's ``gguf-q4_0`` or ``gguf-q8_0``, ``coded``: points without bounds,
+            entropy coded, or ``e8`` or ``leech``: fixed-rate codebooks of blocks of 8 or 24 columns.
+        lattice: of ``coded``: ``z`` (integers), or ``e8`` or ``leech`` in blocks.
+        rotate: ``hadamard`` rounds a randomly rotated matrix, which readers rotate back.
+        group: columns that share a scale on the grids ``int``, ``e8`` and ``leech``.
         symmetric: no offset beside the scale; ``None`` means from 4 bits on.
         beams: of K-best; trials of Klein's.
         sweeps: of coordinate descent after the decoder.
@@ -45,6 +50,8 @@ class Settings:
     bits: float = 4.0
     method: str = "k-best"
     grid: str = "int"
+    lattice: str = "e8"
+    rotate: str = "none"
     group: str = "128"
     symmetric: bool | None = None
     beams: int = 16
@@ -66,6 +73,8 @@ class Settings:
             )
         for name, allowed in (
             ("grid", GRIDS),
+            ("lattice", LATTICES),
+            ("rotate", ROTATIONS),
             ("group", GROUPS),
             ("scales", SCALES),
             ("order", ORDERS),
@@ -78,6 +87,9 @@ class Settings:
             raise UsageError("calibration takes 2 tokens at least, and K-best 1 beam")
         if not 0.5 <= self.table_bits <= 16:
             raise UsageError(f"a table has 0.5 to 16 bits a number, not {self.table_bits:g}")
+        if self.rotate != "none" and (self.is_cast or self.grid.startswith("gguf")):
+            what = self.method if self.is_cast else self.grid
+            raise UsageError(f"--rotate turns what cllm reads back; {what} is read without")
         if self.is_cast:
             return
         if self.is_coded:
@@ -87,8 +99,13 @@ class Settings:
                 )
             if self.method not in ("rtn", "babai", "k-best"):
                 raise UsageError(f"--grid coded takes rtn, babai or k-best, not {self.method}")
+        if self.is_fixed and self.method not in ("rtn", "babai", "k-best"):
+            raise UsageError(f"--grid {self.grid} takes rtn or babai, not {self.method}")
+        if self.blocks and self.order == "min-pivot":
+            raise UsageError("blocks of E8 and Leech points are decided in --order act or natural")
         try:
-            _ = (self.decoder, self.coded_spec if self.is_coded else self.grid_spec)
+            specs = self.coded_spec if self.is_coded else self.fixed_spec if self.is_fixed else None
+            _ = (self.decoder, specs or self.grid_spec)
         except ValueError as error:
             raise UsageError(f"{error}; --grid coded takes any rate") from error
 
@@ -101,6 +118,18 @@ class Settings:
     def is_coded(self) -> bool:
         """Whether the layers are entropy coded."""
         return self.grid == "coded" and not self.is_cast
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the layers are stored by fixed-rate codebooks of E8 or Leech points."""
+        return self.grid in ("e8", "leech") and not self.is_cast
+
+    @property
+    def blocks(self) -> str:
+        """The lattice whose blocks of columns are decided together, "" where there are none."""
+        if self.is_fixed:
+            return self.grid
+        return self.lattice if self.is_coded and self.lattice != "z" else ""
 
     @property
     def decoder(self) -> Decoder:
@@ -122,7 +151,15 @@ class Settings:
     @property
     def coded_spec(self) -> CodedSpec:
         """How coded integers are chosen."""
-        return CodedSpec(price=self.price, columns=self.columns)
+        return CodedSpec(price=self.price, columns=self.columns, lattice=self.lattice)
+
+    @property
+    def fixed_spec(self) -> FixedSpec:
+        """The fixed-rate codebook. Raises ``ValueError`` for one that does not exist."""
+        if self.bits != int(self.bits):
+            raise ValueError(f"{self.grid} has 2, 3, 4 or 8 bits a weight, not {self.bits:g}")
+        group = 0 if self.group == "row" else int(self.group)
+        return FixedSpec(lattice=self.grid, bits=int(self.bits), group=group)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""

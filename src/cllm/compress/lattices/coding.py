@@ -1,0 +1,174 @@
+"""Matrices of lattice points, entropy coded: each coordinate given what the ones before say of it.
+
+Independent integers do not reach a lattice's rate: E8's eight integers in half steps would cost a bit
+each for their common parity, and another for their sum. Here a block's parity m comes first, then its free
+coordinates, known modulo 2; those whose Golay bit follows are known modulo 4, and the last, by the sum,
+modulo 4 (E8) or 8 (Leech). What is left of each is a rank, coded by ANS (``constriction``) under adaptive
+counts of its residue class and of its row's and column's expected magnitude, as in ``cllm.compress.coded``.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from cllm.compress.coded import Levels, column_steps, levels_of
+from cllm.compress.codecs.entropy import decode_integers, encode_integers
+from cllm.compress.codecs.frame import Reader, pack, unpack
+from cllm.compress.lattices.blocks import Kind, Link, Run, chain, parities, runs, units
+from cllm.compress.lattices.stream import ReadStream, WriteStream
+
+NAMES = {"e8": "coded-e8", "leech": "coded-leech"}
+# The first part is 1/32 of the blocks; each one doubles what is known.
+_PARTS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class LatticeMatrix:
+    """weight[r, j] = ``step`` · 2^(``octaves``[j] / 4) · unit of column j · ``integers``[r, j].
+
+    ``integers`` (m, n) are points of ``lattice`` (``e8``, ``leech``) block by block, see ``blocks``;
+    ``octaves`` (n,) whole numbers. ``step``: the lattice's unit of volume has edges so long.
+    """
+
+    lattice: str
+    integers: np.ndarray
+    step: float
+    octaves: np.ndarray
+
+    def dense(self) -> np.ndarray:
+        """(m, n) float32."""
+        unit = units(self.lattice, self.integers.shape[1])
+        steps = unit * column_steps(self.step, self.octaves)
+        return self.integers.astype(np.float32) * steps.astype(np.float32)
+
+
+def encode(matrix: LatticeMatrix) -> bytes:
+    """The matrix as self-describing bytes with a checksum; ``decode`` gives its dense values.
+
+    Raises ``UserError`` without ``constriction``.
+    """
+    m, n = matrix.integers.shape
+    levels = levels_of(matrix.integers)
+    body = struct.pack("<fhB", matrix.step, levels.base, bool(matrix.octaves.any()))
+    if matrix.octaves.any():
+        body += encode_integers(matrix.octaves[:, None])
+    body += encode_integers(np.concatenate([levels.rows, levels.columns])[:, None])
+    stream = WriteStream()
+    for run in runs(matrix.lattice, n):
+        _walk(stream, run, levels, matrix.integers[:, run.start : run.stop])
+    return pack(NAMES[matrix.lattice], (m, n), body + stream.bytes())
+
+
+def decode(data: bytes) -> np.ndarray:
+    """The (m, n) float32 matrix that ``encode`` was given. Raises ``ValueError`` for damaged bytes."""
+    return decode_matrix(data).dense()
+
+
+def decode_matrix(data: bytes) -> LatticeMatrix:
+    """The points and steps that ``encode`` was given. Raises ``ValueError`` for damaged bytes."""
+    frame = unpack(data)
+    lattice = next((key for key, name in NAMES.items() if name == frame.codec), None)
+    if lattice is None:
+        raise ValueError(f"the bytes of a matrix were written by {frame.codec!r}, no lattice coder")
+    m, n = frame.shape
+    reader = Reader(frame.body)
+    step, base, has_octaves = reader.number("<f"), reader.number("<h"), reader.number("<B")
+    if not 0 < step < np.inf or has_octaves > 1:
+        raise ValueError("damaged matrix: its step is out of range")
+    octaves = np.zeros(n, dtype=np.int64)
+    if has_octaves:
+        octaves = decode_integers(reader, n, 1)[:, 0]
+        if np.abs(octaves).max() > 400:
+            raise ValueError("damaged matrix: a column's step is out of range")
+    codes = decode_integers(reader, m + n, 1)[:, 0]
+    levels = Levels(base=base, rows=codes[:m], columns=codes[m:])
+    stream = ReadStream(reader)
+    integers = np.empty((m, n), dtype=np.int64)
+    for run in runs(lattice, n):
+        integers[:, run.start : run.stop] = _walk(stream, run, levels, None)
+    stream.end()
+    reader.end()
+    return LatticeMatrix(lattice=lattice, integers=integers, step=step, octaves=octaves)
+
+
+class Stream(Protocol):
+    """Where coordinates go, or come from."""
+
+    def cosets(self, classes: np.ndarray, known: np.ndarray | None) -> np.ndarray:
+        """Parities 0 and 1 of blocks, ``known`` where they are written."""
+
+    def values(
+        self, spacing: int, residues: np.ndarray, classes: np.ndarray, known: np.ndarray | None
+    ) -> np.ndarray:
+        """Integers of classes ``residues`` modulo ``spacing``, ``known`` where they are written."""
+
+    def learn(self) -> None:
+        """Let the models take in what has gone by since the last time."""
+
+
+def _walk(stream: Stream, run: Run, levels: Levels, known: np.ndarray | None) -> np.ndarray:
+    """Integers (m, columns of ``run``) through ``stream``: the one order that both sides keep."""
+    kind, m = run.kind, len(levels.rows)
+    out = np.empty((m, run.blocks, kind.width), dtype=np.int64)
+    given = None if known is None else known.reshape(out.shape)
+    for part in _parts(run.blocks):
+        columns = slice(run.start + part.start * kind.width, run.start + part.stop * kind.width)
+        classes = levels.classes(columns).reshape(m, -1, kind.width)
+        out[:, part] = _blocks(stream, kind, classes, None if given is None else given[:, part])
+        stream.learn()
+    return out.reshape(m, -1)
+
+
+def _parts(count: int) -> Iterator[slice]:
+    begin = 0
+    for k in range(_PARTS, -1, -1):
+        end = max(count >> k, min(begin + 1, count)) if k else count
+        if end > begin:
+            yield slice(begin, end)
+            begin = end
+
+
+def _blocks(
+    stream: Stream, kind: Kind, classes: np.ndarray, known: np.ndarray | None
+) -> np.ndarray:
+    """Blocks (m, blocks, width), all coordinates of one link after the other."""
+    m = np.zeros(classes.shape[:2], dtype=np.int64)
+    if kind.modulus > 1:
+        middle = (classes.sum(axis=2, dtype=np.int64) // kind.width).astype(np.uint8)
+        m = stream.cosets(middle, None if known is None else known[..., 0] % 2)
+    out = np.empty(classes.shape, dtype=np.int64)
+    word = np.zeros_like(m)
+    for links in _alike(chain(kind, tuple(range(kind.width)))):
+        places = [link.position for link in links]
+        residues = np.stack([_residue(kind, link, m, word, out) for link in links], axis=2)
+        here = None if known is None else known[..., places]
+        found = stream.values(links[0].spacing, residues, classes[..., places], here)
+        out[..., places] = found
+        if kind.width == 24:
+            for i, link in enumerate(links):
+                if link.bit >= 0:
+                    word |= ((found[..., i] - m) // 2 % 2) << link.bit
+    return out
+
+
+def _alike(links: tuple[Link, ...]) -> list[list[Link]]:
+    """Links of one spacing together, the free ones first: none of them follows from another of them."""
+    spacings = sorted({link.spacing for link in links})
+    return [[link for link in links if link.spacing == s] for s in spacings]
+
+
+def _residue(
+    kind: Kind, link: Link, m: np.ndarray, word: np.ndarray, out: np.ndarray
+) -> np.ndarray:
+    """What is known of a coordinate modulo ``link.spacing``."""
+    if link.spacing == kind.modulus and kind.modulus > 1:
+        others = np.delete(out, link.position, axis=2).sum(axis=2)
+        return ((4 * m if kind.modulus == 8 else 0) - others) % kind.modulus
+    if link.spacing == 4:
+        return m + 2 * parities()[word & link.mask].astype(np.int64)
+    return m
