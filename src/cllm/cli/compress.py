@@ -17,11 +17,12 @@ def compress(
         typer.Option(help="Bits a weight: 2, 3, 4 or 8; any number with --grid coded."),
     ] = 4.0,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="rtn, babai (GPTQ), k-best, k-best-lll, k-best-bkz, klein, fp16, bf16 or fp32."
+            help="rtn, babai (GPTQ), k-best, k-best-lll, k-best-bkz, klein, int8, fp16, bf16 or fp32; "
+            "k-best if left out, with --prune fp16."
         ),
-    ] = "k-best",
+    ] = None,
     grid: Annotated[
         str,
         typer.Option(
@@ -45,6 +46,21 @@ def compress(
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of calibration.")] = 32_768,
+    prune: Annotated[
+        str,
+        typer.Option(
+            metavar="50%|2:4", help="Set so many weights of each layer to 0, and store it sparse."
+        ),
+    ] = "",
+    recover: Annotated[
+        int, typer.Option(metavar="N", help="Train scales, norms and codes for N steps afterwards.")
+    ] = 0,
+    recover_codes: Annotated[
+        bool,
+        typer.Option(
+            "--recover-codes/--keep-codes", help="Whether recovery may move codes of a grid."
+        ),
+    ] = True,
     table: Annotated[
         str, typer.Option(help="Token tables: lattice, int8, fp16, bf16 or fp32.")
     ] = "lattice",
@@ -78,7 +94,7 @@ def compress(
 
     settings = Settings(
         bits=bits,
-        method=method,
+        method=method or ("fp16" if prune else "k-best"),
         grid=grid,
         group=group,
         symmetric=symmetric,
@@ -86,6 +102,9 @@ def compress(
         scales=scales,
         order=order,
         tokens=tokens,
+        prune=prune,
+        recover=recover,
+        recover_codes=recover_codes,
         table=table,
         table_bits=table_bits,
     )

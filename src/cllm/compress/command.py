@@ -60,7 +60,7 @@ def _within(
     """The first rung of the ladder whose rise is within ``share`` of the run's bits per byte."""
     if source.base is None:
         raise UserError(f"{source.run.path} has no validation text to measure the rise on")
-    if settings.is_cast or settings.grid.startswith("gguf"):
+    if settings.is_cast or settings.prune or settings.grid.startswith("gguf"):
         raise UsageError("--target-bpb-increase chooses bits: take --grid int or coded")
     for bits in CODED_LADDER if settings.is_coded else LADDER:
         made = compress(source, replace(settings, bits=bits), out, progress)

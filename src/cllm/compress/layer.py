@@ -13,11 +13,13 @@ from cllm.compress import codecs
 from cllm.compress.calibration import HELD_OUT, Layer
 from cllm.compress.coded_fit import fit_coded
 from cllm.compress.damping import choose_damping
-from cllm.compress.formats import Parts, store_grid, store_plain
-from cllm.compress.grids import GridSpec
+from cllm.compress.formats import CASTS, Parts, store_grid, store_plain
+from cllm.compress.grids import Grid, GridSpec, as_stored
 from cllm.compress.problem import checked_metric, objective, problem
+from cllm.compress.pruning import parse_pattern, prune_on_grid, prune_values
 from cllm.compress.scales import fit_grid
 from cllm.compress.settings import Settings
+from cllm.compress.sparse import read_sparse, store_sparse, store_sparse_grid
 from cllm.compress.statistics import TableStatistics
 from cllm.core.errors import UserError
 from cllm.store.container import Stored
@@ -48,7 +50,9 @@ def compress_layer(layer: Layer, settings: Settings, bits: float | None = None) 
     metric = (1 - HELD_OUT) * layer.fit + HELD_OUT * layer.held
     damping = 0.01
     try:
-        if settings.is_coded:
+        if settings.prune:
+            made = _pruned(weight, metric, damping, settings)
+        elif settings.is_coded:
             spec = GridSpec(bits=3, group=0)  # the damping is chosen on a grid like it
             damping = choose_damping(weight, layer.fit, layer.held, spec, order=settings.order)
             made = _coded(
@@ -75,6 +79,21 @@ def _on_grid(
     grid, codes = fit_grid(prepared, spec, settings.decoder, scales=settings.scales)
     stored, parts = store_grid(grid, codes)
     return stored, parts, grid.values(codes)
+
+
+def _pruned(
+    weight: Tensor, metric: Tensor, damping: float, settings: Settings
+) -> tuple[Stored, Parts, Tensor]:
+    pattern = parse_pattern(settings.prune)
+    order = pattern.order or settings.order
+    prepared = problem(weight, metric, damping=damping, order=order, dtype=torch.float32)
+    if settings.method in CASTS:
+        kept, values = prune_values(prepared, pattern)
+        stored, parts = store_sparse(kept, values, CASTS[settings.method], settings.method)
+    else:
+        kept, grid, codes = prune_on_grid(prepared, pattern, settings.grid_spec)
+        stored, parts = store_sparse_grid(kept, grid, codes)
+    return stored, parts, read_sparse(stored, parts)
 
 
 def _coded(
@@ -106,11 +125,10 @@ def compress_table(
 
     ``head``, ``look_up``: what the table is used for. Raises ``UserError`` where the bytes are too few.
     """
-    if settings.is_cast or settings.table in ("fp32", "fp16", "bf16"):
-        cast = settings.method if settings.is_cast else settings.table
-        stored, parts = store_plain(weight, cast)
+    if settings.table_as in CASTS:
+        stored, parts = store_plain(weight, settings.table_as)
         return _table_piece(weight, stored, parts, parts[""].float())
-    if settings.table == "int8":
+    if settings.table_as == "int8":
         codec: codecs.Codec = codecs.Rows(bits=8)
     else:
         rate = settings.table_bits if bits is None else bits
@@ -140,7 +158,7 @@ def keep(tensor: Tensor, settings: Settings, *, buffer: bool) -> Piece:
         facts = {"buffer": str(tensor.dtype).removeprefix("torch.")}
         stored = Stored(kind="plain", shape=tuple(tensor.shape), facts=facts)
         return Piece(stored, {"": tensor.detach().clone()}, tensor.detach().clone())
-    cast = settings.method if settings.is_cast else "fp16"
+    cast = settings.method if settings.is_cast and settings.method in CASTS else "fp16"
     if cast == "fp16" and float(tensor.detach().abs().max()) > 65504:
         cast = "fp32"
     stored, parts = store_plain(tensor, cast)
@@ -148,6 +166,13 @@ def keep(tensor: Tensor, settings: Settings, *, buffer: bool) -> Piece:
 
 
 def cast_layer(weight: Tensor, settings: Settings) -> Piece:
-    """A linear layer that is only cast."""
+    """A linear layer that is only cast; to ``int8`` by rounding to the nearest, a scale for each row."""
+    if settings.method == "int8":
+        scale = as_stored(weight.double().abs().amax(dim=1, keepdim=True) / 127)
+        grid = Grid(GridSpec(bits=8, group=0), weight.shape[1], scale, None)
+        codes = (weight.double() / torch.where(scale == 0, 1.0, scale)).round().clamp(-127, 127)
+        codes = codes.long()
+        stored, parts = store_grid(grid, codes)
+        return _table_piece(weight, stored, parts, grid.values(codes))
     stored, parts = store_plain(weight, settings.method)
     return _table_piece(weight, stored, parts, parts[""].float())

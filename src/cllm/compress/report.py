@@ -45,7 +45,25 @@ def summary(made: Compressed) -> list[str]:
             f"- bits per byte of validation text: {made.bpb:.4f}, {made.base:.4f} before "
             f"({made.rise / made.base:+.2%})"
         )
+    if made.recovery is not None:
+        lines.append(f"- recovery: {_recovered(made)}")
     return lines
+
+
+def _recovered(made: Compressed) -> str:
+    """What recovery did, in a line."""
+    assert made.recovery is not None
+    found = made.recovery
+    if not found["step"]:
+        return "no step was better than none on text held out; nothing was changed"
+    words = f"the state after step {found['step']} of {made.settings.recover}"
+    if found["bpb_before"] is not None and made.base is not None:
+        rise = found["bpb_before"] - made.base
+        words += f"; {found['bpb_before']:.4f} bits per byte without it ({rise / made.base:+.2%})"
+    return (
+        f"{words}; divergence from the run's own predictions on text held out "
+        f"{found['divergence']:.4f} nats a token, {found['divergence_before']:.4f} without it"
+    )
 
 
 def _layers(layers: list[dict[str, Any]]) -> str:
@@ -63,6 +81,8 @@ def _layers(layers: list[dict[str, Any]]) -> str:
         "The error of a layer is Σ(w − ŵ)H(w − ŵ)ᵀ over ΣwHwᵀ, H of its own calibration inputs; a token "
         "table's is Σ(w − ŵ)² over Σw²."
     )
+    if any("moved" in layer for layer in layers):
+        note += " It is that before recovery, which judges by the whole model."
     return "\n".join(rows) + f"\n\n{note}"
 
 
