@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import cllm
-from cllm.compress.coded import CodedMatrix, encode
+from cllm.compress.coded import CodedMatrix, decode_matrix, encode
 from cllm.compress.command import compress_run
+from cllm.compress.divergence import batch_windows
 from cllm.compress.formats import read_weight, store_grid, store_plain
 from cllm.compress.grids import GridSpec, as_stored, grid_spec, range_grid
 from cllm.compress.layer import Piece, as_bytes
 from cllm.compress.learned import Coded, OnGrid, Vector, learned
 from cllm.compress.pipeline import compress, open_source
-from cllm.compress.recovery import HELD, batch_windows, recover, recovery_windows
+from cllm.compress.recovery import HELD, recover, recovery_windows
 from cllm.compress.settings import Settings
 from cllm.store.container import Container, Stored
 from cllm.text.dataset import load_prepared
@@ -71,20 +72,48 @@ def test_on_a_grid_what_is_trained_is_what_is_stored(spec: GridSpec) -> None:
     assert list(OnGrid(piece, rounding=False).parameters()) == ["scale"]
 
 
+def coded_piece(room: int = 0) -> tuple[Piece, np.ndarray]:
+    """Integers like those of two bits, with ``room`` more bytes than they take."""
+    integers = np.rint(np.random.default_rng(0).normal(size=(40, 60)) * 1.2).astype(np.int64)
+    data = encode(CodedMatrix(integers, 0.1, np.zeros(60, dtype=np.int64)))
+    stored = Stored(kind="coded", shape=(40, 60))
+    figures = {"room": len(data) + room}
+    return Piece(stored, {"": as_bytes(data)}, torch.from_numpy(integers) * 0.1, figures), integers
+
+
 def test_of_coded_integers_the_step_is_trained_and_the_size_stays() -> None:
     pytest.importorskip("constriction")
-    integers = np.random.default_rng(0).integers(-3, 4, size=(20, 30))
-    data = encode(CodedMatrix(integers, 0.1, np.zeros(30, dtype=np.int64)))
-    piece = Piece(
-        Stored(kind="coded", shape=(20, 30)), {"": as_bytes(data)}, torch.zeros(20, 30), {}
-    )
-    weight = Coded(piece)
+    piece, integers = coded_piece()
+    weight = Coded(piece, rounding=False)
     with torch.no_grad():
         weight.shift += 0.1
     made = weight.piece()
     assert made.bytes == piece.bytes
     torch.testing.assert_close(made.values, torch.from_numpy(integers).float() * 0.11)
     torch.testing.assert_close(weight.values().detach(), made.values)
+
+
+@pytest.mark.parametrize("room", [-3, 0, 40, 2000])
+def test_coded_integers_move_as_far_as_there_is_room(room: int) -> None:
+    pytest.importorskip("constriction")
+    piece, integers = coded_piece(room)
+    weight = Coded(piece, rounding=True)
+    with torch.no_grad():
+        weight.real += 1.4 * torch.from_numpy(np.random.default_rng(1).random((40, 60)) - 0.3)
+    made = weight.piece()
+    moved = decode_matrix(made.parts[""].numpy().tobytes()).integers
+    assert made.bytes <= max(piece.bytes, made.figures["room"])
+    if room == 2000:
+        assert np.array_equal(moved, weight.real.detach().round().numpy())
+    if room in (0, 40):
+        assert (
+            0
+            < made.figures["moved"]
+            < float((weight.real.detach().round() != weight.codes).double().mean())
+        )
+    if room == -3:
+        assert not (np.abs(moved) > np.abs(integers)).any()
+    torch.testing.assert_close(made.values, torch.from_numpy(moved).float() * 0.1)
 
 
 def test_vectors_are_trained_in_the_precision_of_the_file_and_tables_are_not() -> None:

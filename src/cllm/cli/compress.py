@@ -58,7 +58,7 @@ def compress(
     recover_codes: Annotated[
         bool,
         typer.Option(
-            "--recover-codes/--keep-codes", help="Whether recovery may move codes of a grid."
+            "--recover-codes/--keep-codes", help="Whether recovery may move the integers."
         ),
     ] = True,
     table: Annotated[
@@ -75,6 +75,18 @@ def compress(
         str | None,
         typer.Option(metavar="1%", help="The fewest bits whose validation text stays within this."),
     ] = None,
+    predict: Annotated[
+        bool,
+        typer.Option(
+            "--predict", help="Only say what rise of the bits per byte is to be expected, and stop."
+        ),
+    ] = False,
+    certificate: Annotated[
+        bool,
+        typer.Option(
+            "--certificate", help="Predict the rise first, and report it beside the measured one."
+        ),
+    ] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE.cllm", help="The file to make.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the results only.")] = False,
 ) -> None:
@@ -87,7 +99,7 @@ def compress(
 
     spin_briefly()  # before torch is loaded
 
-    from cllm.compress.command import compress_run
+    from cllm.compress.command import compress_run, predict_run
     from cllm.compress.report import summary, write_report
     from cllm.compress.settings import Settings
     from cllm.training.progress import open_progress
@@ -108,6 +120,10 @@ def compress(
         table=table,
         table_bits=table_bits,
     )
+    if predict:
+        said = predict_run(run, settings, open_progress(quiet=quiet), calibration=calibration or ())
+        typer.echo(said)
+        return
     made = compress_run(
         run,
         settings,
@@ -116,6 +132,7 @@ def compress(
         calibration=calibration or (),
         size=size,
         increase=target_bpb_increase,
+        predict=certificate,
     )
     report = write_report(made, shlex.join(["cllm", *sys.argv[1:]]))
     for line in summary(made):

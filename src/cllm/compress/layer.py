@@ -24,6 +24,9 @@ from cllm.compress.statistics import TableStatistics
 from cllm.core.errors import UserError
 from cllm.store.container import Stored
 
+BEFORE_RECOVERY = 0.99
+"""Share of a coded layer's bytes that it takes at first where recovery may move its integers."""
+
 
 @dataclass(frozen=True, eq=False)
 class Piece:
@@ -69,7 +72,10 @@ def compress_layer(layer: Layer, settings: Settings, bits: float | None = None) 
     whole = checked_metric(metric)
     size = float(objective(weight, torch.zeros_like(weight), whole).sum())
     lost = float(objective(weight, values, whole).sum()) / max(size, 1e-300)
-    return Piece(stored, parts, values, {"error": lost, "damping": damping})
+    figures: dict[str, Any] = {"error": lost, "damping": damping}
+    if stored.kind == "coded":
+        figures["room"] = int((settings.bits if bits is None else bits) * weight.numel() / 8)
+    return Piece(stored, parts, values, figures)
 
 
 def _on_grid(
@@ -101,6 +107,8 @@ def _coded(
 ) -> tuple[Stored, Parts, Tensor]:
     prepared = problem(weight, metric, damping=damping, order=settings.order, dtype=torch.float32)
     target = int(bits * weight.numel() / 8)
+    if settings.recover and settings.recover_codes:
+        target = int(BEFORE_RECOVERY * target)
     matrix, data = fit_coded(prepared, target, settings.decoder, settings.coded_spec)
     stored = Stored(kind="coded", shape=(int(weight.shape[0]), int(weight.shape[1])))
     return stored, {"": as_bytes(data)}, torch.from_numpy(matrix.dense())

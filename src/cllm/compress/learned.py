@@ -17,6 +17,7 @@ from cllm.compress.formats import grid_of, store_grid, store_plain
 from cllm.compress.grids import Grid, as_stored
 from cllm.compress.layer import Piece, as_bytes
 
+_TRIES = 6
 RATES = {"scale": 0.015, "norm": 0.01, "code": 0.02}
 """Step of Adam at its largest: scales and offsets in shares of the scale, codes in codes."""
 
@@ -43,7 +44,7 @@ def learned(piece: Piece, *, rounding: bool) -> Learned | None:
     if stored.kind == "grid" or stored.kind.startswith("gguf-"):
         return OnGrid(piece, rounding=rounding)
     if stored.kind == "coded":
-        return Coded(piece)
+        return Coded(piece, rounding=rounding)
     if stored.kind == "plain" and len(stored.shape) == 1 and "buffer" not in stored.facts:
         return Vector(piece)
     return None
@@ -111,29 +112,61 @@ class OnGrid:
 
 
 class Coded:
-    """Entropy-coded integers: their one step."""
+    """Entropy-coded integers: their one step, and the integers as real numbers that are rounded.
 
-    def __init__(self, piece: Piece) -> None:
+    What moved must fit into the bytes that the weight was promised (``figures["room"]``, else what it
+    takes): of the moves away from 0, those that went least beyond the border are taken back until it does.
+    """
+
+    def __init__(self, piece: Piece, *, rounding: bool) -> None:
         self.start = piece
+        self.room = int(piece.figures.get("room", piece.bytes))
         self.matrix = coded.decode_matrix(piece.parts[""].numpy().tobytes())
-        self.dense = torch.from_numpy(self.matrix.dense())
+        self.steps = torch.from_numpy(self.matrix.steps()).float()
         self.shift = torch.zeros(()).requires_grad_()
+        self.codes = torch.from_numpy(self.matrix.integers).float()
+        self.real = self.codes.clone()
+        if rounding:
+            self.real.requires_grad_()
 
     def parameters(self) -> dict[str, list[Tensor]]:
         """See ``Learned``."""
-        return {"scale": [self.shift]}
+        return {"scale": [self.shift]} | ({"code": [self.real]} if self.real.requires_grad else {})
 
     def values(self) -> Tensor:
         """See ``Learned``."""
-        return self.dense * (1 + self.shift)
+        codes = straight_through(self.real, self.real.detach().round())
+        return codes * (self.steps * (1 + self.shift))
 
     def piece(self) -> Piece:
         """See ``Learned``."""
-        step = self.matrix.step * (1 + float(self.shift))
-        matrix = replace(self.matrix, step=float(torch.tensor(step, dtype=torch.float32)))
+        step = float(
+            torch.tensor(self.matrix.step * (1 + float(self.shift.detach())), dtype=torch.float32)
+        )
+        low, high = 0.0, 1.0
+        codes, data = self._fitted(step, low)
+        if len(data) > self.room:
+            for _ in range(_TRIES):
+                middle = (low + high) / 2
+                codes, data = self._fitted(step, middle)
+                low, high = (middle, high) if len(data) > self.room else (low, middle)
+            codes, data = self._fitted(step, high)
+            if len(data) > self.room:  # not even without the moves away from 0
+                codes, data = self.codes, coded.encode(replace(self.matrix, step=step))
+        matrix = replace(self.matrix, step=step, integers=codes.to(torch.int64).numpy())
         values = torch.from_numpy(matrix.dense())
-        parts = {"": as_bytes(coded.encode(matrix))}
-        return Piece(self.start.stored, parts, values, self.start.figures)
+        figures = self.start.figures | {"moved": float((codes != self.codes).double().mean())}
+        return Piece(self.start.stored, {"": as_bytes(data)}, values, figures)
+
+    def _fitted(self, step: float, margin: float) -> tuple[Tensor, bytes]:
+        """The integers without moves away from 0 that went less than ``margin`` beyond the border."""
+        with torch.no_grad():
+            codes = self.real.round()
+            longer = codes.abs() > self.codes.abs()
+            near = (self.real - self.codes).abs() < 0.5 + margin
+            codes = torch.where(longer & near, self.codes, codes)
+        integers = codes.to(torch.int64).numpy()
+        return codes, coded.encode(replace(self.matrix, step=step, integers=integers))
 
 
 class Vector:

@@ -74,6 +74,8 @@ class Compressed:
     layer_bytes: int
     recovery: dict[str, Any] | None = None
     """What recovery found: ``bpb_before``, ``divergence_before``, ``divergence``, ``step``."""
+    forecast: dict[str, Any] | None = None
+    """What was predicted before: ``rise``, ``low``, ``high`` and, by layer, ``layers``."""
     layers: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -242,7 +244,9 @@ def _pieces(
     with progress.stage("compressing", sum(state[name].numel() for name in linear)) as advance:
         for name in state:
             if name in tables:
-                pieces[name] = folder.load(name) or _table(source, model, settings, name, rates)
+                pieces[name] = folder.load(name) or round_table(
+                    source, model, settings, name, rates
+                )
                 folder.save(name, pieces[name])
             elif name not in linear:
                 pieces[name] = keep(state[name], settings, buffer=name not in learned)
@@ -275,9 +279,11 @@ def _layers(
         yield name, piece
 
 
-def _table(
+def round_table(
     source: Source, model: Transformer, settings: Settings, name: str, rates: dict[str, float]
 ) -> Piece:
+    """The token table ``name`` (a parameter's name) of ``model`` as ``settings`` store it, at its bits in
+    ``rates`` if they are there."""
     table = model.tables[name.partition(".")[0]]
     plain = table.incidence is None and table.basis is None
     seen = table_statistics(model, source.data.train, limit=settings.tokens) if plain else None
@@ -302,11 +308,9 @@ def _put(model: Transformer, pieces: dict[str, Piece]) -> None:
 
 
 def _key(source: Source, settings: Settings, rates: dict[str, float] | None) -> str:
-    # Recovery comes after the pieces.
-    settled = {k: v for k, v in settings.to_json().items() if not k.startswith("recover")}
     facts = [
         source.digest,
-        settled,
+        settings.to_json(),
         hashlib.sha256(source.windows.tobytes()).hexdigest(),
         rates,
     ]

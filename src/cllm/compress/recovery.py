@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn import functional
 
+from cllm.compress.divergence import Judge, batch_windows
 from cllm.compress.layer import Piece
 from cllm.compress.learned import RATES, Learned, learned
 from cllm.core.errors import UserError
@@ -24,8 +24,6 @@ from cllm.text.batches import BatchSource
 from cllm.text.packed import PackedTokens
 from cllm.training.progress import Progress
 
-TOKENS = 1024
-"""Tokens of a step, in whole windows."""
 HELD = 32
 """Windows that only judge which state is kept."""
 LOOKS = 8
@@ -45,11 +43,6 @@ class Recovery:
     before: float
     after: float
     step: int
-
-
-def batch_windows(context: int) -> int:
-    """Windows of a step."""
-    return max(1, TOKENS // context)
 
 
 def recovery_windows(
@@ -92,7 +85,7 @@ def recover(
         if (found := learned(piece, rounding=rounding)) is not None
     }
     held = min(HELD, max(1, len(windows) // 5))
-    judging = _Judge(full, model, torch.as_tensor(windows[:held]))
+    judging = Judge(full, model, torch.as_tensor(windows[:held]))
     text = torch.as_tensor(windows[held:])
     optimizer = _optimizer(trained)
     best = before = judging.divergence({name: found.values() for name, found in trained.items()})
@@ -140,37 +133,10 @@ def _pace(optimizer: torch.optim.Adam, step: int, steps: int) -> None:
 
 
 def _pull(full: Transformer, model: Transformer, values: Mapping[str, Tensor], ids: Tensor) -> None:
-    """Add the gradient of ``_divergence`` to what ``values`` depend on. That in the logits is what the
+    """Add the gradient of the divergence to what ``values`` depend on. That in the logits is what the
     model predicts less what the full one does, and the divergence itself is not needed."""
     logits = functional_call(model, dict(values), (ids,))
     with torch.no_grad():
         gradient = logits.softmax(dim=-1).sub_(full(ids).softmax(dim=-1))
         gradient /= gradient.shape[0] * gradient.shape[1]
     logits.backward(gradient)
-
-
-def _divergence(
-    full: Transformer, model: Transformer, values: Mapping[str, Tensor], ids: Tensor
-) -> Tensor:
-    """Mean over tokens of KL(full ‖ model with ``values``), nats, for windows ``ids`` (W, T)."""
-    with torch.no_grad():
-        wanted = functional.log_softmax(full(ids).flatten(0, 1), dim=-1)
-    found = functional.log_softmax(functional_call(model, dict(values), (ids,)).flatten(0, 1), -1)
-    return functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
-
-
-class _Judge:
-    """The divergence on windows (W, T) held out."""
-
-    def __init__(self, full: Transformer, model: Transformer, ids: Tensor) -> None:
-        self.full, self.model, self.ids = full, model, ids
-
-    def divergence(self, values: Mapping[str, Tensor]) -> float:
-        """With these values of the trained weights, nats a token."""
-        batch = batch_windows(self.ids.shape[1])
-        with torch.no_grad():
-            parts = [
-                float(_divergence(self.full, self.model, values, part)) * len(part)
-                for part in self.ids.split(batch)
-            ]
-        return sum(parts) / len(self.ids)

@@ -47,7 +47,7 @@ class Settings:
             made up for (SparseGPT); what is left is stored as ``method`` says: ``fp16``, ``bf16``,
             ``fp32``, or ``babai`` on the grid ``int``.
         recover: steps of training afterwards (see ``cllm.compress.recovery``), which with ``recover_codes``
-            may move codes of a grid, too.
+            may move the integers, too.
         table: how token tables are stored: ``lattice`` at ``table_bits`` a number, int8 rows, or a cast.
     """
 
