@@ -70,16 +70,16 @@ def torchao(source: Source, bits: int) -> Rounded:
         layer.weight.data.copy_(weight)
         whole = nn.Sequential(layer)
         quantization.quantize_(whole, config)
-        rounded: Tensor = whole[0].weight.dequantize()
+        rounded: Tensor = whole.get_parameter("0.weight").dequantize()
         return rounded.float()
 
     return Rounded(_each(source, one), bits + 24 / GROUP)
 
 
 def k_quants(source: Source, bits: int) -> Rounded:
-    """llama.cpp's own quantizer on the run exported to GGUF: ``Q2_K``, ``Q3_K_S``, ``Q4_K_S`` and ``Q8_0``.
+    """llama.cpp's own quantizer on the run exported to GGUF: ``Q2_K``, ``Q3_K_S``, ``Q4_K_S``, ``Q8_0``.
 
-    A K-block is 256 columns; llama.cpp stores rows of other lengths in other types, and the note says which.
+    A K-block is 256 columns; rows of other lengths are stored in other types, and the note says which.
     Raises ``ImportError`` without ``llama-cpp-python`` or ``gguf``, and ``RuntimeError`` where it refuses.
     """
     llama, gguf = import_module("llama_cpp"), import_module("gguf")
