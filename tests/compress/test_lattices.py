@@ -219,7 +219,9 @@ def test_indices_of_a_codebook_are_its_points(lattice: str, bits: int) -> None:
     assert torch.allclose(points_of(kind, index_of(kind, far, bits), bits), far)
 
 
-@pytest.mark.parametrize(("lattice", "bits", "most"), [("e8", 2, 0.105), ("e8", 3, 0.03), ("leech", 2, 0.096)])
+@pytest.mark.parametrize(
+    ("lattice", "bits", "most"), [("e8", 2, 0.105), ("e8", 3, 0.03), ("leech", 2, 0.096)]
+)
 def test_codebooks_of_normal_weights_beat_a_scalar_grid(
     lattice: str, bits: int, most: float
 ) -> None:

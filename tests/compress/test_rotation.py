@@ -19,7 +19,9 @@ def test_it_is_the_walsh_hadamard_transform_in_blocks(n: int, block: int) -> Non
 
 
 @given(m=st.integers(1, 40), n=st.integers(1, 40), seed=st.integers(0, 2**32 - 1))
-def test_distances_under_the_metric_are_kept_and_weights_come_back(m: int, n: int, seed: int) -> None:
+def test_distances_under_the_metric_are_kept_and_weights_come_back(
+    m: int, n: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(0)
     W, X = (torch.randn(k, n, dtype=torch.float64, generator=generator) for k in (m, 50))
     rotation, H = Rotation(seed=seed, rows=m, columns=n), X.T @ X

@@ -6,34 +6,27 @@ cut short (``--minutes``) goes on where it was.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from cllm.bench import compress_cases as known
 from cllm.bench.compress_cases import Case, cases
+from cllm.bench.compress_kept import Figures, Kept
+from cllm.bench.compress_peers import PEERS
+from cllm.bench.compress_plots import certificate_claim, draw, errors_claim, points_of
 from cllm.bench.harness import Claim, Options, Result, load_now
 from cllm.bench.reference import QUICK, reference_run
-from cllm.compress.pipeline import Source, compress, open_source
-from cllm.compress.settings import Settings
-from cllm.core.atomic import write_json
 from cllm.core.errors import UserError
-from cllm.core.machine import cache_dir
 from cllm.core.settings import build
 from cllm.store.run import RunDirectory, is_run
-from cllm.training.progress import Silent
 
 TAKES = frozenset({"data", "minutes"})
-FORMAT = 1
-"""Raised when compression changes so that kept figures no longer stand for it."""
 SEEDS = (1, 2, 3)
-
-Figures = dict[str, Any]
+QUICK_RECOVERY = 4
+"""Steps of recovery in a quick bench."""
+PEER_BITS = (2, 3, 4, 8)
 
 
 def run(options: Options) -> Result:
@@ -44,10 +37,17 @@ def run(options: Options) -> Result:
     runs = _runs(options)
     wanted = cases(options.quick)
     measured: list[dict[Case, Figures]] = [{} for _ in runs]
-    tokens = 512 if options.quick else Settings().tokens
-    for found, place in zip(measured, runs, strict=True):
-        _measure(place.path, wanted, found, until, tokens)
+    changes = {"tokens": 512, "recover": QUICK_RECOVERY} if options.quick else {}
+    peers: list[dict[Case, Figures]] = [{} for _ in runs]
+    said: set[str] = set()
+    for found, others, place in zip(measured, peers, runs, strict=True):
+        kept = Kept(place.path, changes, until)
+        _measure(kept, wanted, found)
+        said |= set() if options.quick else _measure_peers(kept, others)
     rows = [row for case in wanted if (row := _row(case, measured)) is not None]
+    rivals = list(dict.fromkeys(case for found in peers for case in found))
+    rows += [row for case in rivals if (row := _row(case, peers)) is not None]
+    points = [point for found in measured for point in points_of(found)]
     missing = [case for case in wanted if any(case not in found for found in measured)]
     notes = [
         f"{len(runs)} runs; means, and the standard error of the rise. Rises are of the bits per byte of "
@@ -57,16 +57,22 @@ def run(options: Options) -> Result:
         "GPTQ: act-order, scales of least error under H of those searched, damping by held-out error, "
         "sequential calibration; all methods share these.",
     ]
+    notes += sorted(said)
     if missing:
         names = ", ".join(f"{case.method} at {case.bits:g}" for case in missing)
         notes.append(f"Not measured for want of time: {names}.")
     return Result(
         bench="compress",
         rows=rows,
-        claims=_claims(measured, options.quick),
+        claims=[
+            *_claims(measured, options.quick),
+            certificate_claim(points, options.quick),
+            errors_claim(measured, options.quick),
+        ],
         notes=notes,
-        packages=("torch", "numpy", "constriction"),
+        packages=("torch", "numpy", "constriction", "hqq", "torchao", "llama_cpp_python"),
         load_before=load,
+        plots={} if options.quick else draw(rows, points),
     )
 
 
@@ -87,52 +93,35 @@ def _runs(options: Options) -> list[RunDirectory]:
     return found
 
 
-def _measure(
-    path: Path, wanted: list[Case], found: dict[Case, Figures], until: float, tokens: int
-) -> None:
+def _measure(kept: Kept, wanted: list[Case], found: dict[Case, Figures]) -> None:
     """Fill in what is kept, and what there is time to measure."""
-    source: Source | None = None
     for case in wanted:
         grid = found.get(Case(method=known.GPTQ, bits=case.bits))
         if case.coded and case.bits == int(case.bits) and grid is None and case.bits < 4:
             continue
-        bits = None if grid is None else grid["bits"]
-        settings = case.settings(bits)
-        place = _place(path, settings, tokens)
-        if place.is_file():
-            found[case] = json.loads(place.read_text(encoding="utf-8"))
-            continue
-        if time.monotonic() > until:
-            continue
-        settings = Settings(**{**asdict(settings), "tokens": tokens})
-        if source is None:
-            source = open_source(path, settings, Silent())
-        found[case] = _figures(source, settings)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(place, found[case])
+        figures = kept.figures(case.settings(None if grid is None else grid["bits"]))
+        if figures is not None:
+            found[case] = figures
 
 
-def _place(path: Path, settings: Settings, tokens: int) -> Path:
-    status = RunDirectory.open(path).status()
-    facts = [FORMAT, str(status.created), status.facts.get("validation_bpb"), tokens]
-    text = json.dumps([facts, path.resolve().name, settings.to_json()])
-    key = hashlib.sha256(text.encode("utf-8")).hexdigest()[:20]
-    return cache_dir() / "compress-bench" / f"{key}.json"
-
-
-def _figures(source: Source, settings: Settings) -> Figures:
-    with tempfile.TemporaryDirectory() as place:
-        made = compress(source, settings, Path(place) / "model.cllm", Silent())
-    if made.bpb is None or made.base is None:
-        raise UserError(f"{source.run.path} has no validation text: the bench needs some")
-    layers = [layer for layer in made.layers if layer["name"].startswith("layers.")]
-    return {
-        "bits": made.layer_bits,
-        "bytes": made.bytes,
-        "base": made.base,
-        "bpb": made.bpb,
-        "error": mean(layer["error"] for layer in layers),
-    }
+def _measure_peers(kept: Kept, found: dict[Case, Figures]) -> set[str]:
+    """Fill in what others make of the layers; returns what to say about them."""
+    notes = set()
+    for name, one in PEERS.items():
+        for bits in PEER_BITS:
+            try:
+                figures = kept.peer(name, bits, one)
+            except ImportError as error:
+                notes.add(f"{name} was not measured: {error}.")
+                break
+            except (UserError, RuntimeError) as error:
+                notes.add(f"{name} was not measured at {bits} bits: {error}.")
+                continue
+            if figures is not None:
+                found[Case(method=name, bits=float(bits))] = figures
+                if figures["note"]:
+                    notes.add(f"{figures['note']}.")
+    return notes
 
 
 def _row(case: Case, measured: list[dict[Case, Figures]]) -> dict[str, Any] | None:
@@ -140,11 +129,12 @@ def _row(case: Case, measured: list[dict[Case, Figures]]) -> dict[str, Any] | No
     if not found:
         return None
     rises = [f["bpb"] - f["base"] for f in found]
+    sizes = [f["bytes"] for f in found]
     return {
         "method": case.method,
         "nominal bits": case.bits,
         "bits a weight": round(mean(f["bits"] for f in found), 3),
-        "file, bytes": round(mean(f["bytes"] for f in found)),
+        "file, bytes": None if sizes[0] is None else round(mean(sizes)),
         "layer error": round(mean(f["error"] for f in found), 5),
         "bits per byte": round(mean(f["bpb"] for f in found), 4),
         "rise": round(mean(rises), 5),
@@ -190,6 +180,17 @@ def _claims(measured: list[dict[Case, Figures]], quick: bool) -> list[Claim]:
             3.0,
             0.88,
             0.7,
+        ),
+        *(
+            claim(
+                f"rise of {name} over recovered GPTQ's, the same {known.RECOVERY} steps, 2 bits",
+                name,
+                known.RECOVERED_GPTQ,
+                2.0,
+                0.7,
+                None,
+            )
+            for name in (known.RECOVERED_CODED, known.RECOVERED_OURS)
         ),
         *(_small(measured, quick, method) for method in (known.OURS, known.CODED_OURS)),
     ]

@@ -16,6 +16,13 @@ RTN, GPTQ, LOOP, OURS, WIDE = (
     "k-best 16",
     "k-best 64",
 )
+RECOVERED_GPTQ, RECOVERED_OURS, RECOVERED_CODED = (
+    "GPTQ, recovered",
+    "k-best 16, recovered",
+    "k-best 16, entropy coded, recovered",
+)
+RECOVERY = 200
+"""Steps of recovery."""
 CODED_GPTQ, CODED_OURS, CODED_WATER = (
     "GPTQ, entropy coded",
     "k-best 16, entropy coded",
@@ -29,10 +36,13 @@ _GRID = {
     LOOP: replace(COMMON, method="babai", scales="least-squares"),
     OURS: replace(COMMON, method="k-best", beams=16, scales="least-squares"),
     WIDE: replace(COMMON, method="k-best", beams=64, scales="least-squares"),
+    RECOVERED_GPTQ: replace(COMMON, method="babai", scales="search", recover=RECOVERY),
+    RECOVERED_OURS: replace(COMMON, beams=16, recover=RECOVERY),
 }
 _CODED = {
     CODED_GPTQ: replace(COMMON, grid="coded", method="babai", price=0.0),
     CODED_OURS: replace(COMMON, grid="coded", method="k-best", beams=16),
+    RECOVERED_CODED: replace(COMMON, grid="coded", beams=16, recover=RECOVERY),
     CODED_WATER: replace(COMMON, grid="coded", method="k-best", beams=16, columns="water"),
 }
 
@@ -60,12 +70,15 @@ class Case:
 def cases(quick: bool) -> list[Case]:
     """In the order of importance: what the claims need comes first."""
     if quick:
-        return [Case(method=m, bits=2.0) for m in (GPTQ, OURS, CODED_GPTQ, CODED_OURS)]
+        names = (GPTQ, OURS, CODED_GPTQ, CODED_OURS, RECOVERED_GPTQ)
+        return [Case(method=m, bits=2.0) for m in names]
     found = [
         Case(method=method, bits=bits)
         for bits in (2.0, 3.0)
         for method in (GPTQ, OURS, CODED_GPTQ, CODED_OURS)
     ]
+    recovered = (RECOVERED_GPTQ, RECOVERED_CODED, RECOVERED_OURS)
+    found += [Case(method=method, bits=2.0) for method in recovered]
     found += [Case(method=OURS, bits=4.0), Case(method=CODED_OURS, bits=4.0)]
     found += [Case(method=method, bits=2.0) for method in (LOOP, WIDE, RTN, CODED_WATER)]
     found += [
@@ -73,4 +86,5 @@ def cases(quick: bool) -> list[Case]:
     ]
     found += [Case(method=method, bits=3.0) for method in (LOOP, WIDE, RTN)]
     found += [Case(method=GPTQ, bits=4.0), Case(method=OURS, bits=8.0)]
+    found += [Case(method=CODED_OURS, bits=8.0), Case(method=GPTQ, bits=8.0)]
     return found

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cllm.core.atomic import write_text
+from cllm.core.atomic import new_file, write_text
 from cllm.core.cpu import load_average
 from cllm.core.errors import UsageError, UserError, nearest
 from cllm.core.machine import machine
@@ -97,6 +97,8 @@ class Result:
     """Why the machine was not free, if it was not."""
     headline: list[dict[str, Any]] = field(default_factory=list)
     """The few figures that the README shows."""
+    plots: dict[str, Any] = field(default_factory=dict)
+    """Figures of matplotlib by what they show; written as ``NAME-WHAT.svg`` and ``.png``."""
 
     @property
     def holds(self) -> bool:
@@ -288,7 +290,13 @@ def write_results(result: Result, arguments: Sequence[str], root: Path = Path())
     if result.busy:
         origin += f" The machine was not free: {result.busy}."
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, f"{render(result)}\n\n{origin}\n")
+    images = ""
+    for name, figure in result.plots.items():
+        for kind in ("svg", "png"):
+            with new_file(path.with_name(f"{result.bench}-{name}.{kind}")) as file:
+                figure.savefig(file, format=kind, dpi=110)
+        images += f"\n\n![{name}]({result.bench}-{name}.svg)"
+    write_text(path, f"{render(result)}{images}\n\n{origin}\n")
     readme = root / "README.md"
     if result.headline and readme.is_file():
         here = machine()

@@ -17,11 +17,12 @@ def compress(
         typer.Option(help="Bits a weight: 2, 3, 4 or 8; any number with --grid coded."),
     ] = 4.0,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="rtn, babai (GPTQ), k-best, k-best-lll, k-best-bkz, klein, fp16, bf16 or fp32."
+            help="rtn, babai (GPTQ), k-best, k-best-lll, k-best-bkz, klein, int8, fp16, bf16 or fp32; "
+            "k-best if left out, with --prune fp16."
         ),
-    ] = "k-best",
+    ] = None,
     grid: Annotated[
         str,
         typer.Option(
@@ -51,6 +52,21 @@ def compress(
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of calibration.")] = 32_768,
+    prune: Annotated[
+        str,
+        typer.Option(
+            metavar="50%|2:4", help="Set so many weights of each layer to 0, and store it sparse."
+        ),
+    ] = "",
+    recover: Annotated[
+        int, typer.Option(metavar="N", help="Train scales, norms and codes for N steps afterwards.")
+    ] = 0,
+    recover_codes: Annotated[
+        bool,
+        typer.Option(
+            "--recover-codes/--keep-codes", help="Whether recovery may move the integers."
+        ),
+    ] = True,
     table: Annotated[
         str, typer.Option(help="Token tables: lattice, int8, fp16, bf16 or fp32.")
     ] = "lattice",
@@ -65,6 +81,18 @@ def compress(
         str | None,
         typer.Option(metavar="1%", help="The fewest bits whose validation text stays within this."),
     ] = None,
+    predict: Annotated[
+        bool,
+        typer.Option(
+            "--predict", help="Only say what rise of the bits per byte is to be expected, and stop."
+        ),
+    ] = False,
+    certificate: Annotated[
+        bool,
+        typer.Option(
+            "--certificate", help="Predict the rise first, and report it beside the measured one."
+        ),
+    ] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE.cllm", help="The file to make.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the results only.")] = False,
 ) -> None:
@@ -77,14 +105,14 @@ def compress(
 
     spin_briefly()  # before torch is loaded
 
-    from cllm.compress.command import compress_run
+    from cllm.compress.command import compress_run, predict_run
     from cllm.compress.report import summary, write_report
     from cllm.compress.settings import Settings
     from cllm.training.progress import open_progress
 
     settings = Settings(
         bits=bits,
-        method=method,
+        method=method or ("fp16" if prune else "k-best"),
         grid=grid,
         lattice=lattice,
         rotate=rotate,
@@ -94,9 +122,16 @@ def compress(
         scales=scales,
         order=order,
         tokens=tokens,
+        prune=prune,
+        recover=recover,
+        recover_codes=recover_codes,
         table=table,
         table_bits=table_bits,
     )
+    if predict:
+        said = predict_run(run, settings, open_progress(quiet=quiet), calibration=calibration or ())
+        typer.echo(said)
+        return
     made = compress_run(
         run,
         settings,
@@ -105,6 +140,7 @@ def compress(
         calibration=calibration or (),
         size=size,
         increase=target_bpb_increase,
+        predict=certificate,
     )
     report = write_report(made, shlex.join(["cllm", *sys.argv[1:]]))
     for line in summary(made):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from cllm.compress.allocation import allot
+from cllm.compress.certificate import check_predictable, forecast
 from cllm.compress.pipeline import Compressed, Source, compress, open_default, open_source
 from cllm.compress.settings import Settings
 from cllm.core.atomic import clear_errors
@@ -27,11 +28,13 @@ def compress_run(
     calibration: Sequence[str] = (),
     size: str | None = None,
     increase: str | None = None,
+    predict: bool = False,
 ) -> Compressed:
     """Compress the run at ``path`` into ``out`` (by default a file in the run's folder ``compressed``).
 
     ``size`` (``600KB``): entropy-coded at rates that fit the file. ``increase`` (``1%``): the fewest bits
-    at which validation text costs at most that much more. Raises ``UsageError`` and ``UserError``.
+    at which validation text costs at most that much more. ``predict``: the rise is predicted first, for the
+    report to have it beside the measured one. Raises ``UsageError`` and ``UserError``.
     """
     if is_container(path):
         raise UsageError(f"{path} is compressed already: compress the run that it was made of")
@@ -41,6 +44,12 @@ def compress_run(
         raise UsageError("--size allots any rates to the layers: add --grid coded")
     wanted = None if increase is None else parse_share(increase)
     budget = None if size is None else parse_size(size)
+    if predict and (budget is not None or wanted is not None):
+        raise UsageError(
+            "a rise is predicted for given bits: leave out --size, --target-bpb-increase"
+        )
+    if predict:
+        check_predictable(settings)
     target = open_default(path, settings) if out is None else out
     if target.suffix != SUFFIX:
         raise UsageError(f"--out names the file to make: {target.name} does not end in {SUFFIX}")
@@ -51,7 +60,25 @@ def compress_run(
         return allot(source, settings, target, progress, budget)
     if wanted is not None:
         return _within(source, settings, target, progress, wanted)
-    return compress(source, settings, target, progress)
+    if not predict:
+        return compress(source, settings, target, progress)
+    found = forecast(source, settings, progress)
+    progress.say(found.sentence(source.base))
+    return replace(compress(source, settings, target, progress), forecast=asdict(found))
+
+
+def predict_run(
+    path: Path, settings: Settings, progress: Progress, *, calibration: Sequence[str] = ()
+) -> str:
+    """What compressing the run at ``path`` would cost, in a sentence; nothing is compressed.
+
+    Raises ``UsageError`` and ``UserError``.
+    """
+    if is_container(path):
+        raise UsageError(f"{path} is compressed already: predict for the run that it was made of")
+    check_predictable(settings)
+    source = open_source(path, settings, progress, calibration)
+    return forecast(source, settings, progress).sentence(source.base)
 
 
 def _within(
@@ -60,7 +87,7 @@ def _within(
     """The first rung of the ladder whose rise is within ``share`` of the run's bits per byte."""
     if source.base is None:
         raise UserError(f"{source.run.path} has no validation text to measure the rise on")
-    if settings.is_cast or settings.grid.startswith("gguf"):
+    if settings.is_cast or settings.prune or settings.grid.startswith("gguf"):
         raise UsageError("--target-bpb-increase chooses bits: take --grid int or coded")
     for bits in CODED_LADDER if settings.is_coded else LADDER:
         made = compress(source, replace(settings, bits=bits), out, progress)

@@ -15,6 +15,7 @@ from cllm.compress.grids import Grid, GridSpec
 from cllm.compress.lattices import coding
 from cllm.compress.lattices.fixed import FixedMatrix, FixedSpec, from_parts
 from cllm.compress.rotation import stored_rotation
+from cllm.compress.sparse import part_names, read_sparse
 from cllm.core.errors import UserError
 from cllm.store.container import Container, Stored
 from cllm.store.packing import (
@@ -61,26 +62,40 @@ def store_grid(grid: Grid, codes: Tensor) -> tuple[Stored, Parts]:
     return Stored(kind="grid", shape=shape, facts=facts), parts
 
 
+def grid_of(stored: Stored, parts: Parts) -> tuple[Grid, Tensor]:
+    """The grid and the codes (m, n) int64 that ``store_grid`` stored."""
+    m, n = stored.shape
+    if stored.kind.startswith("gguf-"):
+        codes, scale = read_blocks(parts[""], stored.kind)
+        bits = 4 if stored.kind == "gguf-q4_0" else 8
+        spec = GridSpec(bits=bits, symmetric=True, group=32, block=stored.kind)
+        return Grid(spec, n, scale.double(), None), codes.long()
+    spec = GridSpec(**{key: stored.facts[key] for key in ("bits", "symmetric", "group")})
+    flat = unpack_codes(parts["codes"], spec.bits, m * n)
+    codes = (flat.to(torch.int16) - (1 << (spec.bits - 1))).long().view(m, n)
+    offset = None if spec.symmetric else parts["offsets"].double()
+    return Grid(spec, n, parts["scales"].double(), offset), codes
+
+
 def read_grid(container: Container, name: str) -> GridMatrix:
     """The integers and scales of a weight that is stored on a grid or in llama.cpp's blocks.
 
     Raises ``UserError`` where the file is damaged or the weight is of another kind.
     """
     stored = container.header.weights[name]
-    m, n = stored.shape
+    parts = ["codes", "scales", *([] if stored.facts.get("symmetric", True) else ["offsets"])]
     if stored.kind.startswith("gguf-"):
-        codes, scale = read_blocks(container.tensor(name), stored.kind)
-        bits = 4 if stored.kind == "gguf-q4_0" else 8
-        return GridMatrix(codes=codes, scale=scale, offset=None, group=32, bits=bits)
-    if stored.kind != "grid":
+        parts = [""]
+    elif stored.kind != "grid":
         raise UserError(f"{name} of {container.path} is stored as {stored.kind}, not on a grid")
-    spec = GridSpec(**{key: stored.facts[key] for key in ("bits", "symmetric", "group")})
-    flat = unpack_codes(container.tensor(name, "codes"), spec.bits, m * n)
-    codes = (flat.to(torch.int16) - (1 << (spec.bits - 1))).to(torch.int8).view(m, n)
-    offset = None if spec.symmetric else container.tensor(name, "offsets")
-    scale = container.tensor(name, "scales")
+    grid, codes = grid_of(stored, {part: container.tensor(name, part) for part in parts})
+    half = torch.float16
     return GridMatrix(
-        codes=codes, scale=scale, offset=offset, group=spec.group or n, bits=spec.bits
+        codes=codes.to(torch.int8),
+        scale=grid.scale.to(half),
+        offset=None if grid.offset is None else grid.offset.to(half),
+        group=grid.spec.group or stored.shape[1],
+        bits=grid.spec.bits,
     )
 
 
@@ -108,9 +123,7 @@ def _read_fixed(container: Container, name: str, stored: Stored) -> Tensor:
     return read_fixed(container, name).dense()
 
 
-def read_fixed(
-    container: Container, name: str, rows: Tensor | slice = slice(None)
-) -> FixedMatrix:
+def read_fixed(container: Container, name: str, rows: Tensor | slice = slice(None)) -> FixedMatrix:
     """A weight on a fixed-rate codebook, or ``rows`` of it alone: nothing is decoded for the others.
 
     Raises ``UserError`` where the file is damaged or the weight is of another kind. Rows of a rotated
@@ -124,6 +137,10 @@ def read_fixed(
     return from_parts(spec, stored.shape[1], codes[rows], scales[rows])
 
 
+def _read_sparse(container: Container, name: str, stored: Stored) -> Tensor:
+    return read_sparse(stored, {part: container.tensor(name, part) for part in part_names(stored)})
+
+
 def _read_table(container: Container, name: str, stored: Stored) -> Tensor:
     return torch.from_numpy(codecs.decode(container.tensor(name).numpy().tobytes()))
 
@@ -135,6 +152,7 @@ _READERS: dict[str, Callable[[Container, str, Stored], Tensor]] = {
     "gguf-q8_0": _read_on_grid,
     "coded": _read_coded,
     "fixed": _read_fixed,
+    "sparse": _read_sparse,
     "table": _read_table,
 }
 

@@ -13,17 +13,22 @@ from cllm.compress import codecs
 from cllm.compress.calibration import HELD_OUT, Layer
 from cllm.compress.coded_fit import fit_coded
 from cllm.compress.damping import choose_damping
-from cllm.compress.formats import Parts, store_fixed, store_grid, store_plain
-from cllm.compress.grids import GridSpec
+from cllm.compress.formats import CASTS, Parts, store_fixed, store_grid, store_plain
+from cllm.compress.grids import Grid, GridSpec, as_stored
 from cllm.compress.lattices.blocks import block_numbers
 from cllm.compress.lattices.fixed_fit import fit_fixed
 from cllm.compress.problem import Problem, checked_metric, objective, problem
+from cllm.compress.pruning import parse_pattern, prune_on_grid, prune_values
 from cllm.compress.rotation import rotation_of
 from cllm.compress.scales import fit_grid
 from cllm.compress.settings import Settings
+from cllm.compress.sparse import read_sparse, store_sparse, store_sparse_grid
 from cllm.core.errors import UserError
 from cllm.model.table_statistics import TableStatistics
 from cllm.store.container import Stored
+
+BEFORE_RECOVERY = 0.99
+"""Share of a coded layer's bytes that it takes at first where recovery may move its integers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +55,18 @@ def compress_layer(layer: Layer, settings: Settings, bits: float | None = None) 
     weight = layer.linear.weight.detach().float()
     whole = checked_metric((1 - HELD_OUT) * layer.fit + HELD_OUT * layer.held)
     size = float(objective(weight, torch.zeros_like(weight), whole).sum())
-    rotation = rotation_of(settings.rotate, layer.name, (int(weight.shape[0]), int(weight.shape[1])))
+    rotation = rotation_of(
+        settings.rotate, layer.name, (int(weight.shape[0]), int(weight.shape[1]))
+    )
     fit, held, metric, original = layer.fit, layer.held, whole, weight
     if rotation is not None:
         weight, metric = rotation.apply(weight), rotation.metric(whole)
         fit, held = rotation.metric(fit), rotation.metric(held)
     damping = 0.01
     try:
-        if settings.is_coded or settings.is_fixed:
+        if settings.prune:
+            made = _pruned(weight, metric, damping, settings)
+        elif settings.is_coded or settings.is_fixed:
             spec = GridSpec(bits=3, group=0)  # the damping is chosen on a grid like it
             damping = choose_damping(weight, fit, held, spec, order=settings.order)
             if settings.is_fixed:
@@ -74,9 +83,15 @@ def compress_layer(layer: Layer, settings: Settings, bits: float | None = None) 
         raise UserError(f"{layer.name}: {error}") from error
     stored, parts, values = made
     if rotation is not None:
-        stored, values = replace(stored, facts=stored.facts | rotation.facts()), rotation.undo(values)
+        stored, values = (
+            replace(stored, facts=stored.facts | rotation.facts()),
+            rotation.undo(values),
+        )
     lost = float(objective(original, values, whole).sum()) / max(size, 1e-300)
-    return Piece(stored, parts, values, {"error": lost, "damping": damping})
+    figures: dict[str, Any] = {"error": lost, "damping": damping}
+    if stored.kind == "coded":
+        figures["room"] = int((settings.bits if bits is None else bits) * weight.numel() / 8)
+    return Piece(stored, parts, values, figures)
 
 
 def _on_grid(
@@ -88,11 +103,28 @@ def _on_grid(
     return stored, parts, grid.values(codes)
 
 
+def _pruned(
+    weight: Tensor, metric: Tensor, damping: float, settings: Settings
+) -> tuple[Stored, Parts, Tensor]:
+    pattern = parse_pattern(settings.prune)
+    order = pattern.order or settings.order
+    prepared = problem(weight, metric, damping=damping, order=order, dtype=torch.float32)
+    if settings.method in CASTS:
+        kept, values = prune_values(prepared, pattern)
+        stored, parts = store_sparse(kept, values, CASTS[settings.method], settings.method)
+    else:
+        kept, grid, codes = prune_on_grid(prepared, pattern, settings.grid_spec)
+        stored, parts = store_sparse_grid(kept, grid, codes)
+    return stored, parts, read_sparse(stored, parts)
+
+
 def _coded(
     weight: Tensor, metric: Tensor, damping: float, settings: Settings, bits: float
 ) -> tuple[Stored, Parts, Tensor]:
     prepared = _prepared(weight, metric, damping, settings)
     target = int(bits * weight.numel() / 8)
+    if settings.recover and settings.recover_codes:
+        target = int(BEFORE_RECOVERY * target)
     matrix, data = fit_coded(prepared, target, settings.decoder, settings.coded_spec)
     stored = Stored(kind="coded", shape=(int(weight.shape[0]), int(weight.shape[1])))
     return stored, {"": as_bytes(data)}, torch.from_numpy(matrix.dense())
@@ -134,11 +166,10 @@ def compress_table(
 
     ``head``, ``look_up``: what the table is used for. Raises ``UserError`` where the bytes are too few.
     """
-    if settings.is_cast or settings.table in ("fp32", "fp16", "bf16"):
-        cast = settings.method if settings.is_cast else settings.table
-        stored, parts = store_plain(weight, cast)
+    if settings.table_as in CASTS:
+        stored, parts = store_plain(weight, settings.table_as)
         return _table_piece(weight, stored, parts, parts[""].float())
-    if settings.table == "int8":
+    if settings.table_as == "int8":
         codec: codecs.Codec = codecs.Rows(bits=8)
     else:
         rate = settings.table_bits if bits is None else bits
@@ -168,7 +199,7 @@ def keep(tensor: Tensor, settings: Settings, *, buffer: bool) -> Piece:
         facts = {"buffer": str(tensor.dtype).removeprefix("torch.")}
         stored = Stored(kind="plain", shape=tuple(tensor.shape), facts=facts)
         return Piece(stored, {"": tensor.detach().clone()}, tensor.detach().clone())
-    cast = settings.method if settings.is_cast else "fp16"
+    cast = settings.method if settings.is_cast and settings.method in CASTS else "fp16"
     if cast == "fp16" and float(tensor.detach().abs().max()) > 65504:
         cast = "fp32"
     stored, parts = store_plain(tensor, cast)
@@ -176,6 +207,13 @@ def keep(tensor: Tensor, settings: Settings, *, buffer: bool) -> Piece:
 
 
 def cast_layer(weight: Tensor, settings: Settings) -> Piece:
-    """A linear layer that is only cast."""
+    """A linear layer that is only cast; to ``int8`` by rounding to the nearest, a scale for each row."""
+    if settings.method == "int8":
+        scale = as_stored(weight.double().abs().amax(dim=1, keepdim=True) / 127)
+        grid = Grid(GridSpec(bits=8, group=0), weight.shape[1], scale, None)
+        codes = (weight.double() / torch.where(scale == 0, 1.0, scale)).round().clamp(-127, 127)
+        codes = codes.long()
+        stored, parts = store_grid(grid, codes)
+        return _table_piece(weight, stored, parts, grid.values(codes))
     stored, parts = store_plain(weight, settings.method)
     return _table_piece(weight, stored, parts, parts[""].float())

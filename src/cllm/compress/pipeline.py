@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from cllm.compress.calibration import calibrate, calibration_windows, layers_in_order
 from cllm.compress.layer import Piece, cast_layer, compress_layer, compress_table, keep
 from cllm.compress.parts import PartsFolder
+from cllm.compress.recovery import recover, recovery_windows
 from cllm.compress.score import score
-from cllm.compress.settings import Settings
+from cllm.compress.settings import CASTS, Settings
 from cllm.core.config import Config
 from cllm.core.machine import machine
 from cllm.core.settings import load_config, merge, to_toml
@@ -47,6 +48,8 @@ class Source:
     step: int
     data: Dataset
     windows: np.ndarray
+    recovery: np.ndarray
+    """(windows, context): text to recover on, none where no recovery was asked for."""
     digest: str
     base: float | None
 
@@ -69,6 +72,10 @@ class Compressed:
     parameters: int
     layer_parameters: int
     layer_bytes: int
+    recovery: dict[str, Any] | None = None
+    """What recovery found: ``bpb_before``, ``divergence_before``, ``divergence``, ``step``."""
+    forecast: dict[str, Any] | None = None
+    """What was predicted before: ``rise``, ``low``, ``high`` and, by layer, ``layers``."""
     layers: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -108,8 +115,10 @@ def open_source(
                 list(calibration), data.tokenizer, place, field=config.data.field
             )
             windows = calibration_windows(tokens, context, count=settings.tokens)
+            recovery = recovery_windows(tokens, context, settings.recover)
     else:
         windows = calibration_windows(data.train, context, count=settings.tokens)
+        recovery = recovery_windows(data.train, context, settings.recover)
     digest = hashlib.sha256()
     for name in sorted(checkpoint.weights):
         digest.update(name.encode("utf-8"))
@@ -121,6 +130,7 @@ def open_source(
         step=checkpoint.step,
         data=data,
         windows=windows,
+        recovery=recovery,
         digest=digest.hexdigest(),
         base=None,
     )
@@ -168,12 +178,19 @@ def compress(
     for table in model.tables.values():
         table.after_step()
     bpb = score_on_validation(source, model, progress, "scoring what was compressed")
+    recovery = None
+    if settings.recover:
+        pieces, recovery = _recover(source, model, settings, pieces, progress)
+        recovery["bpb_before"] = bpb
+        bpb = score_on_validation(source, model, progress, "scoring what was recovered")
     tensors = {
         tensor_name(name, part): tensor
         for name, piece in pieces.items()
         for part, tensor in sorted(piece.parts.items())
     }
-    results = {"base_bpb": source.base, "bpb": bpb}
+    results: dict[str, Any] = {"base_bpb": source.base, "bpb": bpb}
+    if recovery is not None:
+        results["recovery"] = recovery
     header = Header(
         config=to_toml(merge(source.config, {"data.paths": ()})),
         source={"name": source.run.name, "step": source.step, "sha256": source.digest},
@@ -183,7 +200,31 @@ def compress(
     )
     size = write_container(out, header, tensors, source.data.tokenizer.to_json())
     folder.remove()
-    return _outcome(source, settings, out, size, pieces, bpb)
+    return replace(_outcome(source, settings, out, size, pieces, bpb), recovery=recovery)
+
+
+def _recover(
+    source: Source,
+    model: Transformer,
+    settings: Settings,
+    pieces: dict[str, Piece],
+    progress: Progress,
+) -> tuple[dict[str, Piece], dict[str, Any]]:
+    """The pieces after recovery, which ``model`` then has, and what it found."""
+    if not len(source.recovery):
+        raise ValueError("the source was opened without text to recover on")
+    found = recover(
+        source.model(),
+        model,
+        pieces,
+        source.recovery,
+        progress,
+        steps=settings.recover,
+        rounding=settings.recover_codes,
+    )
+    _put(model, found.pieces)
+    facts = {"divergence_before": found.before, "divergence": found.after, "step": found.step}
+    return found.pieces, facts
 
 
 def _pieces(
@@ -203,7 +244,9 @@ def _pieces(
     with progress.stage("compressing", sum(state[name].numel() for name in linear)) as advance:
         for name in state:
             if name in tables:
-                pieces[name] = folder.load(name) or _table(source, model, settings, name, rates)
+                pieces[name] = folder.load(name) or round_table(
+                    source, model, settings, name, rates
+                )
                 folder.save(name, pieces[name])
             elif name not in linear:
                 pieces[name] = keep(state[name], settings, buffer=name not in learned)
@@ -236,9 +279,11 @@ def _layers(
         yield name, piece
 
 
-def _table(
+def round_table(
     source: Source, model: Transformer, settings: Settings, name: str, rates: dict[str, float]
 ) -> Piece:
+    """The token table ``name`` (a parameter's name) of ``model`` as ``settings`` store it, at its bits in
+    ``rates`` if they are there."""
     table = model.tables[name.partition(".")[0]]
     plain = table.incidence is None and table.basis is None
     seen = table_statistics(model, source.data.train, limit=settings.tokens) if plain else None
@@ -306,7 +351,13 @@ def _outcome(
 def open_default(source_path: Path, settings: Settings) -> Path:
     """Where the file goes when no place is given: in the run, named by what was done."""
     run = RunDirectory.open(source_path)
-    what = settings.method if settings.is_cast else f"{settings.bits:g}bit-{settings.method}"
+    what = settings.method
+    if settings.method not in CASTS:
+        what = f"{settings.bits:g}bit-{settings.method}"
+    if settings.prune:
+        what += "-pruned-" + settings.prune.replace("%", "").replace(":", "of")
+    if settings.recover:
+        what += "-recovered"
     grid = "" if settings.grid == "int" or settings.is_cast else f"-{settings.grid}"
     folder = run.path / "compressed"
     folder.mkdir(exist_ok=True)

@@ -22,6 +22,7 @@ def write_report(made: Compressed, command: str = "") -> Path:
         f"# {made.path.name}",
         "\n".join(summary(made)),
         _layers(made.layers),
+        *([] if made.forecast is None else [_forecast(made)]),
         "![Bits a weight](bits.png)\n\n![Error](error.png)",
         "## Settings\n\n"
         + "\n".join(f"- {name}: {value}" for name, value in made.settings.to_json().items()),
@@ -45,7 +46,30 @@ def summary(made: Compressed) -> list[str]:
             f"- bits per byte of validation text: {made.bpb:.4f}, {made.base:.4f} before "
             f"({made.rise / made.base:+.2%})"
         )
+    if made.forecast is not None:
+        known = made.forecast
+        words = f"{known['rise']:.4f}, between {known['low']:.4f} and {known['high']:.4f}"
+        got = "" if made.rise is None else f"; measured: {made.rise:.4f}"
+        lines.append(f"- rise predicted before: {words}{got}")
+    if made.recovery is not None:
+        lines.append(f"- recovery: {_recovered(made)}")
     return lines
+
+
+def _recovered(made: Compressed) -> str:
+    """What recovery did, in a line."""
+    assert made.recovery is not None
+    found = made.recovery
+    if not found["step"]:
+        return "no step was better than none on text held out; nothing was changed"
+    words = f"the state after step {found['step']} of {made.settings.recover}"
+    if found["bpb_before"] is not None and made.base is not None:
+        rise = found["bpb_before"] - made.base
+        words += f"; {found['bpb_before']:.4f} bits per byte without it ({rise / made.base:+.2%})"
+    return (
+        f"{words}; divergence from the run's own predictions on text held out "
+        f"{found['divergence']:.4f} nats a token, {found['divergence_before']:.4f} without it"
+    )
 
 
 def _layers(layers: list[dict[str, Any]]) -> str:
@@ -63,7 +87,32 @@ def _layers(layers: list[dict[str, Any]]) -> str:
         "The error of a layer is Σ(w − ŵ)H(w − ŵ)ᵀ over ΣwHwᵀ, H of its own calibration inputs; a token "
         "table's is Σ(w − ŵ)² over Σw²."
     )
+    if any("moved" in layer for layer in layers):
+        note += " It is that before recovery, which judges by the whole model."
     return "\n".join(rows) + f"\n\n{note}"
+
+
+def _forecast(made: Compressed) -> str:
+    """The certificate's layers beside what became of them."""
+    assert made.forecast is not None
+    measured = {layer["name"]: layer["error"] for layer in made.layers}
+    rows = [
+        "## Certificate",
+        "",
+        "| weight | error, predicted | error | gain | rise by itself, predicted |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for layer in made.forecast["layers"]:
+        rows.append(
+            f"| {layer['name']} | {layer['error']:.3g} | {measured[layer['name']]:.3g} | "
+            f"{layer['gain']:.3f} | {layer['rise']:.5f} ± {layer['sigma']:.5f} |"
+        )
+    rows += [
+        "",
+        "Gain: the decoder's error over what the Gram–Schmidt profile lets expect of nearest plane, on a "
+        f"few rows. Token tables by themselves: {made.forecast['tables']:.5f}.",
+    ]
+    return "\n".join(rows)
 
 
 def _plot(made: Compressed, key: str, title: str, path: Path) -> None:

@@ -11,13 +11,16 @@ from cllm.compress.grids import GridSpec, grid_spec
 from cllm.compress.lattices.blocks import LATTICES
 from cllm.compress.lattices.fixed import FixedSpec
 from cllm.compress.problem import ORDERS
+from cllm.compress.pruning import parse_pattern
 from cllm.compress.rotation import ROTATIONS
 from cllm.compress.scales import SCALES
 from cllm.core.errors import UsageError, nearest
 
-CASTS = ("fp32", "fp16", "bf16")
+FLOATS = ("fp32", "fp16", "bf16")
+CASTS = (*FLOATS, "int8")
+"""Methods that look at the weights alone; int8 rounds to the nearest with a scale for each row."""
 GRIDS = ("int", "gguf-q4_0", "gguf-q8_0", "coded", "e8", "leech")
-TABLES = ("lattice", *CASTS, "int8")
+TABLES = ("lattice", *CASTS)
 GROUPS = ("32", "64", "128", "row")
 RANGE = (0.1, 12.0)
 """Bits a weight of entropy-coded matrices."""
@@ -30,7 +33,8 @@ class Settings:
     Attributes:
         bits: a weight of the linear layers. On a grid of integers 2, 3, 4 or 8, scales apart; with
             ``coded`` any number, everything counted.
-        method: a decoder (``rtn``, ``babai``, which is GPTQ, ``k-best``…) or a cast (``fp16``…).
+        method: a decoder (``rtn``, ``babai``, which is GPTQ, ``k-best``…) or a cast (``fp16``…,
+            ``int8``).
         grid: ``int``, llama.cpp's ``gguf-q4_0`` or ``gguf-q8_0``, ``coded``: points without bounds,
             entropy coded, or ``e8`` or ``leech``: fixed-rate codebooks of blocks of 8 or 24 columns.
         lattice: of ``coded``: ``z`` (integers), or ``e8`` or ``leech`` in blocks.
@@ -44,6 +48,11 @@ class Settings:
         columns: steps of columns with ``coded`` (see ``cllm.compress.coded_fit``).
         price: of a bit with ``coded``.
         tokens: of calibration text.
+        prune: a share of each layer's weights that is set to 0, as in ``50%``, or ``2:4``, with the error
+            made up for (SparseGPT); what is left is stored as ``method`` says: ``fp16``, ``bf16``,
+            ``fp32``, or ``babai`` on the grid ``int``.
+        recover: steps of training afterwards (see ``cllm.compress.recovery``), which with ``recover_codes``
+            may move the integers, too.
         table: how token tables are stored: ``lattice`` at ``table_bits`` a number, int8 rows, or a cast.
     """
 
@@ -61,6 +70,9 @@ class Settings:
     columns: str = "uniform"
     price: float = 0.12
     tokens: int = 32_768
+    prune: str = ""
+    recover: int = 0
+    recover_codes: bool = True
     table: str = "lattice"
     table_bits: float = 6.0
 
@@ -87,10 +99,13 @@ class Settings:
             raise UsageError("calibration takes 2 tokens at least, and K-best 1 beam")
         if not 0.5 <= self.table_bits <= 16:
             raise UsageError(f"a table has 0.5 to 16 bits a number, not {self.table_bits:g}")
+        self._check_recovery()
+        if self.prune:
+            self._check_pruning()
         if self.rotate != "none" and (self.is_cast or self.grid.startswith("gguf")):
             what = self.method if self.is_cast else self.grid
             raise UsageError(f"--rotate turns what cllm reads back; {what} is read without")
-        if self.is_cast:
+        if self.is_cast or (self.prune and self.method in FLOATS):
             return
         if self.is_coded:
             if not RANGE[0] <= self.bits <= RANGE[1]:
@@ -109,10 +124,41 @@ class Settings:
         except ValueError as error:
             raise UsageError(f"{error}; --grid coded takes any rate") from error
 
+    def _check_recovery(self) -> None:
+        if self.recover < 0:
+            raise UsageError(f"--recover takes a number of steps, not {self.recover}")
+        if self.recover and (self.is_cast or self.prune):
+            what = "pruned weights have" if self.prune else f"{self.method} has"
+            raise UsageError(
+                f"--recover trains scales, and {what} none: leave it out, or take a grid"
+            )
+        if self.recover and (self.rotate != "none" or self.lattice != "z" or self.is_fixed):
+            raise UsageError(
+                "--recover trains integers as they are stored: leave --rotate, --lattice and codebooks out"
+            )
+
+    def _check_pruning(self) -> None:
+        try:
+            parse_pattern(self.prune)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        if self.rotate != "none":
+            raise UsageError("--prune keeps weights as they are: leave --rotate out")
+        if self.method not in (*FLOATS, "babai") or self.grid != "int":
+            raise UsageError(
+                "--prune stores what is left by --method fp16, bf16, fp32, or babai with --grid int, not "
+                f"{self.method} with {self.grid}"
+            )
+
     @property
     def is_cast(self) -> bool:
         """Whether the layers are only cast."""
-        return self.method in CASTS
+        return self.method in CASTS and not self.prune
+
+    @property
+    def table_as(self) -> str:
+        """How token tables are stored: a cast takes them along."""
+        return self.method if self.is_cast else self.table
 
     @property
     def is_coded(self) -> bool:

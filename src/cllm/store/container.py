@@ -40,7 +40,8 @@ class Stored:
     Attributes:
         kind: ``plain`` (a tensor as it is), ``grid`` (packed integers, scales, offsets), ``gguf-q4_0`` or
             ``gguf-q8_0`` (llama.cpp's blocks), ``coded`` (entropy-coded points), ``fixed`` (indices
-            of a codebook of lattice points), ``table`` (a codec's bytes).
+            of a codebook of lattice points), ``sparse`` (the entries that pruning left), ``table`` (a
+            codec's bytes).
         shape: of the parameter.
         facts: what the kind needs to be read, JSON values.
     """

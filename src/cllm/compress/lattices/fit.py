@@ -80,7 +80,9 @@ def bits_like(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Classes (m, n), and bits (classes, magnitudes) of integers beside ``integers`` of the same parity."""
     classes = levels_of(integers).classes()
     sizes = np.minimum(np.abs(integers), _SIZES - 1)
-    counts = np.bincount(classes.ravel() * np.int64(_SIZES) + sizes.ravel(), minlength=CLASSES * _SIZES)
+    counts = np.bincount(
+        classes.ravel() * np.int64(_SIZES) + sizes.ravel(), minlength=CLASSES * _SIZES
+    )
     counts = counts.reshape(CLASSES, _SIZES) + 24.0 * _normal()
     for parity in (0, 1):
         mine = counts[:, parity::2]
