@@ -23,6 +23,7 @@ from cllm.infer.constrain import Format
 from cllm.infer.engine import Engine, EngineOptions
 from cllm.infer.harness import harness_model
 from cllm.infer.measure import fastest_weights
+from cllm.infer.native import load_native
 from cllm.infer.sampling import Sampling
 from cllm.infer.score import Score
 from cllm.infer.score import score as score_text
@@ -177,8 +178,10 @@ class Model(ABC):
         options = EngineOptions(slots=slots, weights=weights, cache=cache)
         if options not in self._engines:
             made = Engine(self.model, options)
-            step, line = load_decode(made, self.compiled)
-            made.compiled = step
+            made.native, line = load_native(made)
+            if made.native is None:
+                made.compiled, found = load_decode(made, self.compiled)
+                line = found or line
             self._engines[options] = (made, line)
         found, line = self._engines[options]
         found.use_compiled(compiled)
