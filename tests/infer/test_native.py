@@ -52,7 +52,12 @@ def engine_of(library: Path, model_of: Make, isolated: Path) -> Callable[..., En
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"n_kv_heads": 2}, {"tie_embeddings": False}, {"embedding": {"kind": "reduced", "rank": 8}}],
+    [
+        {},
+        {"n_kv_heads": 2},
+        {"tie_embeddings": False},
+        {"embedding": {"kind": "reduced", "rank": 8}},
+    ],
     ids=str,
 )
 def test_logits_are_the_eager_ones(
@@ -66,7 +71,9 @@ def test_logits_are_the_eager_ones(
         for slot, ids in enumerate([[1], [2, 3, 4, 5, 6], list(range(20))]):
             rows.append(engine.start(slot, ids).logits[0])
         for number in range(20):  # past the context of 12
-            given = {slot: (7 * number + slot) % 45 for slot in range(3) if (number + slot) % 5 or 1}
+            given = {
+                slot: (7 * number + slot) % 45 for slot in range(3) if (number + slot) % 5 or 1
+            }
             scores = engine.step(given)
             rows += [scores.logits[slot].clone() for slot in given]
             assert scores.best == scores.logits.argmax(-1).tolist()

@@ -73,9 +73,7 @@ def texts_of(run: Trained) -> torch.Tensor:
 def ours(run: Trained, new: int, *, compiled: bool) -> Measures:
     """Our engine."""
     texts = texts_of(run).tolist()
-    one, many, reading = (
-        Engine(run.model, EngineOptions(slots=n)) for n in (1, BATCH, len(texts))
-    )
+    one, many, reading = (Engine(run.model, EngineOptions(slots=n)) for n in (1, BATCH, len(texts)))
     if compiled:
         compile_library()
     for engine in (one, many, reading):

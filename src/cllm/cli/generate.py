@@ -80,6 +80,12 @@ def generate(
         bool,
         typer.Option("--compiled/--eager", help="Use what `cllm compile` made, if it is there."),
     ] = True,
+    index: Annotated[
+        bool,
+        typer.Option(
+            "--index", help="Find the likeliest tokens by an exact index, for large vocabularies."
+        ),
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Let a model write on from a prompt, or from each prompt of a file."""
@@ -111,7 +117,12 @@ def generate(
     form, loaded = _format(regex, json_schema), load(run)
     count = 1 if prompts is None else slots or BATCH_SLOTS
     engine = loaded.engine(
-        slots=count, weights=weights, cache=cache, compiled=compiled, say=_teller(quiet)
+        slots=count,
+        weights=weights,
+        cache=cache,
+        compiled=compiled,
+        index=index,
+        say=_teller(quiet),
     )
     if prompts is not None and out is not None:
         _answer(loaded, engine, prompts, out, sampling, form, quiet)

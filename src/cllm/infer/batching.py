@@ -15,7 +15,6 @@ from cllm.infer.engine import Engine
 from cllm.infer.lookup.head import IndexHead
 from cllm.infer.sampling import Sampling, choose_tokens, penalised, uniform
 
-
 BURST = 8
 """Tokens that are written in one call where the loop is compiled: a text shows so many at once."""
 
@@ -89,7 +88,6 @@ def serve(
     requests: Iterable[Request],
     *,
     end_id: int | None = None,
-    head: IndexHead | None = None,
 ) -> Iterator[Step]:
     """Continue all ``requests``, as many at once as the engine has slots; tokens come as they are made.
 
@@ -97,6 +95,7 @@ def serve(
     ids and sampling and not on its neighbours, but for rounding where rows of a product are not computed
     alike. Raises ``UserError`` for a request without tokens and ``NonFiniteLogitsError``.
     """
+    head = engine.head
     waiting = enumerate(requests if head is None else map(_fit_for_head, requests))
     live: dict[int, _Live] = {}
     more = True
@@ -115,7 +114,7 @@ def serve(
         if not live:
             return
         steps = min(BURST, engine.room(live), *(one.left for one in live.values()))
-        if head is None and steps > 1 and all(one.is_plain for one in live.values()):
+        if steps > 1 and all(one.is_plain for one in live.values()):
             yield from _burst(engine, live, steps, end_id)
             live = {slot: one for slot, one in live.items() if not one.over}
             continue
@@ -167,6 +166,8 @@ def _take(one: _Live, token: int, end_id: int | None) -> Iterator[Step]:
 def _fit_for_head(request: Request) -> Request:
     """``request``, if it asks nothing that takes the logits of all tokens."""
     sampling = request.sampling
+    if sampling.temperature > 0 and sampling.top_k == 0:
+        raise UsageError("an index as output head needs top_k of at least 1, or temperature 0")
     if (
         sampling.repetition_penalty != 1
         or sampling.logprobs is not None

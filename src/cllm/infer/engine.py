@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cllm.core.errors import UsageError, UserError
 from cllm.infer.cache import Cache
+from cllm.infer.lookup.head import IndexHead
 from cllm.infer.native import Native
 from cllm.infer.network import Network
 from cllm.infer.sampling import Sampling
@@ -68,7 +69,7 @@ class Engine:
 
     A slot whose cache is full is read anew from the second half of what it holds, in one pass. So logits
     are always those of a plain forward over the tokens that the cache holds, at positions that the model
-    was trained on. ``scored=False`` leaves the output table to an ``IndexHead``: logits are hidden vectors.
+    was trained on. ``head`` stands in for the output table: logits are then hidden vectors, for it to read.
     """
 
     def __init__(
@@ -76,11 +77,12 @@ class Engine:
         model: Transformer,
         options: EngineOptions | None = None,
         *,
-        scored: bool = True,
+        head: IndexHead | None = None,
     ) -> None:
         options = options or EngineOptions()
-        self._model = model
+        self._model, self.head = model, head
         self.options, self.capacity = options, options.capacity_of(model)
+        scored = head is None
         self.network = Network(model, options.weights, options.cache, scored=scored).eval()
         self.device = self.network.table.device
         self.cache = Cache(

@@ -249,9 +249,7 @@ class Native:
         numbers, out = ctypes.c_int64 * n, (ctypes.c_int64 * (n * steps))()
         chosen = None
         if draws is not None:
-            chosen = (_Draw * n)(
-                *(_Draw(d.temperature, d.top_p, d.min_p, d.top_k) for d in draws)
-            )
+            chosen = (_Draw * n)(*(_Draw(d.temperature, d.top_p, d.min_p, d.top_k) for d in draws))
         damaged = self._library.cllm_write(
             self._handle,
             ctypes.c_int64(self.threads),
