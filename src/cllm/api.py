@@ -22,7 +22,9 @@ from cllm.infer.artifact import load_decode
 from cllm.infer.constrain import Format
 from cllm.infer.engine import Engine, EngineOptions
 from cllm.infer.harness import harness_model
+from cllm.infer.lookup.head import index_head
 from cllm.infer.measure import fastest_weights
+from cllm.infer.native import load_native
 from cllm.infer.sampling import Sampling
 from cllm.infer.score import Score
 from cllm.infer.score import score as score_text
@@ -153,7 +155,7 @@ class Model(ABC):
         return model.eval()
 
     @cached_property
-    def _engines(self) -> dict[EngineOptions, tuple[Engine, str]]:
+    def _engines(self) -> dict[tuple[EngineOptions, bool], tuple[Engine, str]]:
         return {}
 
     def engine(
@@ -163,6 +165,7 @@ class Model(ABC):
         weights: str = "fp32",
         cache: str = "fp32",
         compiled: bool = True,
+        index: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ) -> Engine:
         """The inference engine of these options, made once.
@@ -170,17 +173,21 @@ class Model(ABC):
         It runs the step that ``cllm compile`` left beside the run, if there is one for it, unless
         ``compiled`` is False. ``say`` is told which, in one line. ``weights`` may be ``auto``: what was
         measured to be the fastest of fp32, bf16 and int8 on this machine (without compilation).
+        ``index``: an exact index of the output table chooses tokens (``IndexHead``), which pays where the
+        vocabulary is large.
         """
         if weights == "auto":
             weights, line = fastest_weights(self.model, slots)
             say(line)
         options = EngineOptions(slots=slots, weights=weights, cache=cache)
-        if options not in self._engines:
-            made = Engine(self.model, options)
-            step, line = load_decode(made, self.compiled)
-            made.compiled = step
-            self._engines[options] = (made, line)
-        found, line = self._engines[options]
+        if (options, index) not in self._engines:
+            made = Engine(self.model, options, head=index_head(self.model, say) if index else None)
+            made.native, line = load_native(made)
+            if made.native is None:
+                made.compiled, found = load_decode(made, self.compiled)
+                line = found or line
+            self._engines[options, index] = (made, line)
+        found, line = self._engines[options, index]
         found.use_compiled(compiled)
         if line and compiled:
             say(line)

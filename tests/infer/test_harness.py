@@ -62,3 +62,53 @@ def test_the_extra_is_named_where_it_is_missing(
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"pip install 'cllm\[lm-eval\]'"):
         cllm.load(trained).harness_model()
+
+
+@pytest.mark.slow  # its import alone takes many seconds
+def test_a_task_of_lm_eval_itself_runs(
+    trained: Path, isolated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(isolated / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lm_eval = pytest.importorskip("lm_eval")
+    datasets = pytest.importorskip("datasets")
+    rows = [
+        {"text": "The old", "choices": [" dog sees", " qzx qzx"], "label": 0},
+        {"text": "The quiet", "choices": [" zzkw zzkw", " child"], "label": 1},
+        {"text": "The green", "choices": [" stone", " wvvq wvvq"], "label": 1},
+    ]
+    common = {
+        "dataset_path": "none",
+        "custom_dataset": lambda **facts: {"test": datasets.Dataset.from_list(rows)},
+        "test_split": "test",
+        "doc_to_text": "{{text}}",
+    }
+    choice = common | {
+        "task": "choice",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{label}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    written = common | {
+        "task": "written",
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 8},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    run = cllm.load(trained)
+    model = run.harness_model()
+    torch.set_num_threads(1)
+    found = lm_eval.simple_evaluate(model=model, tasks=[choice, written], bootstrap_iters=0)
+    ours = 0
+    for row in rows:
+        scores = [run.score(text, row["text"]).logprob for text in row["choices"]]
+        ours += scores.index(max(scores)) == row["label"]
+    assert found["results"]["choice"]["acc,none"] == pytest.approx(ours / 3)
+    samples = found["samples"]["written"]
+    texts = {s["doc"]["text"]: s["resps"][0][0] for s in samples}
+    for text, made in texts.items():
+        whole = run.generate(text, max_tokens=8, temperature=0, stop=(".",))
+        assert made == whole

@@ -58,6 +58,8 @@ def test_a_head_that_cannot_answer_says_so(model: Transformer, model_of: Make) -
     head = IndexHead(TokenIndex.build(model.output.table()))
     with pytest.raises(UsageError, match="needs top_k"):
         generate(model, [1], Sampling(top_k=0), head=head)
+    with pytest.raises(UsageError, match="knows no log-probabilities"):
+        generate(model, [1], Sampling(logprobs=1), head=head)
     other = IndexHead(TokenIndex.build(torch.ones(5, 3)))
     with pytest.raises(UserError, match=r"\(1, 16\) do not fit a table of shape \(5, 3\)"):
         generate(model, [1], Sampling(), head=other)
@@ -138,3 +140,22 @@ def test_the_command_on_a_run(
         result = cllm("tokens", "nearest", "run", *arguments)
         assert (result.code, message in result.err) == (code, True), result.err
         assert len(result.err.splitlines()) == 1
+
+
+def test_generate_takes_the_index_and_says_where_it_is_a_scan(
+    trained: Path, cllm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["generate", trained, "--prompt", "The old", "--max-tokens", 30, "--temperature", 0]
+    whole = cllm(*asked)
+    scanned = cllm(*asked, "--index")
+    assert scanned.out == whole.out
+    assert "output head: a plain scan of 300 tokens; cells pay from 16,384 on" in scanned.err
+    with monkeypatch.context() as patch:
+        patch.setattr("cllm.infer.lookup.index.PLAIN_BELOW", 100)
+        indexed = cllm(*asked, "--index")
+    assert indexed.out == whole.out
+    assert "an exact index of 300 tokens in " in indexed.err
+    refused = cllm("generate", trained, "--index", "--top-k", 0)
+    assert refused.code == 2
+    assert "needs top_k of at least 1" in refused.err
+    assert cllm("generate", trained, "--index", "--regex", "a").code == 2

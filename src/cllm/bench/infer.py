@@ -1,6 +1,6 @@
-"""``cllm bench infer``: writing and reading tokens, beside transformers with the same weights.
+"""``cllm bench infer``: writing and reading tokens, beside transformers, llama.cpp and ONNX Runtime.
 
-llama.cpp and ONNX Runtime take part where their packages and our exports to their formats are there.
+All have the same weights in float32; a peer whose package is not installed is left out, and a note says so.
 """
 
 from __future__ import annotations
@@ -19,27 +19,41 @@ from cllm.bench.harness import Claim, Contestant, Options, Result, contest, inte
 from cllm.bench.reference import reference_run
 from cllm.core.config import Config
 from cllm.core.cpu import is_busy
-from cllm.core.settings import merge
+from cllm.core.settings import load_config, merge
 from cllm.core.threads import spin_briefly
+from cllm.store.run import RunDirectory
 
 TAKES = frozenset({"minutes"})
 ROUNDS, STARTS = 5, 5
 FIGURES = ("decode 1", "decode 32", "prefill")
-MODULE = "cllm.bench.infer_contestant"
+MODULE, PEERS = "cllm.bench.infer_contestant", "cllm.bench.infer_peers"
+PACKAGES = {
+    "transformers": ("transformers", "cllm[bench]"),
+    "transformers-static": ("transformers", "cllm[bench]"),
+    "llama.cpp": ("llama_cpp", "cllm[llama]"),
+    "onnxruntime": ("onnxruntime", "cllm[onnx]"),
+}
+"""The package that a peer needs, and the extra that brings it."""
+EXPORTS = {"llama.cpp": "gguf", "onnxruntime": "onnx"}
 NAMES = {
-    "compiled": "cllm, compiled step",
+    "compiled": "cllm, compiled loop",
     "eager": "cllm, eager",
     "transformers": "transformers, eager",
     "transformers-static": "transformers, static cache, compiled",
+    "llama.cpp": "llama.cpp, F32, F32 cache",
+    "onnxruntime": "ONNX Runtime, our export with a cache",
 }
 NOTES = [
-    "Tokens a second, fp32, greedy; medians of rounds in turns, a process for each contestant, the first"
-    " call apart. decode: a whole call, 16 tokens read and 100 written after each prompt, with 1 and"
-    " with 32 prompts. prefill: one pass over the model's whole context, 128 tokens for the demo and 256"
-    " for small, so no 512 are read at once. The models have the presets' shapes and few steps of"
-    " training: speed does not depend on the weights.",
-    "Start to first token: `cllm generate RUN --max-tokens 1` as a process, with a compiled step, to the"
-    " end of the process; its peak resident set beside it.",
+    "Tokens a second, float32, greedy; medians of rounds in turns, a process for each contestant, the first"
+    " call apart (ready: seconds until all was loaded, compiled and called once). decode: a whole call, 16"
+    " tokens read and 100 written after each prompt, with 1 and with 32 prompts. prefill: 512 tokens, as"
+    " texts of the model's whole context (4 of 128 for the demo, 2 of 256 for small). The models have the"
+    " presets' shapes and two steps of training: speed does not depend on the weights.",
+    "llama.cpp by its batch interface, a sequence of its own for each prompt, cache in float32, logits of"
+    " last tokens only; ONNX Runtime with keys and values kept in its own memory. Both have one thread or"
+    " all, whichever was faster for a figure in the warm-up.",
+    "Start to first token: `cllm generate RUN --max-tokens 1` as a process, with what `cllm compile` made,"
+    " to the end of the process; its peak resident set beside it.",
 ]
 
 
@@ -100,25 +114,51 @@ def model_config(preset: str) -> Config:
 def measured(path: Path, quick: bool, notes: list[str]) -> dict[str, dict[str, float]]:
     """Medians of each contestant: tokens a second by figure, and seconds to be ready."""
     wanted = ["eager"] if quick else ["compiled", "eager"]
-    if importlib.util.find_spec("transformers") is None:
-        notes.append("transformers is not installed (pip install 'cllm[bench]'): no comparison.")
-    else:
-        wanted += ["transformers"] if quick else ["transformers", "transformers-static"]
+    for who, (package, extra) in PACKAGES.items():
+        if quick and who == "transformers-static":
+            continue
+        if importlib.util.find_spec(package) is None:
+            notes.append(f"{NAMES[who]}: not installed (pip install '{extra}').")
+        else:
+            wanted.append(who)
     env = dict(os.environ)
     spin_briefly(env)
-    new = "8" if quick else "100"
-    starts = [
-        lambda who=who: Contestant(who, MODULE, [who, str(path), "--new", new], env)
-        for who in wanted
-    ]
-    with contest(starts) as contestants:
-        rounds = interleaved(contestants, 1 if quick else ROUNDS)
-        ready = {c.name: c.ready["start_seconds"] for c in contestants}
+    new = 8 if quick else 100
+    with contest([lambda who=who: contestant(who, path, new, env) for who in wanted]) as found:
+        rounds = interleaved(found, 1 if quick else ROUNDS)
+        ready = {c.name: c.ready for c in found}
+    for who, facts in ready.items():
+        if facts.get("threads"):
+            chosen = ", ".join(f"{name} {n}" for name, n in facts["threads"].items())
+            notes.append(f"{path.name}, {NAMES[who]}, threads: {chosen}.")
     return {
-        who: {name: median(r[name] for r in found) for name in FIGURES}
-        | {"ready (s)": ready[who], "peak RSS (MiB)": max(r["peak_rss"] for r in found) / 2**20}
-        for who, found in rounds.items()
+        who: {name: median(r[name] for r in figures) for name in FIGURES}
+        | {
+            "ready (s)": ready[who]["start_seconds"],
+            "peak RSS (MiB)": max(r["peak_rss"] for r in figures) / 2**20,
+        }
+        for who, figures in rounds.items()
     }
+
+
+def contestant(who: str, path: Path, new: int, env: dict[str, str]) -> Contestant:
+    """The process of one of ``NAMES``; peers with formats of their own run our export of the run."""
+    if who not in EXPORTS:
+        return Contestant(who, MODULE, [who, str(path), "--new", str(new)], env)
+    model = load_config(RunDirectory.open(path).config).model
+    facts = {"--vocab": model.vocab_size, "--context": model.context, "--new": new}
+    options = [str(part) for pair in facts.items() for part in pair]
+    return Contestant(who, PEERS, [who, str(exported(path, EXPORTS[who])), *options], env)
+
+
+def exported(path: Path, to: str) -> Path:
+    """The run in another program's format: kept beside it, made now if it is not there."""
+    from cllm.export.export import export
+
+    place = path / "export" / f"bench-{to}{'.gguf' if to == 'gguf' else ''}"
+    if not place.exists():
+        export(path, to, out=place, checking=False)
+    return place
 
 
 def speed_claims(figures: dict[str, dict[str, float]]) -> list[Claim]:
@@ -128,27 +168,29 @@ def speed_claims(figures: dict[str, dict[str, float]]) -> list[Claim]:
     def ratio(peer: str, name: str) -> float | None:
         return us[name] / figures[peer][name] if peer in figures else None
 
-    missing = "not measured: cllm bench infer has no llama.cpp contestant yet"
+    def why(peer: str) -> str:
+        return "" if peer in figures else f"{PACKAGES[peer][0]} is not installed"
+
     return [
         Claim(
             name="demo, batch 1: × transformers eager",
             value=ratio("transformers", "decode 1"),
             required=5.0,
-            why="" if "transformers" in figures else "transformers is not installed",
+            why=why("transformers"),
         ),
         Claim(
             name="demo, batch 1: × llama.cpp",
             value=ratio("llama.cpp", "decode 1"),
             required=1.0,
             aim=2.0,
-            why=missing,
+            why=why("llama.cpp"),
         ),
         Claim(
             name="demo, batch 32: × llama.cpp",
             value=ratio("llama.cpp", "decode 32"),
             required=3.0,
             aim=5.0,
-            why=missing,
+            why=why("llama.cpp"),
         ),
     ]
 

@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cllm.bench.harness import answer_rounds
+from cllm.bench.infer_measures import BATCH, Measures, answer, prompts, whole_texts
 from cllm.core.config import Config
 from cllm.core.machine import machine
-from cllm.core.memory import peak_rss
 from cllm.core.settings import load_config
-from cllm.infer.artifact import artifact_path, compile_decode, load_decode
 from cllm.infer.batching import Request, serve
 from cllm.infer.engine import Engine, EngineOptions
+from cllm.infer.native import compile_library, load_native
 from cllm.infer.sampling import Sampling
 from cllm.model.transformer import Transformer
 from cllm.store.checkpoint import load_weights
 from cllm.store.run import RunDirectory
 
-PROMPT, BATCH = 16, 32
-
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's configuration and model, and where its compiled steps lie."""
+    """A run's configuration and model."""
 
     config: Config
     model: Transformer
-    compiled: Path
 
 
 def trained(path: Path) -> Trained:
@@ -42,11 +36,7 @@ def trained(path: Path) -> Trained:
     config = load_config(RunDirectory.open(path).config)
     model = Transformer(config.model)
     model.load_state_dict(load_weights(path))
-    return Trained(config, model.eval(), path / "compiled")
-
-
-Measures = dict[str, tuple[int, Callable[[], object]]]
-"""Name of a figure: tokens of one call, and the call."""
+    return Trained(config, model.eval())
 
 
 def main() -> None:
@@ -58,51 +48,48 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     run = trained(args.run)
-    begin = time.perf_counter()
-    with torch.no_grad():
+
+    def make() -> Measures:
         if args.who.startswith("transformers"):
-            measures = theirs(run, args.new, static=args.who.endswith("static"))
-        else:
-            measures = ours(run, args.new, compiled=args.who == "compiled")
-        for _, call in measures.values():
-            call()
-        ready = {"start_seconds": time.perf_counter() - begin}
+            return theirs(run, args.new, static=args.who.endswith("static"))
+        return ours(run, args.new, compiled=args.who == "compiled")
 
-        def one_round() -> dict[str, Any]:
-            figures: dict[str, Any] = {"peak_rss": peak_rss()}
-            for name, (tokens, call) in measures.items():
-                begin = time.perf_counter()
-                call()
-                figures[name] = tokens / (time.perf_counter() - begin)
-            return figures
-
-        answer_rounds(ready, one_round)
+    with torch.no_grad():
+        answer(make)
 
 
 def prompts_of(run: Trained) -> torch.Tensor:
     """(BATCH, PROMPT) token ids."""
     assert run.config.model.vocab_size is not None
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(run.config.model.vocab_size, (BATCH, PROMPT), generator=generator)
+    return torch.from_numpy(prompts(run.config.model.vocab_size))
+
+
+def texts_of(run: Trained) -> torch.Tensor:
+    """(texts, context) ids, 512 in all."""
+    assert run.config.model.vocab_size is not None
+    return torch.from_numpy(whole_texts(run.config.model.vocab_size, run.config.model.context))
 
 
 def ours(run: Trained, new: int, *, compiled: bool) -> Measures:
-    """Our engine; its compiled steps are kept beside the run."""
-    one, many = (Engine(run.model, EngineOptions(slots=n)) for n in (1, BATCH))
-    for engine in (one, many):
+    """Our engine."""
+    texts = texts_of(run).tolist()
+    one, many, reading = (Engine(run.model, EngineOptions(slots=n)) for n in (1, BATCH, len(texts)))
+    if compiled:
+        compile_library()
+    for engine in (one, many, reading):
         if compiled:
-            if not artifact_path(engine, run.compiled).is_file():
-                compile_decode(engine, run.compiled)
-            engine.compiled, line = load_decode(engine, run.compiled)
-            assert engine.compiled is not None, line
+            engine.native, line = load_native(engine)
+            assert engine.native is not None, line
         engine.use_compiled(compiled)
     sampling = Sampling(max_tokens=new, temperature=0.0)
     requests = [Request(ids, sampling) for ids in prompts_of(run).tolist()]
-    whole = (prompts_of(run).flatten().tolist() * 99)[: one.capacity]
     return {
         "decode 1": (new, lambda: list(serve(one, requests[:1]))),
         "decode 32": (new * BATCH, lambda: list(serve(many, requests))),
-        "prefill": (one.capacity, lambda: one.start(0, whole)),
+        "prefill": (
+            sum(map(len, texts)),
+            lambda: [reading.start(slot, text) for slot, text in enumerate(texts)],
+        ),
     }
 
 
@@ -113,17 +100,16 @@ def theirs(run: Trained, new: int, *, static: bool) -> Measures:
     if static:
         llama.forward = torch.compile(llama.forward)
         options["cache_implementation"] = "static"
-    prompts = prompts_of(run)
-    context = run.config.model.context
-    whole = prompts.flatten().repeat(99)[None, :context]
+    ids = prompts_of(run)
+    texts = texts_of(run)
 
-    def write(ids: torch.Tensor) -> object:
-        return llama.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    def write(given: torch.Tensor) -> object:
+        return llama.generate(given, attention_mask=torch.ones_like(given), **options)
 
     return {
-        "decode 1": (new, lambda: write(prompts[:1])),
-        "decode 32": (new * BATCH, lambda: write(prompts)),
-        "prefill": (context, lambda: llama(whole, logits_to_keep=1, use_cache=True)),
+        "decode 1": (new, lambda: write(ids[:1])),
+        "decode 32": (new * BATCH, lambda: write(ids)),
+        "prefill": (texts.numel(), lambda: llama(texts, logits_to_keep=1, use_cache=True)),
     }
 
 

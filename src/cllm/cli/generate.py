@@ -80,6 +80,12 @@ def generate(
         bool,
         typer.Option("--compiled/--eager", help="Use what `cllm compile` made, if it is there."),
     ] = True,
+    index: Annotated[
+        bool,
+        typer.Option(
+            "--index", help="Find the likeliest tokens by an exact index, for large vocabularies."
+        ),
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Let a model write on from a prompt, or from each prompt of a file."""
@@ -111,7 +117,12 @@ def generate(
     form, loaded = _format(regex, json_schema), load(run)
     count = 1 if prompts is None else slots or BATCH_SLOTS
     engine = loaded.engine(
-        slots=count, weights=weights, cache=cache, compiled=compiled, say=_teller(quiet)
+        slots=count,
+        weights=weights,
+        cache=cache,
+        compiled=compiled,
+        index=index,
+        say=_teller(quiet),
     )
     if prompts is not None and out is not None:
         _answer(loaded, engine, prompts, out, sampling, form, quiet)
@@ -126,13 +137,18 @@ def compile_run(
     cache: CacheKind = "fp32",
     quiet: Quiet = False,
 ) -> None:
-    """Compile the step that writes a token, and keep it beside the run: `cllm generate` then uses it."""
+    """Compile the writing of tokens: `cllm generate` then uses it.
+
+    For most models that is one library for this machine, in the cache directory; for others a step of
+    their own, kept beside the run.
+    """
     from cllm.core.threads import spin_briefly
 
     spin_briefly()  # before torch is loaded
 
     from cllm.api import load
     from cllm.infer.artifact import compile_decode
+    from cllm.infer.native import compile_library, obstacle
     from cllm.training.progress import open_progress
 
     loaded, progress = load(run), open_progress(quiet=quiet)
@@ -140,7 +156,10 @@ def compile_run(
         slots=slots, weights=weights, cache=cache, compiled=False, say=progress.say
     )
     with progress.stage("compiling"):
-        path = compile_decode(engine, loaded.compiled)
+        unknown = obstacle(engine.network, engine.options)
+        path = compile_decode(engine, loaded.compiled) if unknown else compile_library()
+    if unknown:
+        progress.say(f"a step of its own, since the common library does not know {unknown}")
     typer.echo(str(path))
 
 

@@ -23,6 +23,7 @@ from cllm.export.check import Checked, CheckFailedError, check
 from cllm.export.formats import Format, FormatModule, find_dtype, find_format, format_of
 from cllm.export.source import Source, open_source
 from cllm.model.transformer import Transformer
+from cllm.store.container import is_container
 from cllm.store.run import RunDirectory
 
 
@@ -48,10 +49,11 @@ def export(
     checking: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> Exported:
-    """Export the run (or checkpoint) at ``run`` to the format ``to``.
+    """Export the run, checkpoint or compressed file at ``run`` to the format ``to``.
 
-    ``out``: the file or directory to make; none means one in the run's folder ``export``. ``dtype``: how
-    weights are stored; none means the format's default. ``force``: replace an earlier export. ``checking``:
+    ``out``: the file or directory to make; none means one in the run's folder ``export``, or beside the
+    compressed file. ``dtype``: how weights are stored; none means the format's default, or that of the
+    blocks which a compressed file holds and the format stores as they are. ``force``: replace an earlier export. ``checking``:
     open the file in the program that it is for and compare. ``say`` is told of each stage. Raises
     ``UserError`` where the run, the place or the model does not allow it; then nothing was written.
     """
@@ -61,6 +63,11 @@ def export(
     if place is not None:
         _refuse_place(place, target, force)
     source = open_source(Path(run))
+    kinds = sorted({kind for kind, _ in source.blocks.values()} & set(target.dtypes))
+    if kinds:
+        chosen = chosen if dtype else kinds[0]
+        count = len(source.blocks)
+        say(f"{count} matrices are in blocks of {' and '.join(kinds)} and go over byte for byte")
     if place is None:
         place = default_place(Path(run), source, target, chosen)
         _refuse_place(place, target, force)
@@ -88,8 +95,8 @@ def _checked(module: FormatModule, path: Path, reference: Transformer, source: S
 
 
 def default_place(run: Path, source: Source, target: Format, dtype: str) -> Path:
-    """Where an export goes if nothing is said: the folder ``export`` of the run."""
-    folder = RunDirectory.open(run).path / "export"
+    """Where an export goes if nothing is said: the folder ``export`` of the run, or beside a file."""
+    folder = run.parent if is_container(run) else RunDirectory.open(run).path / "export"
     tag = "" if dtype == target.dtypes[0] else f"-{dtype}"
     return folder / f"{source.name}{tag}{target.suffix}"
 

@@ -33,8 +33,12 @@ tables keep 8 bits beside 4-bit matrices: llama.cpp's quantizer, too, gives the 
 
 
 def write(source: Source, dtype: str, path: Path) -> Transformer:
-    """Write the file; returns the model with the weights as they are stored."""
-    return write_blocks(source, dtype, path, {})
+    """Write the file; returns the model with the weights as they are stored.
+
+    Weights that a compressed file has in llama.cpp's blocks are stored as those very bytes.
+    """
+    chosen = {name: Stored(kind.upper(), data) for name, (kind, data) in source.blocks.items()}
+    return write_blocks(source, dtype, path, chosen)
 
 
 def write_blocks(
@@ -78,6 +82,13 @@ def store_weights(
     return stored
 
 
+def file_type(dtype: str, stored: Mapping[str, Stored]) -> str:
+    """The name of the file's type: by its matrices in blocks, if someone chose such, else ``dtype``'s."""
+    kinds = {weight.kind for name, weight in stored.items() if name.startswith("layers.")}
+    blocks = [kind for kind in ("Q4_0", "Q8_0") if kind in kinds]
+    return KINDS[blocks[0].lower() if blocks else dtype][2]
+
+
 def tensors(config: ModelConfig) -> Iterator[tuple[str, str, np.ndarray | None]]:
     """(name in the file, name in the model, the rows it takes); none takes the whole weight."""
     yield "token_embd.weight", "embedding.weight", None
@@ -112,7 +123,7 @@ def _write_file(source: Source, dtype: str, path: Path, stored: dict[str, Stored
     words = vocabulary(source.tokenizer, config.vocab_size)
     file = gguf.GGUFWriter(path, "llama")
     file.add_name(source.name)
-    file.add_file_type(gguf.LlamaFileType[KINDS[dtype][2]])
+    file.add_file_type(gguf.LlamaFileType[file_type(dtype, stored)])
     file.add_quantization_version(gguf.GGML_QUANT_VERSION)
     file.add_vocab_size(config.vocab_size)
     file.add_context_length(config.context)

@@ -1,8 +1,10 @@
-"""What is exported: a run's model with its table worked out, its tokenizer, and the facts about it."""
+"""What is exported: the model of a run or of a compressed file, its tokenizer, and the facts about it."""
 
 from __future__ import annotations
 
 import copy
+import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cllm.compress.formats import read_state
 from cllm.core.errors import UserError
 from cllm.core.model_config import EmbeddingConfig, ModelConfig
-from cllm.core.settings import load_config
+from cllm.core.settings import build, flatten, load_config
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
+from cllm.store.container import Container, is_container
 from cllm.store.run import RunDirectory
 from cllm.text.dataset import load_prepared
 from cllm.text.tokenizer import Tokenizer
@@ -35,6 +39,11 @@ class Source:
     """Some held-out token ids (int64), for checks."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the run knows about itself (see ``status.json``), and ``step``."""
+    blocks: Mapping[str, tuple[str, np.ndarray]] = field(default_factory=dict)
+    """Weights that a compressed file holds in llama.cpp's blocks, by parameter name: ``q4_0`` or ``q8_0``,
+    and the rows of bytes (uint8)."""
+    data_field: str = "text"
+    """The field of JSON lines that the run's text was read from."""
 
     @property
     def config(self) -> ModelConfig:
@@ -43,12 +52,15 @@ class Source:
 
 
 def open_source(path: Path) -> Source:
-    """The run at ``path`` (its best checkpoint), or one checkpoint of a run.
+    """The run at ``path`` (its best checkpoint), one checkpoint of a run, or a compressed file.
 
     Raises ``UserError`` if there is none, if a file of it is damaged, and if a weight is not finite.
     """
+    if is_container(path):
+        return _open_container(path)
     run = RunDirectory.open(path)
-    config = load_config(run.config).model
+    whole = load_config(run.config)
+    config = whole.model
     tokenizer = Tokenizer.load(run.tokenizer)
     step = _step(path)
     loaded = checkpoints.load(step, with_optimizer=False).weights
@@ -62,7 +74,33 @@ def open_source(path: Path) -> Source:
             f"the weights in {step} do not fit {run.config}; one was altered"
         ) from error
     facts = run.status().facts | {"checkpoint": step.name}
-    return Source(run.name, model.eval(), tokenizer, _sample(run, config), facts)
+    sample = _sample(run, config)
+    field_name = whole.data.field
+    return Source(run.name, model.eval(), tokenizer, sample, facts, data_field=field_name)
+
+
+def _open_container(path: Path) -> Source:
+    container = Container.open(path)
+    whole = build(flatten(tomllib.loads(container.header.config)))
+    weights = {name: _wide(weight) for name, weight in read_state(container).items()}
+    refuse_nonfinite(weights, str(path))
+    model = Transformer(whole.model)
+    model.load_state_dict(weights)
+    tokenizer = Tokenizer.from_json(container.tokenizer(), str(path))
+    blocks = {
+        name: (stored.kind.removeprefix("gguf-"), container.tensor(name).numpy())
+        for name, stored in container.header.weights.items()
+        if stored.kind.startswith("gguf-")
+    }
+    return Source(
+        path.stem,
+        model.eval(),
+        tokenizer,
+        _random_sample(whole.model),
+        dict(container.header.source),
+        blocks,
+        whole.data.field,
+    )
 
 
 def refuse_nonfinite(weights: dict[str, Tensor], where: str) -> None:
@@ -132,7 +170,11 @@ def _sample(run: RunDirectory, config: ModelConfig) -> np.ndarray:
     try:
         data = load_prepared(run.data)
     except UserError:
-        assert config.vocab_size is not None
-        return np.random.default_rng(0).integers(0, config.vocab_size, SAMPLE_TOKENS)
+        return _random_sample(config)
     tokens = data.validation or data.train
     return np.asarray(tokens.ids[:SAMPLE_TOKENS], dtype=np.int64)
+
+
+def _random_sample(config: ModelConfig) -> np.ndarray:
+    assert config.vocab_size is not None
+    return np.random.default_rng(0).integers(0, config.vocab_size, SAMPLE_TOKENS)

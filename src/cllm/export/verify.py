@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from cllm.core.errors import UserError
-from cllm.core.settings import load_config
 from cllm.export.check import CheckFailedError, same_tokens
 from cllm.export.formats import format_of
 from cllm.export.runtime import Runtime
 from cllm.export.source import Source, open_source
 from cllm.model.transformer import Transformer
+from cllm.store.container import is_container
 from cllm.store.run import RunDirectory
 from cllm.text.batches import IGNORED
 from cllm.text.corpus import tokens_for_eval
@@ -73,22 +73,25 @@ def verify(
 ) -> Verified:
     """Score the exported file at ``path`` in its own program, and its run, on the same text.
 
-    ``data``: files, directories or globs; none means the run's validation split. Where the file holds a
+    ``run`` may be a compressed file. ``data``: files, directories or globs; none means the run's
+    validation split. Where the file holds a
     tokenizer, it must make the run's tokens of that text. Raises ``UserError`` for a file that cannot be
     opened, for other tokens, and where there is no held-out text; a rise past ``threshold`` is for the
     caller to judge (``Verified.holds``).
     """
     source = open_source(Path(run))
-    module, directory = format_of(Path(path)).load(), RunDirectory.open(run)
+    module = format_of(Path(path)).load()
     with (
         tempfile.TemporaryDirectory() as place,
         closing(module.open_runtime(Path(path))) as runtime,
     ):
         if data:
-            field = load_config(directory.config).data.field
-            tokens = tokens_for_eval(list(data), source.tokenizer, place, field=field)
+            names = list(data)
+            tokens = tokens_for_eval(names, source.tokenizer, place, field=source.data_field)
+        elif is_container(run):
+            raise UserError(f"{run} has no text of its own: name one with --data")
         else:
-            held_out = load_prepared(directory.data).validation
+            held_out = load_prepared(RunDirectory.open(run).data).validation
             if held_out is None:
                 raise UserError(f"{run} has no validation split; name a text with --data")
             tokens = held_out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from cllm.core.errors import UsageError
 from cllm.infer.engine import Engine
 from cllm.infer.lookup.head import IndexHead
 from cllm.infer.sampling import Sampling, choose_tokens, penalised, uniform
+
+BURST = 8
+"""Tokens that are written in one call where the loop is compiled: a text shows so many at once."""
 
 
 class Constraint(Protocol):
@@ -37,8 +40,7 @@ class Request:
     constraint: Constraint | None = None
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A token of a request, or its end (``token`` is None). ``index`` counts requests from 0.
 
     ``reason`` of an end: ``length`` (all tokens made), ``end`` (the model ended the text), ``stop`` (the
@@ -65,13 +67,27 @@ class _Live:
     last: int = 0
     over: bool = False
 
+    @property
+    def left(self) -> int:
+        """Tokens that may still be made."""
+        return self.request.sampling.max_tokens - self.made
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its tokens depend on the logits alone, and nothing is asked about them."""
+        sampling = self.request.sampling
+        return (
+            self.request.constraint is None
+            and sampling.repetition_penalty == 1
+            and sampling.logprobs is None
+        )
+
 
 def serve(
     engine: Engine,
     requests: Iterable[Request],
     *,
     end_id: int | None = None,
-    head: IndexHead | None = None,
 ) -> Iterator[Step]:
     """Continue all ``requests``, as many at once as the engine has slots; tokens come as they are made.
 
@@ -79,6 +95,7 @@ def serve(
     ids and sampling and not on its neighbours, but for rounding where rows of a product are not computed
     alike. Raises ``UserError`` for a request without tokens and ``NonFiniteLogitsError``.
     """
+    head = engine.head
     waiting = enumerate(requests if head is None else map(_fit_for_head, requests))
     live: dict[int, _Live] = {}
     more = True
@@ -96,6 +113,11 @@ def serve(
                     live[slot] = one
         if not live:
             return
+        steps = min(BURST, engine.room(live), *(one.left for one in live.values()))
+        if steps > 1 and all(one.is_plain for one in live.values()):
+            yield from _burst(engine, live, steps, end_id)
+            live = {slot: one for slot, one in live.items() if not one.over}
+            continue
         scores = engine.step({slot: one.last for slot, one in live.items()})
         slots = sorted(live)
         ones = [live[slot] for slot in slots]
@@ -104,9 +126,48 @@ def serve(
         live = {slot: one for slot, one in live.items() if not one.over}
 
 
+def _burst(
+    engine: Engine, live: dict[int, _Live], steps: int, end_id: int | None
+) -> Iterator[Step]:
+    """``steps`` tokens for each of ``live`` in one call; those behind a stop text are thrown away."""
+    ones = list(live.values())
+    numbers = [
+        [0.0 if one.request.sampling.is_greedy else uniform(one.generator) for _ in range(steps)]
+        for one in ones
+    ]
+    made = engine.write(
+        {slot: one.last for slot, one in live.items()},
+        steps,
+        [one.request.sampling for one in ones],
+        [row[step] for step in range(steps) for row in numbers],
+        end_id,
+    )
+    for step in range(steps):
+        for one, tokens in zip(ones, made, strict=True):
+            if not one.over and step < len(tokens):
+                yield from _take(one, tokens[step], end_id)
+
+
+def _take(one: _Live, token: int, end_id: int | None) -> Iterator[Step]:
+    """Note a token of a plain request, and what it means."""
+    if token == end_id:
+        one.over = True
+        yield Step(one.index, reason="end")
+        return
+    one.last = token
+    one.made += 1
+    yield Step(one.index, token)
+    reason = _end_of(one, token)
+    if reason:
+        one.over = True
+        yield Step(one.index, reason=reason)
+
+
 def _fit_for_head(request: Request) -> Request:
     """``request``, if it asks nothing that takes the logits of all tokens."""
     sampling = request.sampling
+    if sampling.temperature > 0 and sampling.top_k == 0:
+        raise UsageError("an index as output head needs top_k of at least 1, or temperature 0")
     if (
         sampling.repetition_penalty != 1
         or sampling.logprobs is not None

@@ -1,10 +1,10 @@
-"""The engine behind generation: slots of a cache, read in one pass and continued a token at a time."""
+"""The engine behind generation: slots of a cache, read in one pass and continued by one or more tokens."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor
 
 from cllm.core.errors import UsageError, UserError
 from cllm.infer.cache import Cache
+from cllm.infer.lookup.head import IndexHead
+from cllm.infer.native import Native
 from cllm.infer.network import Network
+from cllm.infer.sampling import Sampling
 from cllm.infer.weights import check_weights
 from cllm.model.transformer import Transformer
 
@@ -66,7 +69,7 @@ class Engine:
 
     A slot whose cache is full is read anew from the second half of what it holds, in one pass. So logits
     are always those of a plain forward over the tokens that the cache holds, at positions that the model
-    was trained on. ``scored=False`` leaves the output table to an ``IndexHead``: logits are hidden vectors.
+    was trained on. ``head`` stands in for the output table: logits are then hidden vectors, for it to read.
     """
 
     def __init__(
@@ -74,11 +77,12 @@ class Engine:
         model: Transformer,
         options: EngineOptions | None = None,
         *,
-        scored: bool = True,
+        head: IndexHead | None = None,
     ) -> None:
         options = options or EngineOptions()
-        self._model = model
+        self._model, self.head = model, head
         self.options, self.capacity = options, options.capacity_of(model)
+        scored = head is None
         self.network = Network(model, options.weights, options.cache, scored=scored).eval()
         self.device = self.network.table.device
         self.cache = Cache(
@@ -86,12 +90,16 @@ class Engine:
         )
         self.compiled: Decode | None = None
         """What the decode step was compiled to (``cllm.infer.artifact``)."""
+        self.native: Native | None = None
+        """The compiled loop for this model, where there is one (``cllm.infer.native``)."""
+        self._native: Native | None = None
         self._decode: Decode = self._eager
         self._seen: list[list[int]] = [[] for _ in range(options.slots)]
         self._lengths = [0] * options.slots
 
     def use_compiled(self, wanted: bool) -> None:
-        """Decode by ``compiled``, where there is such a step and it is ``wanted``."""
+        """Decode by ``native`` or ``compiled``, where there is such a step and it is ``wanted``."""
+        self._native = self.native if wanted else None
         self._decode = self.compiled if wanted and self.compiled else self._eager
 
     def fingerprint(self) -> str:
@@ -133,6 +141,8 @@ class Engine:
         if len(full) < len(tokens):
             ids, places = [0] * self.options.slots, [0] * self.options.slots
             going = [slot for slot in tokens if self._lengths[slot] < self.capacity]
+            if self._native is not None:
+                return self._native_step(tokens, going, full)
             for slot in going:
                 ids[slot], places[slot] = tokens[slot], self._lengths[slot]
                 self._lengths[slot] += 1
@@ -151,11 +161,63 @@ class Engine:
         assert logits is not None, "a step of no slots"
         return Scores(logits, best)
 
+    def room(self, slots: Iterable[int]) -> int:
+        """How many tokens ``write`` may write after each of ``slots``; 0 without a compiled loop."""
+        if self._native is None:
+            return 0
+        return min(self.capacity - self._lengths[slot] for slot in slots)
+
+    def write(
+        self,
+        tokens: Mapping[int, int],
+        steps: int,
+        draws: Sequence[Sampling],
+        uniforms: Sequence[float],
+        end_id: int | None,
+    ) -> list[list[int]]:
+        """Append a token to each slot and write ``steps`` more after it, at most ``room``, in one call.
+
+        ``draws`` and ``uniforms`` as ``Native.write`` has them. Returns the tokens written after each, up to
+        ``end_id``; the last of them is not in the cache, as after ``step``. Raises ``NonFiniteLogitsError``.
+        """
+        native = self._native
+        assert native is not None
+        assert 1 <= steps <= self.room(tokens)
+        places = [self._lengths[slot] for slot in tokens]
+        made, _, finite = native.write(dict(tokens), places, steps, draws, uniforms, end_id)
+        _refuse_unless(finite)
+        for (slot, token), following in zip(tokens.items(), made, strict=True):
+            self._seen[slot] += [token, *following[:-1]]
+            self._lengths[slot] += len(following)
+        return made
+
+    def _native_step(
+        self, tokens: Mapping[int, int], going: Sequence[int], full: Sequence[int]
+    ) -> Scores:
+        assert self._native is not None
+        given = {slot: tokens[slot] for slot in going}
+        places = [self._lengths[slot] for slot in going]
+        made, rows, finite = self._native.write(given, places)
+        _refuse_unless(finite)
+        best, logits = [0] * self.options.slots, rows.new_zeros(self.options.slots, rows.shape[1])
+        logits[list(going)] = rows
+        for slot, (token,) in zip(going, made, strict=True):
+            self._lengths[slot] += 1
+            best[slot] = token
+        for slot in full:
+            scores = self._read(slot, max(self.capacity // 2, 1))
+            logits[slot], best[slot] = scores.logits[0], scores.best[0]
+        return Scores(logits, best)
+
     @torch.no_grad()
     def _read(self, slot: int, most: int) -> Scores:
         ids = self._seen[slot][-most:]
         self._lengths[slot] = len(ids)
         del self._seen[slot][: -self.capacity]
+        if self._native is not None:
+            logits, best, finite = self._native.read(slot, ids)
+            _refuse_unless(finite)
+            return Scores(logits, [best])
         given = torch.tensor(ids, device=self.device)
         logits = self.network.logits(self.network.read(given, slot, *self.cache.buffers)[-1:])
         _refuse_damaged(logits.sum(-1).tolist())
@@ -166,6 +228,10 @@ class Engine:
         return self.network.decode(*given)
 
 
-def _refuse_damaged(sums: object) -> None:
-    if not all(map(math.isfinite, sums)):  # type: ignore[call-overload]
+def _refuse_damaged(sums: Iterable[float]) -> None:
+    _refuse_unless(all(map(math.isfinite, sums)))
+
+
+def _refuse_unless(finite: bool) -> None:
+    if not finite:
         raise NonFiniteLogitsError("the model's logits are not finite; its weights are damaged")

@@ -43,7 +43,8 @@ def stream(
     those that the model was trained on. Raises ``UserError`` for an empty prompt and
     ``NonFiniteLogitsError`` for logits that are not finite.
     """
-    engine = model if isinstance(model, Engine) else Engine(model, scored=head is None)
-    for step in serve(engine, [Request(ids, sampling)], end_id=end_id, head=head):
+    assert head is None or isinstance(model, Transformer), "an engine has its head already"
+    engine = model if isinstance(model, Engine) else Engine(model, head=head)
+    for step in serve(engine, [Request(ids, sampling)], end_id=end_id):
         if step.token is not None:
             yield step.token

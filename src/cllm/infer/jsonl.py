@@ -123,7 +123,9 @@ def answer_file(
     ``prompt_of`` and ``answers`` do.
     """
     made = [prompt_of(record, where, sampling, form) for where, record in read_records(prompts)]
-    facts = (engine.fingerprint(), engine.options.weights, engine.options.cache)
+    facts: tuple[str, ...] = (engine.fingerprint(), engine.options.weights, engine.options.cache)
+    if engine.head is not None:  # whose seeds draw other texts
+        facts += ("index",)
     for prompt in {p.form: p for p in made if p.form}.values():
         constraint_of(prompt.form, tokenizer)  # type: ignore[arg-type]
     keys = [request_key(facts, p.text, p.sampling, p.form) for p in made]

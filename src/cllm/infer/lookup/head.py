@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cllm.core.errors import UsageError, UserError
-from cllm.infer.lookup.index import TokenIndex
+from cllm.infer.lookup.index import PLAIN_BELOW, TokenIndex
 from cllm.infer.sampling import Sampling, choose_token
+from cllm.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,14 @@ class IndexHead:
             raise UserError(f"the output head's index cannot be asked: {error}") from error
         chosen = choose_token(torch.from_numpy(found.scores[0]), sampling, generator)
         return int(found.ids[0, chosen])
+
+
+def index_head(model: Transformer, say: Callable[[str], None] = lambda line: None) -> IndexHead:
+    """An exact head over the model's output table; ``say`` is told in a line what its queries do."""
+    index = TokenIndex.build(model.output.table().detach().float())
+    tokens = f"{index.shape[0]:,} tokens"
+    if index.cells:
+        say(f"output head: an exact index of {tokens} in {index.cells:,} cells")
+    else:
+        say(f"output head: a plain scan of {tokens}; cells pay from {PLAIN_BELOW:,} on")
+    return IndexHead(index, exact=True)

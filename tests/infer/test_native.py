@@ -1,0 +1,171 @@
+"""The compiled decoding loop writes what the eager engine writes, and is used only where it fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cllm.core.errors import UserError
+from cllm.infer import native
+from cllm.infer.batching import BURST, Request, serve
+from cllm.infer.engine import Engine, EngineOptions, NonFiniteLogitsError
+from cllm.infer.native import compile_library, load_native, obstacle
+from cllm.infer.sampling import Sampling
+from cllm.model.transformer import Transformer
+
+Make = Callable[..., Transformer]
+FIT = {"d_model": 64, "d_ff": 48, "n_heads": 4, "context": 12, "vocab_size": 45}
+
+
+@pytest.fixture
+def library(isolated: Path) -> Path:
+    """The compiled library (once, in the tests' cache); skipped where there is no compiler."""
+    try:
+        return compile_library()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def engine_of(library: Path, model_of: Make, isolated: Path) -> Callable[..., Engine]:
+    """Makes an engine with the compiled loop, on as many threads as asked."""
+
+    def make(slots: int = 3, threads: int = 1, **fields: object) -> Engine:
+        model = model_of(**FIT | fields).float().eval()
+        torch.set_num_threads(threads)
+        try:
+            engine = Engine(model, EngineOptions(slots=slots))
+            engine.native, line = load_native(engine)
+            assert engine.native is not None, line
+            engine.native.threads = threads
+        finally:
+            torch.set_num_threads(1)
+        return engine
+
+    return make
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"n_kv_heads": 2},
+        {"tie_embeddings": False},
+        {"embedding": {"kind": "reduced", "rank": 8}},
+    ],
+    ids=str,
+)
+def test_logits_are_the_eager_ones(
+    fields: dict, threads: int, engine_of: Callable[..., Engine]
+) -> None:
+    engine = engine_of(threads=threads, **fields)
+    found = []
+    for wanted in (False, True):
+        engine.use_compiled(wanted)
+        rows = []
+        for slot, ids in enumerate([[1], [2, 3, 4, 5, 6], list(range(20))]):
+            rows.append(engine.start(slot, ids).logits[0])
+        for number in range(20):  # past the context of 12
+            given = {
+                slot: (7 * number + slot) % 45 for slot in range(3) if (number + slot) % 5 or 1
+            }
+            scores = engine.step(given)
+            rows += [scores.logits[slot].clone() for slot in given]
+            assert scores.best == scores.logits.argmax(-1).tolist()
+        found.append(torch.stack(rows))
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-4)
+    assert float(found[0].std()) > 0.1
+
+
+SAMPLINGS = [
+    Sampling(max_tokens=40, temperature=0.0),
+    Sampling(max_tokens=40, seed=1),
+    Sampling(max_tokens=40, top_k=5, seed=2),
+    Sampling(max_tokens=40, top_k=0, top_p=0.7, seed=3),
+    Sampling(max_tokens=40, top_k=0, temperature=1.5, min_p=0.05, seed=4),
+    Sampling(max_tokens=40, top_k=20, top_p=0.8, min_p=0.02, seed=5),
+]
+
+
+def test_texts_are_the_eager_ones_whatever_is_drawn(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of(context=64)
+    stopped = Request([3], Sampling(max_tokens=40, temperature=0.0), lambda token: token % 7 == 0)
+    requests = [Request([n + 1, 5], s) for n, s in enumerate(SAMPLINGS)] + [stopped]
+    found, bursts = [], []
+    write = Engine.write
+    for wanted in (False, True):
+        engine.use_compiled(wanted)
+        engine.write = lambda *a: bursts.append(a[1]) or write(engine, *a)  # type: ignore[method-assign]
+        found.append([(s.index, s.token, s.reason) for s in serve(engine, requests, end_id=9)])
+    for index in range(len(requests)):
+        assert [s for s in found[0] if s[0] == index] == [s for s in found[1] if s[0] == index]
+    assert max(bursts) == BURST
+    assert {s[2] for s in found[1]} >= {"length", "stop"}
+
+
+def test_what_is_asked_of_each_token_goes_step_by_step(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of(slots=1)
+    engine.write = None  # type: ignore[method-assign, assignment]
+    wanted = [Sampling(max_tokens=5, logprobs=2), Sampling(max_tokens=5, repetition_penalty=1.3)]
+    found = []
+    for compiled in (False, True):
+        engine.use_compiled(compiled)
+        found.append(list(serve(engine, [Request([1, 2], s) for s in wanted])))
+    assert [s.token for s in found[0]] == [s.token for s in found[1]]
+    for one, other in zip(*found, strict=True):
+        assert (one.logprob is None) == (other.logprob is None)
+        assert one.logprob is None or math.isclose(one.logprob, other.logprob or 0, abs_tol=1e-3)
+
+
+def test_a_damaged_weight_or_cache_is_noticed(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of(slots=2)
+    engine.use_compiled(True)
+    engine.start(0, [1])
+    engine.start(1, [2])
+    engine.cache.buffers[0][1, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteLogitsError):
+        engine.step({0: 3, 1: 4})
+    with pytest.raises(NonFiniteLogitsError):
+        engine.write({0: 3, 1: 4}, 3, SAMPLINGS[:2], [0.5] * 6, None)
+    engine.network.table[7, 0] = float("inf")
+    with pytest.raises(NonFiniteLogitsError):
+        engine.start(0, [7])
+
+
+def test_other_models_and_options_are_not_for_it(
+    library: Path, model_of: Make, isolated: Path
+) -> None:
+    def why(fields: dict, **options: str) -> str:
+        engine = Engine(model_of(**FIT | fields).float().eval(), EngineOptions(**options))
+        reason = obstacle(engine.network, engine.options)
+        assert (load_native(engine)[0] is None) or not reason
+        return reason
+
+    assert why({}) == ""
+    assert why({"norm": "layernorm"}) == "model.norm layernorm"
+    assert why({"mlp": "gelu"}) == "model.mlp gelu"
+    assert why({"positions": "learned"}) == "positions learned"
+    assert why({"n_heads": 8}) == "heads of 8 numbers"
+    assert why({"d_ff": 24}) == "d_ff of 24"
+    assert why({}, weights="bf16") == "weights bf16"
+    assert why({}, cache="int8") == "a cache of int8"
+    double = Engine(model_of(**FIT).double().eval())
+    assert obstacle(double.network, double.options) == "torch.float64 on cpu"
+
+
+def test_without_a_compiler_it_says_so_and_nothing_is_loaded(
+    model_of: Make, isolated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="no C\\+\\+ compiler no-such-compiler; install one"):
+        compile_library()
+    assert load_native(Engine(model_of(**FIT).float().eval())) == (None, "")
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(UserError, match="false could not compile the decoding library: no message"):
+        compile_library()
+    assert not native.library_path().exists()
