@@ -20,6 +20,7 @@ from cllm.cli import (
     export,
     generate,
     lattice,
+    plan,
     reduce,
     runs,
     score,
@@ -37,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train.train)
+app.command()(plan.plan)
 app.command()(reduce.reduce)
 app.command()(compress.compress)
 app.command("eval")(use.evaluate)

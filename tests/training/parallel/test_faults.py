@@ -193,7 +193,7 @@ def test_sigterm_before_training_leaves_nothing(
     data = tmp_path / "text.txt"
     data.write_text(text_of(4_000), encoding="utf-8")
     child = process("train", "--data", data, *options(), "--out", tmp_path / "runs" / "one")
-    while not (tmp_path / "runs").exists():
+    while not list(tmp_path.glob("runs/.tmp-*/*")):
         assert child.poll() is None
         time.sleep(0.002)
     child.terminate()
@@ -232,11 +232,11 @@ def test_compilers_of_a_killed_parent_end_too(
 
 
 def full_disk(run: Path) -> list[str]:
-    """A command before ``cllm`` that gives ``run`` a file system of its own of 3 MB; empty without."""
+    """A command before ``cllm`` that gives ``run`` a file system of its own of 8 MB; empty without."""
     if shutil.which("unshare") is None:
         return []
     before = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    mount = f'mount -t tmpfs -o size=3m none "{run}" && exec "$@"'
+    mount = f'mount -t tmpfs -o size=8m none "{run}" && exec "$@"'
     trial = subprocess.run([*before, mount, "sh", "true"], capture_output=True, check=False)
     return [*before, mount, "sh"] if trial.returncode == 0 else []
 
