@@ -309,7 +309,7 @@ def watchdog() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("workers", "accumulate", "steps"),
-    [(2, 1, 60), pytest.param(4, 3, 400, marks=pytest.mark.slow)],
+    [(2, 1, 25), pytest.param(4, 3, 400, marks=pytest.mark.slow)],
 )
 def test_random_delays_at_every_hand_over_change_no_bit(
     workers: int,

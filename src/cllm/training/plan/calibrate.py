@@ -41,7 +41,7 @@ def constants(
     ``products``: the shapes that are needed; those not yet known are measured. What was measured on a busy
     machine is used and not kept. Raises ``UserError`` where the measuring process fails.
     """
-    name = f"plan {dtype} {'compiled' if compiled else 'eager'}"
+    name = f"plan 1 {dtype} {'compiled' if compiled else 'eager'}"
     known: dict[str, Any] = recall(name, threads=threads) or {}
     rates = {_key(fields): rate for fields, rate in known.get("products", [])}
     missing = [p for p in dict.fromkeys(products) if _key(astuple(p)) not in rates]
@@ -65,6 +65,7 @@ def constants(
             stream=[(size, rate) for size, rate in known["stream"]],
             products=table,
             light=known["light"],
+            strided=known["strided"],
             heavy=known["heavy"],
             call=known["call"],
         ),

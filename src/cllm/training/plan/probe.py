@@ -64,11 +64,12 @@ def constants(threads: int, dtype: str, compiled: bool) -> dict[str, Any]:
     """What does not depend on the model's shape."""
     per_call = call_seconds(threads, dtype, compiled)
     base = peak_rss()  # what comes next takes memory that training does not
-    light, heavy = element_seconds(compiled)
+    light, strided, heavy = element_seconds(compiled)
     return {
         "call": per_call,
         "base_memory": base,
         "light": light,
+        "strided": strided,
         "heavy": heavy,
         "stream": [(size, stream_rate(size)) for size in SETS],
         "hand_over": hand_over_seconds(),
@@ -94,9 +95,14 @@ def stream_rate(size: int) -> float:
     return 12 * count / _seconds(lambda: torch.add(a, b, out=out))
 
 
-def element_seconds(compiled: bool) -> tuple[float, float]:
-    """Seconds an element of a simple operation inside fused code, and of one with an exponential."""
-    x = torch.full((2**16,), 0.5)
+def element_seconds(compiled: bool) -> tuple[float, float, float]:
+    """Seconds an element: of a simple operation, of one over strides, and of one with an exponential.
+
+    Of compiled code the first is an operation inside fused code, where strides are its own to choose.
+    """
+    x = torch.full((2**18,), 0.5)
+    heads = x.view(8, 64, 8, 64).transpose(1, 2)
+    turns = torch.ones(64, 64)
 
     def chain(x: torch.Tensor) -> torch.Tensor:
         y = x
@@ -107,14 +113,14 @@ def element_seconds(compiled: bool) -> tuple[float, float]:
     def powers(x: torch.Tensor) -> torch.Tensor:
         return torch.exp(x)
 
+    def each(function: Callable[[], object]) -> float:
+        return _seconds(function) / x.numel()
+
     if not compiled:
-        return 0.0, _seconds(lambda: powers(x)) / x.numel()
-    found = []
-    for function, count in ((chain, 2 * CHAIN), (powers, 1)):
-        fused = torch.compile(function, dynamic=False)
-        fused(x)
-        found.append(_seconds(lambda run=fused: run(x)) / x.numel() / count)  # type: ignore[misc]
-    return found[0], found[1]
+        return each(lambda: x * x), each(lambda: heads * turns), each(lambda: powers(x))
+    fused, raised = (torch.compile(function, dynamic=False) for function in (chain, powers))
+    light = each(lambda: fused(x)) / (2 * CHAIN)
+    return light, light, each(lambda: raised(x))
 
 
 def product_rate(product: Product) -> float:

@@ -22,9 +22,11 @@ from cllm.training.plan.trace import ALONE, HEAVY, Operation, Product, Trace
 @dataclass(frozen=True)
 class Task:
     """A piece of work: a product, or elements to compute. ``read`` and ``made``: buffers that it needs and
-    that it leaves, with their bytes. ``distances``: bytes to move, and how far back they lie in bytes."""
+    that it leaves, with their bytes. ``strided``: elements of operations whose input lies otherwise than
+    their output. ``distances``: bytes to move, and how far back they lie in bytes."""
 
     light: int
+    strided: int
     heavy: int
     product: Product | None
     read: Mapping[int, int]
@@ -42,14 +44,15 @@ class Rates:
     """What a device can do. Seconds, bytes and floating-point operations.
 
     ``products``: rates by shape; ``flops``: for those without one. ``stream``: (working set in bytes, bytes
-    a second), ascending. ``light`` and ``heavy``: seconds an element, of simple operations and of those
-    with an exponential. ``call``: seconds that a piece of work takes to begin.
+    a second), ascending. ``light``, ``strided`` and ``heavy``: seconds an element, of simple operations, of
+    those over strides, and of those with an exponential. ``call``: seconds that a piece of work takes to begin.
     """
 
     flops: float
     stream: Sequence[tuple[float, float]]
     products: Mapping[Product, float]
     light: float = 0.0
+    strided: float = 0.0
     heavy: float = 0.0
     call: float = 0.0
 
@@ -68,7 +71,8 @@ class Rates:
         """The time of a piece of work."""
         moving = math.fsum(size / self.bandwidth(far) for size, far in task.distances)
         if task.product is None:
-            arithmetic = task.light * self.light + task.heavy * self.heavy
+            arithmetic = task.light * self.light + task.strided * self.strided
+            arithmetic += task.heavy * self.heavy
         elif task.product in self.products:
             # Measured over and over on the same numbers, which lay as near as they could.
             near = task.bytes / self.bandwidth(task.bytes)
@@ -98,10 +102,13 @@ def tasks_of(trace: Trace, compiled: bool) -> list[Task]:
 
 
 def _eager(op: Operation) -> Task:
-    heavy = op.elements if op.name in HEAVY else 0
     if op.is_view:
-        return Task(0, 0, None, {}, {})
-    return Task(op.elements - heavy, heavy, op.product, op.reads, op.writes)
+        return Task(0, 0, 0, None, {}, {})
+    count = op.elements
+    light, strided, heavy = (0, 0, count) if op.name in HEAVY else (0, count, 0)
+    if not heavy and not op.strided:
+        light, strided = count, 0
+    return Task(light, strided, heavy, op.product, op.reads, op.writes)
 
 
 def _placed(tasks: Sequence[Task], room: int) -> list[Task]:
@@ -144,7 +151,7 @@ def _fused(groups: Sequence[Sequence[Operation]], lasting: set[int]) -> list[Tas
             for buffer, size in writes.items()
             if buffer < 0 or buffer in lasting or last_use[buffer] > number
         }
-        tasks.append(Task(light, heavy, group[0].product, reads, kept))
+        tasks.append(Task(light, 0, heavy, group[0].product, reads, kept))
     return tasks
 
 
@@ -153,10 +160,12 @@ def step_seconds(trace: Trace, rates: Rates, compiled: bool) -> float:
     return math.fsum(rates.seconds(task) for task in tasks_of(trace, compiled))
 
 
-def peak_bytes(trace: Trace, compiled: bool) -> int:
-    """The most bytes that buffers made by a trace hold at once, each until it was last used."""
+def peak_bytes(trace: Trace, compiled: bool) -> tuple[int, int]:
+    """The most bytes that buffers made by a trace hold at once, each until it was last used; and those
+    they hold when the last of what stays is made (of a gradient: all its parts, and the whole)."""
     if not compiled:
-        return trace.peak
+        made = [n for n, op in enumerate(trace.operations) if set(op.writes) & trace.lasting]
+        return trace.peak, trace.live[made[-1]] if made else 0
     tasks = tasks_of(trace, compiled)
     last_use: dict[int, int] = {}
     for number, task in enumerate(tasks):
@@ -166,10 +175,12 @@ def peak_bytes(trace: Trace, compiled: bool) -> int:
         if buffer > 0 and buffer not in trace.lasting:
             ends.setdefault(number, []).append(buffer)
     live: dict[int, int] = {}
-    peak = 0
+    peak = closing = 0
     for number, task in enumerate(tasks):
         live |= {buffer: size for buffer, size in task.made.items() if buffer > 0}
-        peak = max(peak, sum(live.values()))
+        held = sum(live.values())
+        peak = max(peak, held)
+        closing = held if trace.lasting & set(task.made) else closing
         for buffer in ends.get(number, ()):
             live.pop(buffer, None)
-    return peak
+    return peak, closing

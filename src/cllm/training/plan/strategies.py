@@ -237,11 +237,11 @@ def _pipeline(
     messages = 2 * micros * (devices.latency + work.boundary / devices.link)
     gradient = MASTER * numbers
     ring = 2 * (replicas - 1) / replicas * gradient
-    saved = work.activations.layer - MASTER * work.arena.layer
+    saved = work.activations.saved.layer
     in_flight = min(stages, micros)
     activations = max(
         in_flight * deep * saved,
-        deep * saved + work.activations.fixed - MASTER * work.arena.fixed,
+        deep * saved + work.activations.saved.fixed,
     )
     end = deep * work.end.layer + work.end.fixed
     label = f"pipeline of {stages}" + (f" × DDP {replicas}" if replicas > 1 else "")

@@ -69,6 +69,8 @@ class Operation:
     writes: dict[int, int]
     elements: int
     product: Product | None = None
+    strided: bool = False
+    """Whether something that it reads does not lie as its result does, or is repeated."""
 
     @property
     def is_view(self) -> bool:
@@ -85,12 +87,14 @@ class Operation:
 class Trace:
     """Operations in their order; buffers that are made by them, and that stay when they end.
 
-    ``peak``: the most bytes that buffers made here held at once, as eager code frees them.
+    ``peak``: the most bytes that buffers made here held at once, as eager code frees them; ``live``: those
+    held after each operation.
     """
 
     operations: list[Operation] = field(default_factory=list)
     lasting: set[int] = field(default_factory=set)
     peak: int = 0
+    live: list[int] = field(default_factory=list)
 
     @property
     def flops(self) -> int:
@@ -157,7 +161,12 @@ class _Recorder(TorchDispatchMode):
         if writes and name not in NOTHING:
             elements = max(tensor.numel() for tensor in (*given, *made))
         product = _product(name, given) if elements else None
-        self.trace.operations.append(Operation(name, reads, writes, elements, product))
+        strided = any(
+            tensor.numel() > 1 and (not tensor.is_contiguous() or tensor.numel() < elements)
+            for tensor in given
+        )
+        self.trace.operations.append(Operation(name, reads, writes, elements, product, strided))
+        self.trace.live.append(self._live)
         return out
 
 

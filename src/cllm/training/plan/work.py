@@ -31,6 +31,19 @@ class Line:
         return self.fixed + layers * self.layer
 
 
+@dataclass(frozen=True)
+class Peak:
+    """The most of two figures that grow with the layers: ``saved`` for the backward pass, and what is held
+    when it ends."""
+
+    saved: Line
+    closing: Line
+
+    def of(self, layers: float) -> float:
+        """The figure of that many layers."""
+        return max(self.saved.of(layers), self.closing.of(layers))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """One process's share: a micro-batch, and the end of a step.
@@ -46,7 +59,7 @@ class Work:
     end: Line
     parameters: Line
     arena: Line
-    activations: Line
+    activations: Peak
     temporary: Line
     flops: Line
     logits: int
@@ -101,8 +114,8 @@ def work_of(config: Config, rates: Rates) -> Work:
         end=line(*(step_seconds(t.end, rates, compiled) for t in (few, more))),
         parameters=line(few.parameters, more.parameters),
         arena=line(few.arena, more.arena),
-        activations=line(*(peak_bytes(t.micro, compiled) for t in (few, more))),
-        temporary=line(*(peak_bytes(t.end, compiled) for t in (few, more))),
+        activations=Peak(*map(line, *(peak_bytes(t.micro, compiled) for t in (few, more)))),
+        temporary=line(*(peak_bytes(t.end, compiled)[0] for t in (few, more))),
         flops=line(few.micro.flops, more.micro.flops),
         logits=min(train.loss_chunk or rows, rows) * model.vocab_size * width,
         boundary=rows * model.d_model * width,
