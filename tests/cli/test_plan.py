@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from cllm.core.machine import machine
 from cllm.training.plan import forecast
 
+ROOT = Path(__file__).parents[2]
 LIST = [
     {
         "name": "card",
@@ -41,7 +43,7 @@ def test_other_machines(cllm: Cllm, machines: Path) -> None:
     for word in ("one device", "DDP", "FSDP", "pipeline of 2 ×", "do not divide among 3"):
         assert word in result.out
     (best,) = [line for line in result.out.splitlines() if line.startswith("best: ")]
-    assert "--set model.preset=nano" in best or "no command" in best
+    assert "--preset nano" in best or "no command" in best
     body = json.loads(cllm(*arguments, "--json").out)
     assert body["tokens"] == 10**9
     assert body["best"] in {e["strategy"] for e in body["estimates"]}
@@ -67,7 +69,9 @@ def test_this_machine_and_its_text(
     assert body["best"] == "one process, 1 thread"
     result = cllm("plan", *small, "--tokens", "1e6")
     last = result.out.splitlines()[-1]
-    assert last.startswith("best: one process, 1 thread on 1: cllm train --set model.preset=nano")
+    assert last.startswith(
+        "best: one process, 1 thread on 1: cllm train --preset nano --set train."
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,3 +89,15 @@ def test_mistakes(arguments: list[str], why: str, cllm: Cllm, machines: Path) ->
     assert result.code == 2
     assert why in result.err
     assert len(result.err.splitlines()) == 1
+
+
+def test_the_table_of_the_docs_is_what_the_command_prints(
+    cllm: Cllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = ROOT / "docs" / "plan.md"
+    monkeypatch.chdir(ROOT)
+    text = page.read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if line.endswith("--devices 1,8,64,512,1024")]
+    table = text.split("```text\n")[1].split("```")[0]
+    result = cllm(*shlex.split(line)[1:])
+    assert [row.rstrip() for row in result.out.splitlines()] == table.splitlines()

@@ -153,17 +153,20 @@ def test_a_signal_is_held_until_it_is_asked_for(signum: signal.Signals, code: in
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_a_step_that_does_not_end_is_given_up_and_a_save_is_not() -> None:
     before = signal.getsignal(signal.SIGALRM)
-    with (
-        pytest.raises(InterruptedRunError, match=r"SIGTERM in the middle .* lost; go on with") as error,
-        Interrupt(Path("run"), patience=0.05) as interrupt,
-    ):
-        os.kill(os.getpid(), signal.SIGTERM)
-        with interrupt.saving():
-            time.sleep(0.2)  # the clock stands still
-        assert interrupt.pending
-        interrupt._hold(signal.SIGTERM, None)
-        for _ in range(10_000):
-            time.sleep(0.01)
+
+    def endless() -> None:
+        with Interrupt(Path("run"), patience=0.05) as interrupt:
+            os.kill(os.getpid(), signal.SIGTERM)
+            with interrupt.saving():
+                time.sleep(0.2)  # the clock stands still
+            assert interrupt.pending
+            interrupt._hold(signal.SIGTERM, None)
+            for _ in range(10_000):
+                time.sleep(0.01)
+
+    match = r"SIGTERM in the middle .* lost; go on with"
+    with pytest.raises(InterruptedRunError, match=match) as error:
+        endless()
     assert error.value.exit_code == 143
     assert signal.getsignal(signal.SIGALRM) is before
     with Interrupt(patience=0.05) as interrupt:

@@ -73,9 +73,9 @@ def run(options: Options) -> Result:
         rows=rows,
         claims=claims,
         notes=[
-            "Ratios are forecast ÷ measurement. Vocabulary 4,096; batch 16 where nothing is said. Medians of "
-            f"{ROUNDS} rounds of {STEPS} steps after warm-up. Memory is the peak of the resident set of the "
-            "process that trains; of workers, the parent's.",
+            "Ratios are forecast ÷ measurement. Vocabulary 4,096; batch 16 where nothing is said. Medians "
+            f"of {ROUNDS} rounds of {STEPS} steps after warm-up. Memory is the peak of the resident set of "
+            "the process that trains; of workers, the parent's.",
         ],
         load_before=load,
         busy=busy or "",

@@ -59,7 +59,9 @@ def plan(
     from cllm.core.settings import parse_setting
 
     if data and tokens is not None:
-        raise UsageError("--data and --tokens both say how much text there is: leave one of them out")
+        raise UsageError(
+            "--data and --tokens both say how much text there is: leave one of them out"
+        )
     if devices is not None and machines is None:
         raise UsageError("--devices are counts of the machines of a list: give --machines, too")
     counts = _counts(devices)
@@ -82,7 +84,11 @@ def plan(
     if as_json:
         typer.echo(json.dumps(made.to_json()))
         return
-    _show(made, [f"model.preset={preset}"] * (preset is not None) + list(settings or ()))
+    given: list[tuple[str, object]] = [("--config", config), ("--preset", preset)]
+    given += [("--data", path) for path in data or ()] + [
+        ("--set", text) for text in settings or ()
+    ]
+    _show(made, [str(word) for pair in given if pair[1] is not None for word in pair])
 
 
 def _counts(text: str | None) -> list[int]:
@@ -125,12 +131,12 @@ def _sized(
     return config, count
 
 
-def _show(made: Plan, settings: list[str]) -> None:
+def _show(made: Plan, options: list[str]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title=f"{made.where}: {made.parameters:,} parameters")
+    table = Table(box=box.SIMPLE_HEAD)
     for name in ("strategy", "devices", "memory", "state", "activations", "logits", "step"):
         table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
     for name in ("of it sending", "waiting", "sent", "tokens/s", "one pass"):
@@ -138,29 +144,30 @@ def _show(made: Plan, settings: list[str]) -> None:
     for estimate in made.estimates:
         table.add_row(*_cells(made, estimate))
     console = Console()
-    console.width = max(console.width, 140)  # a narrow terminal wraps lines better than cells
+    console.width = max(console.width, 200)  # a narrow terminal wraps lines better than cells
+    typer.echo(f"{made.where}: {made.parameters:,} parameters")
     console.print(table)
     lines = [f"{e.strategy} on {e.devices:,}: {e.obstacle}" for e in made.estimates if e.obstacle]
     lines += made.notes
     if made.compiling:
         lines.append(f"compiling takes up to {made.compiling:.0f} s before the first step")
-    for line in [*lines, *_verdict(made, settings)]:
+    for line in [*lines, *_verdict(made, options)]:
         typer.echo(line)
 
 
-def _verdict(made: Plan, settings: list[str]) -> list[str]:
+def _verdict(made: Plan, options: list[str]) -> list[str]:
     """The best in one line; where no command runs it, the best of those with one in another."""
     best = made.best
     if best is None:
         return ["nothing of this is possible as it is: see above"]
-    command = made.command(best, settings)
+    command = made.command(best, options)
     if command:
         return [f"best: {best.strategy} on {best.devices:,}: {command}"]
     lines = [f"best: {best.strategy} on {best.devices:,}; cllm has no command for it"]
     able = [e for e in made.estimates if not e.obstacle and made.command(e)]
     if able:
         next_best = max(able, key=lambda e: e.tokens_per_second)
-        command = made.command(next_best, settings)
+        command = made.command(next_best, options)
         lines.append(f"best with one: {next_best.strategy} on {next_best.devices:,}: {command}")
     return lines
 
@@ -198,4 +205,4 @@ def _time(seconds: float) -> str:
         if seconds >= size:
             whole = {"d": 86_400.0, "h": 3_600.0, "min": 60.0, "s": 1.0}[unit]
             return f"{seconds / whole:,.1f} {unit}"
-    return f"{1000 * seconds:,.3g} ms"
+    return f"{1000 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"

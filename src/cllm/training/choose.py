@@ -165,8 +165,8 @@ def _choose_workers(choices: Choices) -> None:
         raise UsageError(against[0])
     elif workers > cores:
         choices.warnings.append(
-            f"train.parallel.workers = {workers} are more than the {cores} cores here: they take turns, and "
-            f"train no faster than {cores}"
+            f"train.parallel.workers = {workers} are more than the {cores} cores here: they take "
+            f"turns, and train no faster than {cores}"
         )
 
 

@@ -65,7 +65,8 @@ class Trainer:
         """Train to the end; returns ``"finished"``, or ``"stopped early"``.
 
         A signal held by ``interrupt`` saves a checkpoint after the step at hand and raises what it
-        holds; a step that takes too long is given up. Raises ``DivergedError`` after ``max_nonfinite`` skipped steps in a row.
+        holds; a step that takes too long is given up. Raises ``DivergedError`` after ``max_nonfinite``
+        skipped steps in a row.
         """
         train, standing = self.config.train, self.standing
         self.model.train()

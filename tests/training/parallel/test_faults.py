@@ -117,9 +117,7 @@ def test_random_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(
     arguments = options(**changes, **DROPOUT, train__parallel__workers=2)
     command = ["train", "--data", corpus, *arguments, "--out"]
     run, straight = tmp_path / "run", tmp_path / "straight"
-    kill_and_resume(
-        count, run, [*command, run], process, workers_of, descendants, nothing_is_left
-    )
+    kill_and_resume(count, run, [*command, run], process, workers_of, descendants, nothing_is_left)
     child = process(*command, straight)
     _, err = child.communicate()
     assert child.returncode == 0, err
@@ -146,9 +144,7 @@ def test_a_signal_to_the_whole_group_is_the_parents(
     changes = {"train__steps": 100_000, "train__checkpoint_every": 50_000}
     changes |= {"train__eval_every": 50_000}
     run, arguments = tmp_path / "run", options(**changes, train__parallel__workers=2)
-    child = process(
-        "train", "--data", corpus, *arguments, "--out", run, start_new_session=True
-    )
+    child = process("train", "--data", corpus, *arguments, "--out", run, start_new_session=True)
     wait_until(lambda: bool(workers_of(child.pid)))
     below = descendants(child.pid)
     if signum == signal.SIGTERM:
@@ -294,7 +290,9 @@ def test_a_limit_on_files_at_a_checkpoint_ends_all_workers(
     assert child.returncode == 1
     assert "raise the limit (ulimit -f)" in err.splitlines()[-1]
     assert RunDirectory.open(run).status().state == "interrupted"
-    again = process("train", "--resume", run, "--set", f"train.steps={RunDirectory(run).steps()[-1] + 2}")
+    again = process(
+        "train", "--resume", run, "--set", f"train.steps={RunDirectory(run).steps()[-1] + 2}"
+    )
     _, err = again.communicate()
     assert again.returncode == 0, err
 

@@ -131,12 +131,15 @@ def test_the_best_is_possible_and_its_command_runs_it(config_of: ConfigOf) -> No
     assert plan.config.train.dtype == "bf16"
     assert plan.best is not None
     assert plan.best.tokens_per_second == max(e.tokens_per_second for e in plan.estimates)
-    kinds = {e.strategy: plan.command(e, ["train.lr=1e-3"]) for e in plan.estimates}
+    kinds = {e.strategy: plan.command(e, ["--set", "train.lr=1e-3"]) for e in plan.estimates}
     assert kinds["one device"] == "cllm train --set train.lr=1e-3"
     assert kinds["DDP"] == (
         "torchrun --nproc-per-node=8 -m cllm train --set train.lr=1e-3 --set "
         "train.parallel.strategy=ddp"
     )
+    two = forecast.plan_on(config, machine_list(per_machine=4), [8], None)
+    (ddp,) = [e for e in two.estimates if e.kind == "ddp"]
+    assert two.command(ddp).startswith("torchrun --nnodes=2 --nproc-per-node=4 -m cllm train ")
     (pipeline,) = [e for e in plan.estimates if e.kind == "pipeline"]
     assert plan.command(pipeline) == ""
     hours = plan.hours(plan.best)

@@ -59,9 +59,7 @@ def test_counts_are_those_of_the_literature_and_of_the_real_step(
 
 
 @pytest.mark.parametrize("compiled", ["off", "on"])
-def test_any_number_of_layers_follows_from_two_and_three(
-    compiled: str, resolved: ConfigOf
-) -> None:
+def test_any_number_of_layers_follows_from_two_and_three(compiled: str, resolved: ConfigOf) -> None:
     config = resolved(model__n_layers=7, train__compile=compiled)
     rates = Rates(flops=1e11, stream=[(1.0, 1e10)], products={}, heavy=1e-9, call=1e-6)
     work, whole = work_of(config, rates), trace_step(config)

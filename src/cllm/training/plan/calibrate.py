@@ -58,7 +58,7 @@ def constants(
         known["products"] = [[json.loads(key), rate] for key, rate in rates.items()]
         if not busy:
             remember(name, known, threads=threads)
-    table = {_product(json.loads(key)): rate for key, rate in rates.items()}
+    table = {Product.of(json.loads(key)): rate for key, rate in rates.items()}
     return Constants(
         rates=Rates(
             flops=max(table.values(), default=1.0),
@@ -76,11 +76,6 @@ def constants(
 
 def _key(fields: Any) -> str:
     return json.dumps(fields)
-
-
-def _product(fields: list[Any]) -> Product:
-    *sizes, turned = fields
-    return Product(*sizes, turned=tuple(turned))
 
 
 def _ask(request: dict[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Plan:
     parameters: int
     compiling: float
     notes: list[str]
+    per_machine: int | None = None
 
     @property
     def best(self) -> Estimate | None:
@@ -52,10 +53,9 @@ class Plan:
             return None
         return (self.tokens / estimate.tokens_per_second + self.compiling) / 3600
 
-    def command(self, estimate: Estimate, settings: Sequence[str] = ()) -> str:
-        """What runs it; empty where there is no command for it."""
-        asked = [*settings]
-        words = ["train"]
+    def command(self, estimate: Estimate, options: Sequence[str] = ()) -> str:
+        """What runs it, with ``options`` of `cllm train`; empty where there is no command for it."""
+        asked: list[str] = []
         if estimate.kind == "workers":
             asked.append(f"train.parallel.workers={estimate.strategy.split()[0]}")
         elif estimate.kind in ("ddp", "fsdp"):
@@ -64,11 +64,14 @@ class Plan:
             return ""
         elif ", " in estimate.strategy:
             asked.append(f"train.threads={estimate.strategy.split(', ')[1].split()[0]}")
+        words = ["train", *options]
         words += [word for setting in asked for word in ("--set", setting)]
-        if estimate.kind in ("ddp", "fsdp"):
-            head = f"torchrun --nproc-per-node={estimate.devices} -m cllm"
-            return f"{head} {shlex.join(words)}"
-        return f"cllm {shlex.join(words)}"
+        if estimate.kind not in ("ddp", "fsdp"):
+            return f"cllm {shlex.join(words)}"
+        each = min(self.per_machine or estimate.devices, estimate.devices)
+        nodes = -(-estimate.devices // each)
+        head = f"torchrun --nnodes={nodes} " if nodes > 1 else "torchrun "
+        return f"{head}--nproc-per-node={each} -m cllm {shlex.join(words)}"
 
     def to_json(self) -> dict[str, Any]:
         """One object: seconds, bytes and tokens."""
@@ -108,7 +111,9 @@ def plan_here(config: Config, tokens: int | None, say: Say) -> Plan:
             some = _here(config, 1, count)
         except UsageError as error:
             estimates.append(
-                Estimate(strategy=f"{count} workers", kind="workers", devices=1, obstacle=str(error))
+                Estimate(
+                    strategy=f"{count} workers", kind="workers", devices=1, obstacle=str(error)
+                )
             )
             continue
         estimates.append(workers(some, constants_of(some, say), room))
@@ -146,7 +151,7 @@ def plan_on(
         dtype = "bf16" if all("bf16" in entry.tflops for entry in entries) else "fp32"
         config = config.replace(**{"train.dtype": dtype})
     resolved = _there(config)
-    estimates = []
+    estimates: list[Estimate] = []
     for count in counts or [devices_of(entries, resolved.train.dtype).count]:
         devices = devices_of(entries, resolved.train.dtype, count)
         estimates += _strategies(resolved, devices)
@@ -164,6 +169,7 @@ def plan_on(
         parameters=_parameters(resolved),
         compiling=0.0,
         notes=notes,
+        per_machine=min((e.per_machine or e.count for e in entries), default=None),
     )
 
 
@@ -237,4 +243,6 @@ def _refuse(config: Config) -> None:
     ]
     for applies, setting, instead in against:
         if applies:
-            raise UsageError(f"{setting} is not covered by the plan's model of a step; plan with {instead}")
+            raise UsageError(
+                f"{setting} is not covered by the plan's model of a step; plan with {instead}"
+            )

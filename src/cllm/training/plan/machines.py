@@ -24,6 +24,8 @@ class MachineEntry(Section):
     name: str
     count: PositiveInt = 1
     """Devices of this kind."""
+    per_machine: PositiveInt | None = None
+    """Devices in one machine, for the command; none means all of them."""
     tflops: dict[str, Positive]
     """10¹² floating-point operations a second of matrix products, by ``train.dtype``."""
     efficiency: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -57,7 +59,7 @@ class Devices:
 
 
 def read_machines(path: Path) -> list[MachineEntry]:
-    """The entries of a JSON file: a list of objects. Raises ``UsageError`` naming the file and the field."""
+    """The entries of a JSON file: a list of objects. Raises ``UsageError`` naming file and field."""
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -67,7 +69,7 @@ def read_machines(path: Path) -> list[MachineEntry]:
     except json.JSONDecodeError as error:
         raise UsageError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(body, list) or not body:
-        raise UsageError(f"{path} must be a list of machines, [{{\"name\": …}}, …]")
+        raise UsageError(f'{path} must be a list of machines, [{{"name": …}}, …]')
     return [_entry(path, number, item) for number, item in enumerate(body, start=1)]
 
 
@@ -81,9 +83,7 @@ def _entry(path: Path, number: int, item: Any) -> MachineEntry:
         raise UsageError(f"{path}, machine {number}: {field}: {message}") from error
 
 
-def devices_of(
-    entries: Sequence[MachineEntry], dtype: str, count: int | None = None
-) -> Devices:
+def devices_of(entries: Sequence[MachineEntry], dtype: str, count: int | None = None) -> Devices:
     """All devices of a list together; ``count`` of them, if that is given.
 
     Raises ``UsageError`` where an entry has no rate for ``dtype``.

@@ -55,7 +55,7 @@ def main() -> None:
     answer: dict[str, Any] = {}
     if asked["constants"]:
         answer = constants(asked["threads"], asked["dtype"], asked["compiled"])
-    products = [Product(*fields[:5], turned=tuple(fields[5])) for fields in asked["products"]]
+    products = [Product.of(fields) for fields in asked["products"]]
     answer["products"] = [product_rate(product) for product in products]
     print(json.dumps(answer))
 

@@ -5,8 +5,8 @@ takes its operations at the rate of its shape; everything else the larger of wha
 the bandwidth of where it lies, and of its elements at the rate of their arithmetic. A buffer lies in the
 smallest cache that holds all that was touched since it was last touched itself (its reuse distance, Mattson
 et al. 1970); a new one lies wherever the allocator has room, which is as far as all that is in use.
-Eager code is one piece of work an operation. Of compiled code, operations between two products count as fused: buffers
-that none but them see are not written, as Inductor does it.
+Eager code is one piece of work an operation. Of compiled code, operations between two products count as
+fused: buffers that none but them see are not written, as Inductor does it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cllm.training.plan.trace import ALONE, HEAVY, Operation, Product, Trace
+from cllm.training.plan.trace import ALONE, FUSED_ATTENTION, HEAVY, Operation, Product, Trace
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Rates:
 
     ``products``: rates by shape; ``flops``: for those without one. ``stream``: (working set in bytes, bytes
     a second), ascending. ``light``, ``strided`` and ``heavy``: seconds an element, of simple operations, of
-    those over strides, and of those with an exponential. ``call``: seconds that a piece of work takes to begin.
+    those over strides, and of those with an exponential. ``call``: seconds that a piece of work takes to
+    begin.
     """
 
     flops: float
@@ -92,7 +93,7 @@ def tasks_of(trace: Trace, compiled: bool) -> list[Task]:
     for op in trace.operations:
         if op.is_view:
             continue
-        alone = op.product is not None or op.name in ALONE or "scaled_dot_product" in op.name
+        alone = op.product is not None or op.name in ALONE or FUSED_ATTENTION in op.name
         if alone or not open_group:
             groups.append([op])
         else:

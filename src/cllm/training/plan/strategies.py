@@ -224,14 +224,14 @@ def _pipelines(config: Config, devices: Devices) -> Iterator[Estimate]:
             rows //= 2
 
 
-def _pipeline(
-    config: Config, devices: Devices, stages: int, replicas: int, rows: int
-) -> Estimate:
+def _pipeline(config: Config, devices: Devices, stages: int, replicas: int, rows: int) -> Estimate:
     work = work_of(with_rows(config, rows), devices.rates)
     micros = _windows(config) // replicas // rows
     deep = -(-work.layers // stages)  # layers of the longest stage
     # Table and head lie at the two ends; the last stage has what does not belong to a layer.
-    slowest = max(deep * work.micro.layer, work.layers // stages * work.micro.layer + work.micro.fixed)
+    slowest = max(
+        deep * work.micro.layer, work.layers // stages * work.micro.layer + work.micro.fixed
+    )
     numbers = deep * work.parameters.layer + work.parameters.fixed
     arena = deep * work.arena.layer + work.arena.fixed
     messages = 2 * micros * (devices.latency + work.boundary / devices.link)
@@ -258,9 +258,7 @@ def _pipeline(
                 logits=work.logits,
             ),
             compute=micros * slowest + end,
-            communication=messages
-            + ring / devices.link
-            + 2 * (replicas - 1) * devices.latency,
+            communication=messages + ring / devices.link + 2 * (replicas - 1) * devices.latency,
             waiting=(stages - 1) * slowest,
             sent=2 * micros * work.boundary + ring,
             tokens=_tokens(config),

@@ -1,6 +1,6 @@
 """What a training step does, operation by operation: its own code, run on tensors without memory.
 
-The step of ``cllm.training.step`` runs on torch's ``meta`` device, and a dispatch mode writes down each
+The step of ``cllm.training.step`` runs on torch's fake tensors, and a dispatch mode writes down each
 operation with what it reads and writes. So counts are those of the code, for every shape and setting,
 and how long each buffer lives is seen and not guessed.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,6 +30,7 @@ from cllm.training.step import TrainStep
 
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
 FUSED_ATTENTION = "scaled_dot_product"
+"""A part of the names of fused attention."""
 HEAVY = {"exp", "log", "sigmoid", "silu", "tanh", "gelu", "gelu_backward", "_softmax"}
 """Operations with an exponential in each element."""
 NOTHING = {"empty", "empty_like", "new_empty", "empty_strided"}
@@ -48,16 +50,16 @@ class Product:
     dtype: str
     turned: tuple[bool, bool] = (False, False)
 
+    @classmethod
+    def of(cls, fields: list[Any]) -> Product:
+        """The product of a JSON list of its fields."""
+        batch, rows, inner, columns, dtype, turned = fields
+        return cls(batch, rows, inner, columns, dtype, tuple(turned))
+
     @property
     def flops(self) -> int:
         """Floating-point operations, two for each multiplication."""
         return 2 * self.batch * self.rows * self.inner * self.columns
-
-    @property
-    def numbers(self) -> int:
-        """Numbers read and written."""
-        edges = self.rows * self.inner + self.inner * self.columns + self.rows * self.columns
-        return self.batch * edges
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,13 @@ def _is_written(argument: Any) -> bool:
 
 
 def _product(name: str, given: list[Tensor]) -> Product | None:
+    if FUSED_ATTENTION in name:
+        # Scores and their sum over values; backward makes scores anew, and then four products.
+        q = given[1] if "backward" in name else given[0]
+        products = 5 if "backward" in name else 2
+        length, width = q.shape[-2:]
+        dtype = str(q.dtype).removeprefix("torch.")
+        return Product(q.shape[0] * q.shape[1], length, width, products * length, dtype)
     if name not in PRODUCTS:
         return None
     a, b = given[-2:]
@@ -200,7 +209,7 @@ def trace_step(config: Config) -> StepTrace:
     """The operations of a step of ``config``, which must be resolved and on the exact loss."""
     train, model = config.train, config.model
     assert isinstance(train.loss_chunk, int)
-    with torch.device("meta"):
+    with FakeTensorMode():
         network = Transformer(model, attention=train.attention)
         arena = Arena.adopt(network, arithmetic(train), OPTIMIZERS[train.optimizer].moments)
         step = TrainStep(network.train(), arena, train, chunk=train.loss_chunk)
