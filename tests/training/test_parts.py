@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,18 +135,45 @@ def test_samples_pass_over_empty_texts_and_a_diverged_model_writes_none(trained:
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_held_until_it_is_asked_for(signum: signal.Signals, code: int) -> None:
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    with Interrupt() as interrupt:
+    with Interrupt(Path("a run")) as interrupt:
         assert not interrupt.pending
         os.kill(os.getpid(), signum)
         assert interrupt.pending == signum
         # The second one is no longer held.
         assert signal.getsignal(signum) in before
         with pytest.raises(InterruptedRunError) as error:
-            interrupt.raise_pending(7, Path("a run"))
+            interrupt.raise_pending(7)
     assert error.value.exit_code == code
     text = f"stopped by {signum.name} after step 7; go on with: cllm train --resume 'a run'"
     assert str(error.value) == text
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_a_step_that_does_not_end_is_given_up_and_a_save_is_not() -> None:
+    before = signal.getsignal(signal.SIGALRM)
+
+    def endless() -> None:
+        with Interrupt(Path("run"), patience=0.05) as interrupt:
+            os.kill(os.getpid(), signal.SIGTERM)
+            with interrupt.saving():
+                time.sleep(0.2)  # the clock stands still
+            assert interrupt.pending
+            interrupt._hold(signal.SIGTERM, None)
+            for _ in range(10_000):
+                time.sleep(0.01)
+
+    match = r"SIGTERM in the middle .* lost; go on with"
+    with pytest.raises(InterruptedRunError, match=match) as error:
+        endless()
+    assert error.value.exit_code == 143
+    assert signal.getsignal(signal.SIGALRM) is before
+    with Interrupt(patience=0.05) as interrupt:
+        with interrupt.saving():  # a signal that comes while it saves
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        assert interrupt.pending == signal.SIGINT
 
 
 def test_outside_the_main_thread_no_signal_is_taken() -> None:

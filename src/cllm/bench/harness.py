@@ -40,6 +40,7 @@ BENCHES = {
     "lookup": "lookup",
     "codes": "codes",
     "parallel": "parallel",
+    "plan": "plan",
     "compress": "compress",
     "infer": "infer",
 }

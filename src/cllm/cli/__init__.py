@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -16,6 +20,7 @@ from cllm.cli import (
     export,
     generate,
     lattice,
+    plan,
     reduce,
     runs,
     score,
@@ -33,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train.train)
+app.command()(plan.plan)
 app.command()(reduce.reduce)
 app.command()(compress.compress)
 app.command("eval")(use.evaluate)
@@ -71,15 +77,36 @@ def _root(
 def main() -> None:
     """Run the command line: exit code 0, 1 (it went wrong) or 2 (it was asked wrongly)."""
     try:
-        app()
+        with _told_of_sigterm():
+            app()
     except UserError as error:
         _end(str(error), error.exit_code, error)
     except BrokenPipeError:
         # The reader (`| head`) has gone; Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except _TerminatedError as error:
+        _end("stopped by SIGTERM", 143, error)
     except KeyboardInterrupt as error:
         _end("stopped by Ctrl-C", 130, error)
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM came: what Ctrl-C cleans up is cleaned up. (A KeyboardInterrupt would be typer's.)"""
+
+
+@contextmanager
+def _told_of_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds what is at work, as Ctrl-C does, instead of leaving half of it behind."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise _TerminatedError
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(text: str, code: int, error: BaseException) -> None:

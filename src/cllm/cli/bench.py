@@ -14,7 +14,7 @@ def bench(
         str,
         typer.Argument(
             help="Which bench: train, attention, original, startup, lattice, layout, embed, tables, "
-            "lookup, codes, parallel, compress or infer."
+            "lookup, codes, parallel, plan, compress or infer."
         ),
     ],
     data: Annotated[

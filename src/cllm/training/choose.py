@@ -49,6 +49,8 @@ class Choices:
 
     config: Config
     reasons: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    """What was asked for and will be slow."""
 
     def settle(self, key: str, value: Any, reason: str) -> None:
         """Set ``train.key`` and remember why."""
@@ -162,7 +164,10 @@ def _choose_workers(choices: Choices) -> None:
     elif workers > 1 and against:
         raise UsageError(against[0])
     elif workers > cores:
-        choices.settle("parallel.workers", workers, f"more than the {cores} cores: they take turns")
+        choices.warnings.append(
+            f"train.parallel.workers = {workers} are more than the {cores} cores here: they take "
+            f"turns, and train no faster than {cores}"
+        )
 
 
 def _choose_dtype(choices: Choices) -> None:

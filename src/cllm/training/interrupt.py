@@ -5,11 +5,16 @@ from __future__ import annotations
 import shlex
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from cllm.core.errors import UserError
+
+PATIENCE = 3.0
+"""Seconds after a signal in which the step at hand (a validation, a compilation) may come to its end."""
 
 
 class InterruptedRunError(UserError):
@@ -23,17 +28,24 @@ class InterruptedRunError(UserError):
 class Interrupt:
     """Holds a signal until the loop asks for it; a second one ends the process at once.
 
-    Outside the main thread (where Python takes no signal handlers) it does nothing.
+    Where the loop does not ask within ``patience`` seconds, as in a long compilation, what it does is
+    given up: ``InterruptedRunError`` is raised in the middle of it, and nothing of the step is saved.
+    Outside the main thread (where Python takes no signal handlers) it does nothing, and on Windows there
+    is no bound.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run: Path | None = None, patience: float = PATIENCE) -> None:
         self.pending = 0
+        self._run, self._patience = run, patience
         self._before: dict[int, Any] = {}
+        self._timed, self._saving = hasattr(signal, "setitimer"), False
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._before[signum] = signal.signal(signum, self._hold)
+            if self._timed:
+                self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._give_up)
         return self
 
     def __exit__(
@@ -42,17 +54,40 @@ class Interrupt:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._stop_waiting()
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Within it a checkpoint is written, which may take as long as it takes."""
+        self._saving = True
+        self._stop_waiting()
+        try:
+            yield
+        finally:
+            self._saving = False
+
+    def raise_pending(self, step: int) -> None:
+        """Raise ``InterruptedRunError`` for the held signal, naming the command that goes on."""
+        raise self._error(f"after step {step}")
 
     def _hold(self, signum: int, frame: FrameType | None) -> None:
         self.pending = signum
         signal.signal(signum, self._before[signum])
+        if self._timed and not self._saving:
+            signal.setitimer(signal.ITIMER_REAL, self._patience)
 
-    def raise_pending(self, step: int, run: Path) -> None:
-        """Raise ``InterruptedRunError`` for the held signal, naming the command that goes on."""
+    def _give_up(self, signum: int, frame: FrameType | None) -> None:
+        raise self._error("in the middle of a step, which is lost")
+
+    def _stop_waiting(self) -> None:
+        if self._timed and self.pending:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _error(self, when: str) -> InterruptedRunError:
         name = signal.Signals(self.pending).name
-        text = f"stopped by {name} after step {step}; go on with: "
-        raise InterruptedRunError(
-            f"{text}cllm train --resume {shlex.quote(str(run))}", self.pending
-        )
+        how = ""
+        if self._run is not None:
+            how = f"; go on with: cllm train --resume {shlex.quote(str(self._run))}"
+        return InterruptedRunError(f"stopped by {name} {when}{how}", self.pending)

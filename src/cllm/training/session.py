@@ -182,7 +182,7 @@ def train_run(
             trainer.save(best=False)  # so that a kill at any moment leaves something to resume
         state = "finished"
         try:
-            with Interrupt() as interrupt:
+            with Interrupt(run.path) as interrupt:
                 if fit:
                     state = trainer.fit(interrupt)
         except DivergedError as error:
@@ -270,6 +270,8 @@ def _resolve(
         progress.warn(f"{busy}: training will be slower than this machine can do")
     for line in choices.lines():
         progress.say(line)
+    for line in choices.warnings:
+        progress.warn(line)
     return choices.config
 
 

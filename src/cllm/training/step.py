@@ -10,7 +10,7 @@ A step whose loss or gradient is not finite changes nothing but its counters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -163,7 +163,7 @@ class TrainStep:
         """The step of several workers: gradients are added in the workers' order."""
         before = self._averages()
         own = crew.begin(batches, float(numbers[0]))
-        total = self.accumulate([Micro(ids, targets) for ids, targets in own], float(numbers[0]))
+        total = self.accumulate((Micro(ids, targets) for ids, targets in own), float(numbers[0]))
         for loss, grad in crew.results():
             total += loss
             self.arena.grad.add_(grad)
@@ -171,7 +171,7 @@ class TrainStep:
         norm, _, applied = self._end(self.arena.grad, whole, numbers, before, None)
         return _Figures(whole, norm, applied, None)
 
-    def accumulate(self, micros: Sequence[Micro], scale: float) -> float:
+    def accumulate(self, micros: Iterable[Micro], scale: float) -> float:
         """The summed gradient of ``scale`` times the loss of micro-batches goes into ``arena.grad``, in
         their order; returns the summed loss."""
         self.arena.grad.zero_()

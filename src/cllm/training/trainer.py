@@ -65,7 +65,8 @@ class Trainer:
         """Train to the end; returns ``"finished"``, or ``"stopped early"``.
 
         A signal held by ``interrupt`` saves a checkpoint after the step at hand and raises what it
-        holds. Raises ``DivergedError`` after ``max_nonfinite`` skipped steps in a row.
+        holds; a step that takes too long is given up. Raises ``DivergedError`` after ``max_nonfinite``
+        skipped steps in a row.
         """
         train, standing = self.config.train, self.standing
         self.model.train()
@@ -82,10 +83,12 @@ class Trainer:
                 if done or standing.step % train.eval_every == 0:
                     improved, enough = self._validate()
                 if done or enough or improved or standing.step % train.checkpoint_every == 0:
-                    self.save(best=improved)
+                    with interrupt.saving():
+                        self.save(best=improved)
                 if interrupt.pending:
-                    self.save_once()
-                    interrupt.raise_pending(standing.step, self.run.path)
+                    with interrupt.saving():
+                        self.save_once()
+                    interrupt.raise_pending(standing.step)
                 if enough:
                     return "stopped early"
                 clock.start_lap()

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +15,6 @@ import torch
 from cllm.core.config import Config
 from cllm.core.errors import UsageError
 from cllm.core.machine import machine
-from cllm.store.metrics import read_columns
-from cllm.store.run import RunDirectory
 from cllm.training import choose as choosing
 from cllm.training.build import build
 from cllm.training.choose import choose
@@ -155,6 +149,17 @@ def test_a_lost_worker_is_named_and_nothing_of_its_step_is_applied(
     step.close()
 
 
+def test_more_workers_than_cores_are_warned_of(
+    config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = dataclasses.replace(machine(), cores=2, quota=None, threads=2)
+    monkeypatch.setattr(choosing, "machine", lambda: two)
+    asked = config_of(**BASE | {"train__parallel__workers": 4})
+    (warning,) = choose(asked).warnings
+    assert warning.startswith("train.parallel.workers = 4 are more than the 2 cores")
+    assert not choose(config_of(**BASE | {"train__parallel__workers": 2})).warnings
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
@@ -197,73 +202,3 @@ def test_the_cores_of_the_parent_are_its_own_again(step_with: Callable[..., Trai
     step(batches(0), 1e-2)
     step.close()
     assert os.sched_getaffinity(0) == before
-
-
-def children(pid: int) -> list[int]:
-    """Processes that ``pid`` has started."""
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(word) for word in text.split()]
-
-
-def alive(pid: int) -> bool:
-    """Whether there is such a process, and it is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    """Watch for at most 60 s."""
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_kills_leave_no_process_and_the_run_resumes_to_the_same_bits(
-    tmp_path: Path,
-    corpus: Path,
-    process: Callable[..., subprocess.Popen[str]],
-    options: Callable[..., list[str]],
-    assert_same_run: Callable[[Path, Path], None],
-) -> None:
-    dropout = {"model__residual_dropout": 0.1}
-    changes = {"train__steps": 60, "train__checkpoint_every": 10, "train__eval_every": 30}
-    arguments = options(**changes, **dropout, train__parallel__workers=2)
-    command = ["train", "--data", corpus, *arguments, "--out"]
-    run, straight = tmp_path / "run", tmp_path / "straight"
-    child = process(*command, run)
-    wait_until(lambda: (run / "checkpoints" / "step-00000010").exists())
-    (worker,) = [pid for pid in children(child.pid) if b"parallel.worker" in cmdline(pid)]
-    os.kill(worker, signal.SIGKILL)
-    _, err = child.communicate(timeout=30)
-    assert child.returncode == 1, err
-    assert "Traceback" not in err
-    assert err.splitlines()[-1].startswith(
-        f"cllm: worker 1 (process {worker}) was killed by signal 9"
-    )
-    child = process("train", "--resume", run)
-    wait_until(lambda: (run / "checkpoints" / "step-00000030").exists())
-    workers = [pid for pid in children(child.pid) if b"parallel.worker" in cmdline(pid)]
-    child.kill()
-    child.wait()
-    wait_until(lambda: not any(alive(pid) for pid in workers))
-    child = process("train", "--resume", run)
-    _, err = child.communicate()
-    assert child.returncode == 0, err
-    child = process(*command, straight)
-    _, err = child.communicate()
-    assert child.returncode == 0, err
-    assert_same_run(run, straight)
-    assert RunDirectory.open(run).status().state == "finished"
-    assert len(read_columns(run / "metrics.jsonl", "train")["loss"]) > 3
-
-
-def cmdline(pid: int) -> bytes:
-    """The command of a process; empty where it has ended."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except FileNotFoundError:
-        return b""

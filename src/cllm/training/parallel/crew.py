@@ -9,10 +9,12 @@ another is gone: each sees its socket close.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,8 +29,8 @@ from cllm.training.parallel import wire
 from cllm.training.parallel.shards import Shard, deal
 
 _SEED_STRIDE = 7_919
-_PATIENCE = 5.0
-"""Seconds that a worker gets to end by itself."""
+_PATIENCE = 1.0
+"""Seconds that a worker gets to end by itself, which it does when its socket closes."""
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -83,7 +85,12 @@ class Shared:
 
 
 class Crew:
-    """The parent's side. ``begin`` hands a step out, ``results`` gathers what the others computed."""
+    """The parent's side. ``begin`` hands a step out, ``results`` gathers what the others computed.
+
+    ``program``: what a worker runs, with its arguments after it.
+    """
+
+    program: tuple[str, ...] = (sys.executable, "-m", "cllm.training.parallel.worker")
 
     def __init__(
         self,
@@ -110,10 +117,11 @@ class Crew:
         self._affinity: set[int] = set()
         """The cores of this thread before it was pinned, as long as it is."""
 
-    def begin(self, batches: Batches, scale: float) -> list[tuple[Tensor, Tensor]]:
-        """Hand the step's micro-batches out; returns the parent's own share.
+    def begin(self, batches: Batches, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """Hand the step's micro-batches out; gives the parent's own share, one after the other.
 
-        ``scale`` is what the loss is multiplied with. Raises ``WorkerError`` if a worker is gone.
+        ``scale`` is what the loss is multiplied with. Raises ``WorkerError`` if a worker is gone, and the
+        share does so before each micro-batch.
         """
         if not self._processes:
             self._hire()
@@ -128,24 +136,37 @@ class Crew:
                 sock.sendall(order)
             except OSError as error:
                 raise self._lost(number) from error
-        return self.shared.share(self.shards[0])
+        return self._watched(self.shared.share(self.shards[0]))
 
     def results(self) -> list[tuple[float, Tensor]]:
         """(summed loss, flat gradient) of each other worker, in order; waits for them.
 
         Raises ``WorkerError`` with what a worker reports, or if it is gone.
         """
-        found = []
-        for number, sock in enumerate(self._sockets, start=1):
-            try:
-                well, value = wire.ANSWER.unpack(wire.receive(sock, wire.ANSWER.size))
-                if not well:
-                    message = wire.receive(sock, int(value)).decode()
-                    raise WorkerError(f"worker {number} failed: {message}")
-            except EOFError as error:
-                raise self._lost(number) from error
-            found.append((value, self.shared.grads[number]))
-        return found
+        return [
+            (self._answer(number, sock), self.shared.grads[number])
+            for number, sock in enumerate(self._sockets, start=1)
+        ]
+
+    def _answer(self, number: int, sock: socket.socket) -> float:
+        """The summed loss of worker ``number``."""
+        try:
+            well, value = wire.ANSWER.unpack(wire.receive(sock, wire.ANSWER.size))
+            if not well:
+                message = wire.receive(sock, int(value)).decode()
+                raise WorkerError(f"worker {number} failed: {message}")
+        except EOFError as error:
+            raise self._lost(number) from error
+        return float(value)
+
+    def _watched(self, share: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+        """``share``, ended by the first worker that is gone before a micro-batch."""
+        for batch in share:
+            for number, sock in enumerate(self._sockets, start=1):
+                if wire.is_closed(sock):
+                    self._answer(number, sock)
+                    raise self._lost(number)
+            yield batch
 
     def close(self) -> None:
         """Let the workers end, wait until they have, and give this thread its cores back."""
@@ -174,11 +195,12 @@ class Crew:
         for number in range(1, self.size):
             mine, theirs = socket.socketpair()
             arguments = [str(theirs.fileno()), str(self.memory.fd), str(number)]
-            process = subprocess.Popen(
-                [sys.executable, "-m", "cllm.training.parallel.worker", *arguments],
-                pass_fds=(theirs.fileno(), self.memory.fd),
-                stdin=subprocess.DEVNULL,
-            )
+            with _signals_held():
+                process = subprocess.Popen(
+                    [*self.program, *arguments],
+                    pass_fds=(theirs.fileno(), self.memory.fd),
+                    stdin=subprocess.DEVNULL,
+                )
             theirs.close()
             self._sockets.append(mine)
             self._processes.append(process)
@@ -203,6 +225,18 @@ class Crew:
             f"worker {number} (process {process.pid}) {how}; nothing of its step was applied: go on from "
             "the last checkpoint with cllm train --resume"
         )
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM, which a terminal or a supervisor sends to the whole group, never reach a process
+    that is started here: the parent decides when it is over. (A mask is inherited, so that no moment of
+    the child's start is left open.)"""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def cores_of_workers(config: Config) -> list[list[int]]:

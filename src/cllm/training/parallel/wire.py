@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import struct
 from typing import Any
@@ -12,6 +13,13 @@ ORDER = struct.Struct("<dq")
 ANSWER = struct.Struct("<?d")
 """Whether it went well, and the summed loss (or the length of a message that follows)."""
 _LENGTH = struct.Struct("<q")
+
+
+def is_closed(sock: socket.socket, seconds: float | None = 0.0) -> bool:
+    """Whether the other side is gone; waits for it as long as is said, ``None`` for ever."""
+    poller = select.poll()
+    poller.register(sock, select.POLLRDHUP)
+    return bool(poller.poll(None if seconds is None else 1000 * seconds))
 
 
 def receive(sock: socket.socket, size: int) -> bytes:

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
+import threading
 import traceback
 
 from cllm.core.threads import spin_briefly
@@ -16,11 +16,11 @@ from cllm.training.parallel import wire
 
 
 def main(arguments: list[str]) -> None:
-    """Serve the parent until its end of the socket closes."""
+    """Serve the parent until its end of the socket closes. (Signals to the group are the parent's.)"""
     socket_fd, memory_fd, number = map(int, arguments)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when it is over
     spin_briefly()
     sock = socket.socket(fileno=socket_fd)
+    threading.Thread(target=_end_with_the_parent, args=[sock], daemon=True).start()
     try:
         facts = wire.receive_facts(sock)
         if facts["cores"]:
@@ -28,6 +28,12 @@ def main(arguments: list[str]) -> None:
         _serve(sock, memory_fd, number, facts)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
+
+
+def _end_with_the_parent(sock: socket.socket) -> None:
+    """Be gone as soon as the parent is, in the middle of a long step or of compiling, too."""
+    wire.is_closed(sock, None)
+    os._exit(0)
 
 
 def _serve(sock: socket.socket, memory_fd: int, number: int, facts: dict[str, object]) -> None:

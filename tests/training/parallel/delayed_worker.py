@@ -1,0 +1,38 @@
+"""A worker that waits for a random while at every hand-over: ``crew.Crew.program`` of the stress test."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cllm.training.parallel import crew, wire, worker
+
+LONGEST = 0.004
+
+
+def delayed(function: Callable[..., Any], rng: random.Random) -> Callable[..., Any]:
+    """``function`` with a random wait before and after it; one time in four there is none."""
+
+    def wait() -> None:
+        if rng.random() < 0.75:
+            time.sleep(rng.uniform(0.0, LONGEST))
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        wait()
+        found = function(*arguments, **named)
+        wait()
+        return found
+
+    return call
+
+
+if __name__ == "__main__":
+    seed = random.Random(f"{os.environ['DELAYS']} {sys.argv[-1]}")
+    wire.receive = delayed(wire.receive, seed)
+    # What was received and is not yet read, and what was computed and is not yet told.
+    crew.Shared.share = delayed(crew.Shared.share, seed)  # type: ignore[method-assign]
+    worker.main(sys.argv[1:])

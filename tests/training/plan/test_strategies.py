@@ -1,0 +1,259 @@
+"""Strategies keep to their formulas, refuse by name what cannot be, and the best can be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cllm.core.config import Config
+from cllm.core.errors import UserError
+from cllm.core.machine import machine
+from cllm.training.plan import calibrate, forecast
+from cllm.training.plan.calibrate import Constants, constants
+from cllm.training.plan.machines import Devices, MachineEntry, read_machines
+from cllm.training.plan.roofline import Rates
+from cllm.training.plan.strategies import (
+    _pipelines,
+    first_worker_bytes,
+    one_process,
+    pipelined,
+    replicated,
+    sharded,
+    workers,
+)
+from cllm.training.plan.trace import Product
+
+ConfigOf = Callable[..., Config]
+DevicesWith = Callable[..., Devices]
+ENTRY: dict[str, Any] = {
+    "name": "card",
+    "count": 8,
+    "tflops": {"bf16": 100.0, "fp32": 10.0},
+    "efficiency": 0.5,
+    "memory_gb": 1.0,
+    "memory_gb_s": 1000.0,
+    "link_gb_s": 10.0,
+    "latency_us": 5.0,
+}
+
+
+def test_replicas_sum_gradients_in_a_ring(resolved: ConfigOf, devices_with: DevicesWith) -> None:
+    config = resolved(train__accumulate=4)
+    alone, eight = replicated(config, devices_with(1)), replicated(config, devices_with(8))
+    assert alone.communication == alone.sent == 0
+    parameters = alone.memory.weights / 4
+    assert eight.sent == pytest.approx(2 * 7 / 8 * 4 * parameters, rel=0.01)
+    assert eight.communication == pytest.approx(eight.sent / 1e9 + 14e-6)
+    assert eight.compute < alone.compute
+    assert eight.tokens == alone.tokens == 16 * 64
+    assert eight.memory.weights == alone.memory.weights
+
+
+def test_shards_hold_less_and_send_more(resolved: ConfigOf, devices_with: DevicesWith) -> None:
+    config = resolved(train__accumulate=4, model__n_layers=8)
+    whole, parts = (f(config, devices_with(8)) for f in (replicated, sharded))
+    assert parts.memory.optimizer == pytest.approx(whole.memory.optimizer / 8)
+    assert parts.memory.total < whole.memory.total
+    assert parts.sent == pytest.approx(1.5 * whole.sent, rel=0.01)  # ZeRO's count
+    low = config.replace(**{"train.dtype": "bf16"})
+    assert sharded(low, devices_with(8)).sent == pytest.approx(whole.sent, rel=0.01)
+
+
+def test_a_pipeline_waits_for_its_stages(resolved: ConfigOf, devices_with: DevicesWith) -> None:
+    config = resolved(model__n_layers=4, train__batch_size=1, train__accumulate=12)
+    devices = devices_with(4, latency=0.0, link=1e15)
+    (four,) = [p for p in _pipelines(config, devices) if p.strategy == "pipeline of 4"]
+    stage = four.waiting / 3
+    assert four.compute == pytest.approx(12 * stage, rel=0.2)  # and the optimizer
+    assert four.compute > 12 * stage
+    whole = replicated(config, devices_with(1))
+    assert four.memory.optimizer < whole.memory.optimizer
+    best = pipelined(config, devices)
+    assert best.tokens_per_second >= four.tokens_per_second
+    assert "no equal stages" in pipelined(config, devices_with(5)).obstacle
+
+
+@settings(max_examples=8)
+@given(st.sampled_from([2, 4, 8, 16, 64]), st.floats(1e8, 1e12), st.floats(0, 1e-3))
+def test_a_faster_link_is_never_slower(
+    resolved: ConfigOf, devices_with: DevicesWith, count: int, link: float, latency: float
+) -> None:
+    config = resolved(train__accumulate=16, model__n_layers=8)
+    for strategy in (replicated, sharded, pipelined):
+        slow = strategy(config, devices_with(count, link=link, latency=latency))
+        fast = strategy(config, devices_with(count, link=2 * link, latency=latency / 2))
+        assert fast.seconds <= slow.seconds * (1 + 1e-9)
+        assert not math.isnan(slow.seconds)
+
+
+def test_what_cannot_be_is_named(resolved: ConfigOf, devices_with: DevicesWith) -> None:
+    for strategy in (replicated, sharded):
+        odd = strategy(resolved(), devices_with(3))
+        assert "train.batch_size × train.accumulate) do not divide among 3" in odd.obstacle
+        assert odd.tokens_per_second == 0
+    small = replicated(resolved(), devices_with(1, memory=1e6))
+    assert small.obstacle.startswith("does not fit: ")
+    many = replicated(resolved(train__batch_size=64), devices_with(1, memory=1e7))
+    assert many.obstacle.endswith("halve train.batch_size and double train.accumulate")
+
+
+def test_workers_share_windows_and_weights(resolved: ConfigOf) -> None:
+    rates = Rates(flops=1e10, stream=[(1.0, 1e11)], products={})
+    known = Constants(rates=rates, base_memory=10**8, hand_over=1e-5)
+    alone = one_process(resolved(), known, None)
+    two = workers(resolved(train__parallel__workers=2), known, None)
+    assert two.compute < 0.7 * alone.compute
+    assert two.communication >= 1e-5
+    assert two.memory.weights == alone.memory.weights
+    assert two.memory.base == 2 * alone.memory.base
+    assert two.memory.total < 2 * alone.memory.total
+    first = first_worker_bytes(resolved(train__parallel__workers=2), known)
+    assert alone.memory.weights < first < two.memory.total
+    assert one_process(resolved(), known, 1e8).obstacle.startswith("does not fit")
+
+
+def machine_list(**changes: Any) -> list[MachineEntry]:
+    """A list of one entry, changed."""
+    return [MachineEntry.model_validate(ENTRY | changes)]
+
+
+def test_the_best_is_possible_and_its_command_runs_it(config_of: ConfigOf) -> None:
+    config = config_of(model__vocab_size=300, train__batch_size=8, train__dtype="auto")
+    plan = forecast.plan_on(config, machine_list(), [1, 8], 10**6)
+    assert plan.config.train.dtype == "bf16"
+    assert plan.best is not None
+    assert plan.best.tokens_per_second == max(e.tokens_per_second for e in plan.estimates)
+    kinds = {e.strategy: plan.command(e, ["--set", "train.lr=1e-3"]) for e in plan.estimates}
+    assert kinds["one device"] == "cllm train --set train.lr=1e-3"
+    assert kinds["DDP"] == (
+        "torchrun --nproc-per-node=8 -m cllm train --set train.lr=1e-3 --set "
+        "train.parallel.strategy=ddp"
+    )
+    two = forecast.plan_on(config, machine_list(per_machine=4), [8], None)
+    (ddp,) = [e for e in two.estimates if e.kind == "ddp"]
+    assert two.command(ddp).startswith("torchrun --nnodes=2 --nproc-per-node=4 -m cllm train ")
+    (pipeline,) = [e for e in plan.estimates if e.kind == "pipeline"]
+    assert plan.command(pipeline) == ""
+    hours = plan.hours(plan.best)
+    assert hours is not None
+    assert hours * 3600 * plan.best.tokens_per_second == pytest.approx(10**6)
+    json.dumps(plan.to_json())
+    tight = forecast.plan_on(config, machine_list(memory_gb=0.001), [8], None)
+    assert tight.best is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__loss": "sampled", "train__sampled__candidates": 8},
+        {"train__similarity__weight": 0.1},
+        {"model__embedding__kind": "composed"},
+        {"model__embedding__lattice": "z"},
+    ],
+)
+def test_what_the_model_of_a_step_does_not_cover_is_refused(
+    changes: dict[str, Any], config_of: ConfigOf
+) -> None:
+    with pytest.raises(UserError, match=r"^(train|model)\.\S+.* is not covered by the plan"):
+        forecast.plan_on(config_of(model__vocab_size=300, **changes), machine_list(), [], None)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "must be a list of machines"),
+        (json.dumps([ENTRY | {"count": 0}]), "machine 1: count: "),
+        (json.dumps([ENTRY, ENTRY | {"speed": 1}]), "machine 2: speed: extra"),
+        (json.dumps([ENTRY | {"tflops": {}, "efficiency": 2}]), "machine 1: efficiency: "),
+    ],
+)
+def test_a_wrong_list_is_refused_in_one_line(tmp_path: Path, text: str, why: str) -> None:
+    path = tmp_path / "list.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=why) as caught:
+        read_machines(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_the_slowest_device_of_a_list_decides(config_of: ConfigOf) -> None:
+    entries = machine_list() + machine_list(name="old", tflops={"fp32": 1.0}, count=2)
+    config = config_of(model__vocab_size=300, train__dtype="bf16")
+    with pytest.raises(UserError, match=r"'old' has no tflops for bf16 \(it has: fp32\)"):
+        forecast.plan_on(config, entries, [], None)
+    mixed = forecast.plan_on(config.replace(**{"train.dtype": "fp32"}), entries, [2], None)
+    alike = forecast.plan_on(config.replace(**{"train.dtype": "fp32"}), entries[1:], [2], None)
+    assert [e.seconds for e in mixed.estimates] == [e.seconds for e in alike.estimates]
+
+
+def test_constants_are_measured_once_and_not_kept_from_a_busy_machine(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer_of: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
+    monkeypatch.setenv("CLLM_CACHE", str(tmp_path))
+    asked: list[dict[str, Any]] = []
+
+    def ask(request: dict[str, Any]) -> dict[str, Any]:
+        asked.append(request)
+        return answer_of(request)
+
+    busy = ["", "busy"]
+    monkeypatch.setattr(calibrate, "_ask", ask)
+    monkeypatch.setattr(calibrate, "is_busy", lambda threads: busy[0])
+    one = Product(1, 2, 3, 4, "float32", (False, True))
+    other = Product(2, 2, 3, 4, "float32")
+    how = {"threads": 1, "dtype": "fp32", "compiled": False}
+    assert constants([one], **how).rates.products == {one: 1e9}
+    assert constants([one], **how).rates.products == {one: 1e9}
+    assert len(asked) == 1
+    busy[0] = "busy"
+    assert set(constants([one, other], **how).rates.products) == {one, other}
+    assert asked[-1]["constants"] is False
+    assert len(asked[-1]["products"]) == 1
+    assert set(constants([one], **how).rates.products) == {one}
+    assert len(asked) == 2
+    constants([], **how | {"threads": 2})
+    assert asked[-1]["constants"] is True
+
+
+def test_this_machine_has_threads_and_workers(
+    config_of: ConfigOf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer_of: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
+    two = dataclasses.replace(machine(), cores=2, quota=None, threads=2)
+    monkeypatch.setattr(forecast, "machine", lambda: two)
+    monkeypatch.setattr(calibrate, "_ask", answer_of)
+    monkeypatch.setenv("CLLM_CACHE", str(tmp_path))
+    told: list[str] = []
+    made = forecast.plan_here(config_of(model__vocab_size=300), 10**6, told.append)
+    by_name = {e.strategy: e for e in made.estimates}
+    assert list(by_name) == ["one process, 1 thread", "one process, 2 threads", "2 workers"]
+    assert any(line.startswith("measuring this machine once: 2 threads, fp32") for line in told)
+    assert made.best is by_name["2 workers"]  # as this machine answers alike for any threads
+    assert made.command(made.best) == "cllm train --set train.parallel.workers=2"
+    threads = made.command(by_name["one process, 2 threads"])
+    assert threads == "cllm train --set train.threads=2"
+    odd = forecast.plan_here(config_of(model__vocab_size=300, train__batch_size=3), 1, told.append)
+    assert "train.batch_size = 3 does not divide" in odd.estimates[-1].obstacle
+
+
+def test_this_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLLM_CACHE", str(tmp_path))
+    product = Product(4, 32, 16, 32, "float32", (True, False))
+    found = constants([product], threads=1, dtype="fp32", compiled=False)
+    assert found.rates.products[product] > 0
+    assert found.base_memory > 50e6
+    assert min(found.rates.call, found.rates.heavy, found.rates.strided, found.hand_over) > 0
+    assert all(rate > 0 for _, rate in found.rates.stream)
