@@ -10,6 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from cllm.core.errors import UserError
+from cllm.core.torchrun import launched
 
 
 class InterruptedRunError(UserError):
@@ -21,7 +22,8 @@ class InterruptedRunError(UserError):
 
 
 class Interrupt:
-    """Holds a signal until the loop asks for it; a second one ends the process at once.
+    """Holds a signal until the loop asks for it; a second one ends the process at once (not under
+    torchrun, which sends on what the terminal has sent already).
 
     Outside the main thread (where Python takes no signal handlers) it does nothing.
     """
@@ -47,7 +49,8 @@ class Interrupt:
 
     def _hold(self, signum: int, frame: FrameType | None) -> None:
         self.pending = signum
-        signal.signal(signum, self._before[signum])
+        if launched() is None:
+            signal.signal(signum, self._before[signum])
 
     def raise_pending(self, step: int, run: Path) -> None:
         """Raise ``InterruptedRunError`` for the held signal, naming the command that goes on."""

@@ -13,6 +13,7 @@ import torch
 
 from cllm.core.config import TrainConfig
 from cllm.core.errors import UserError
+from cllm.core.torchrun import launched
 from cllm.model.transformer import Transformer
 from cllm.store.checkpoint import Checkpoint
 from cllm.training.lazy_rows import restore_idle
@@ -54,7 +55,7 @@ class Standing:
         return standing
 
 
-EARLIER = {"workers": 1}
+EARLIER = {"workers": 1, "processes": "1"}
 """What checkpoints were made with that do not say."""
 
 
@@ -64,12 +65,23 @@ def environment(config: TrainConfig) -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "workers": config.parallel.workers,
+        "processes": _processes(config),
         "dtype": config.dtype,
         "device": config.device,
         "compile": config.compile,
         "attention": config.attention,
         "vectors": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def _processes(config: TrainConfig) -> str:
+    launch = launched()
+    if launch is None:
+        return "1"
+    how = config.parallel.strategy
+    if config.pipeline.mode == "stages":
+        how = f"{config.pipeline.schedule} stages"
+    return f"{launch.size} by {how}"
 
 
 def weights_of(model: Transformer) -> dict[str, torch.Tensor]:

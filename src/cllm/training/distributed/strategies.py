@@ -1,0 +1,16 @@
+"""From a configuration to the strategy it names."""
+
+from __future__ import annotations
+
+from cllm.core.config import Config
+from cllm.model.transformer import Transformer
+from cllm.training.distributed.group import Group
+from cllm.training.distributed.member import Member
+from cllm.training.step import TrainStep
+
+
+def make_member(config: Config, model: Transformer, step: TrainStep, group: Group) -> Member:
+    """This process's part; all processes must call it at once."""
+    from cllm.training.distributed.replicas import Replicas
+
+    return Replicas(config, model, step, group.size)
