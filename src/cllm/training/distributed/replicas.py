@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cllm.core.config import Config
 from cllm.model.transformer import Transformer
 from cllm.training.distributed.member import Member
-from cllm.training.distributed.shares import deal_evenly, packed, padded
+from cllm.training.distributed.shares import deal_evenly, evaluation_parts, packed
 from cllm.training.feed import MicroBatches
 from cllm.training.gradient import Micro
 from cllm.training.step import Figures, TrainStep
@@ -97,10 +97,7 @@ class Replicas(Member):
         return self.own.finish(parameter.grad, whole, rates)
 
     def evaluation_windows(self, ids_bt: Tensor, targets_bt: Tensor) -> list[Tensor]:
-        rows = -(-ids_bt.shape[0] // self.size)
-        pair = padded(ids_bt, targets_bt, rows * self.size)
-        parts = zip(*(side.split(rows) for side in pair), strict=True)
-        return [torch.stack(part)[:, None].cpu() for part in parts]
+        return evaluation_parts(ids_bt, targets_bt, self.size)
 
     def evaluate(self, windows: Tensor) -> Tensor:
         ids, targets = windows[:, 0].to(self.own.arena.weights.device)

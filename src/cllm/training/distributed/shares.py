@@ -50,3 +50,11 @@ def padded(ids_bt: Tensor, targets_bt: Tensor, rows: int) -> tuple[Tensor, Tenso
         torch.cat([ids_bt, ids_bt.new_zeros(missing, ids_bt.shape[1])]),
         torch.cat([targets_bt, targets_bt.new_full((missing, ids_bt.shape[1]), IGNORED)]),
     )
+
+
+def evaluation_parts(ids_bt: Tensor, targets_bt: Tensor, processes: int) -> list[Tensor]:
+    """A batch to score in equal parts, (2, 1, rows, T) each."""
+    rows = -(-ids_bt.shape[0] // processes)
+    pair = padded(ids_bt, targets_bt, rows * processes)
+    parts = zip(*(side.split(rows) for side in pair), strict=True)
+    return [torch.stack(part)[:, None].cpu() for part in parts]
