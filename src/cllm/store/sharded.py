@@ -1,8 +1,8 @@
 """Checkpoints that several processes write together: torch's distributed checkpoint (DCP) in safetensors.
 
-``sharded/shard-00001-….safetensors``, a file for each process, which holds its share of each tensor and says
-where it belongs. Any number of processes, one among them, reads what any number wrote. DCP's own format
-begins with a pickle, which would run a stranger's code; its safetensors store does not.
+``sharded/shard-00001-….safetensors``, a file for each process, which holds its share of each tensor and
+says where it belongs. Any number of processes, one among them, reads what any number wrote. DCP's own
+format begins with a pickle, which would run a stranger's code; its safetensors store does not.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ def read_shards(directory: Path, only: str | None = None) -> dict[str, dict[str,
     ``only``: this kind alone.
     """
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     with _quietly():
         found = dcp.HuggingFaceStorageReader(str(directory)).read_metadata().state_dict_metadata
         wanted = {
             key: torch.empty(facts.size, dtype=facts.properties.dtype)
             for key, facts in found.items()
+            if isinstance(facts, TensorStorageMetadata)
             if only is None or key.startswith(f"{only}/")
         }
         reader = dcp.HuggingFaceStorageReader(str(directory))

@@ -100,7 +100,7 @@ def _start(
                     progress.say(line)
             step.refresh()
         if group is not None:
-            Team.assemble(group, config, model, step)
+            Team.assemble(group, config, step)
         if seconds is not None:
             left = seconds - (time.monotonic() - began)
             config = _fit_to_time(config, dataset, model, step, left, progress)
@@ -161,7 +161,7 @@ def _resume(
     model, step = build(config, draws_of(config, dataset, progress))
     standing = restore(saved, model, step)
     if group is not None:
-        Team.assemble(group, config, model, step)
+        Team.assemble(group, config, step)
         run.note(job=group.launch.job)
     if state == "stopped early":
         standing.stale = 0  # who resumes it nevertheless wants to go on: patience begins anew

@@ -78,7 +78,7 @@ def _processes(config: TrainConfig) -> str:
     launch = launched()
     if launch is None:
         return "1"
-    how = config.parallel.strategy
+    how: str = config.parallel.strategy
     if config.pipeline.mode == "stages":
         how = f"{config.pipeline.schedule} stages"
     return f"{launch.size} by {how}"
@@ -89,12 +89,18 @@ def weights_of(model: Transformer) -> dict[str, torch.Tensor]:
     return dict(model.state_dict())
 
 
-def optimizer_of(step: TrainStep) -> dict[str, Any]:
+def optimizer_of(step: TrainStep, *, moments: bool = True) -> dict[str, Any]:
     """Optimizer state by moment and parameter name, the step's counters, and what idle rows have missed.
 
-    To be called outside ``step.settled()``.
+    ``moments``: False to leave the moments out, which others write. To be called outside
+    ``step.settled()``.
     """
-    found = {"moments": step.arena.named_moments(), "counters": dict(step.counters)}
+    found: dict[str, Any] = {}
+    if moments:
+        if step.team is not None:
+            step.team.gather()
+        found["moments"] = step.arena.named_moments()
+    found["counters"] = dict(step.counters)
     return found if step.lazy is None else found | {"idle": step.lazy.state()}
 
 

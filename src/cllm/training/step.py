@@ -66,8 +66,8 @@ class TrainStep:
     ``draws`` gives what is drawn for a micro-batch; ``crew``, where it is set, computes the gradient with
     other processes; ``team`` makes the whole step with those of torchrun. ``counters`` holds, as scalar
     tensors on the CPU: ``applied`` steps, ``skipped`` steps, ``in_row`` skipped ones since the last
-    applied, and for fp16 the ``loss_scale`` and the ``calm`` steps since it changed. ``cores`` holds, by table, the cores that are
-    computed rather than learned; ``core_uses`` counts how often they were ``computed`` and ``read``.
+    applied, and for fp16 the ``loss_scale`` and the ``calm`` steps since it changed. ``cores`` holds, by
+    table, the computed cores; ``core_uses`` counts how often they were ``computed`` and ``read``.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Run by torchrun: several strategies one after the other against one process, all in float64.
 
-``torchrun … prover.py OUT CASE…`` with CASE ``key=value,key=value`` of settings. The first process trains the
-same windows alone and writes what it found as JSON lines.
+``torchrun … prover.py OUT STEPS CASE…``, a CASE being ``key=value,key=value`` of settings. The first
+process trains on the same windows alone and writes what it found as JSON lines.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def compare(case: str, group: Group, steps: int) -> dict[str, Any]:
     alone.refresh()
     alone_model.train()
     model.train()
-    team = Team.assemble(group, config, model, step)
+    team = Team.assemble(group, config, step)
     curves: list[list[float]] = [[], []]
     found: dict[str, Any] = {"case": case, "exchanged": team.member.exchanged}
     for number in range(steps):

@@ -12,8 +12,8 @@ def check_launch(config: Config) -> None:
     """Raise ``UsageError`` where one process is asked for what needs torchrun."""
     if config.train.pipeline.mode == "stages":
         raise UsageError(
-            "train.pipeline.mode = 'stages' needs processes: torchrun --nproc-per-node N -m cllm train …, "
-            "or --set train.pipeline.mode=off"
+            "train.pipeline.mode = 'stages' needs processes: torchrun --nproc-per-node N -m cllm train …; "
+            "one process goes on with --set train.pipeline.mode=off"
         )
 
 
@@ -22,8 +22,8 @@ def check_team(config: Config, launch: Launch) -> None:
     train = config.train
     if train.parallel.workers not in ("auto", 1):
         raise UsageError(
-            f"train.parallel.workers = {train.parallel.workers}: the processes of torchrun are the workers; "
-            "leave it out"
+            f"train.parallel.workers = {train.parallel.workers}: the processes of torchrun are the "
+            "workers; leave it out"
         )
     for setting, why in config.against_sharing():
         raise UsageError(f"several processes of torchrun: {setting} {why}")
@@ -62,8 +62,8 @@ def micro_batches_of(train: TrainConfig, processes: int) -> int:
             f"divide into micro-batches for {processes} stages: make it a multiple of {processes}"
         )
     raise ValueError(
-        f"train.pipeline.micro_batches = {asked} must be a multiple of the {processes} processes and divide "
-        f"the {windows} windows of a step (train.batch_size times train.accumulate)"
+        f"train.pipeline.micro_batches = {asked} must be a multiple of the {processes} processes and "
+        f"divide the {windows} windows of a step (train.batch_size times train.accumulate)"
     )
 
 

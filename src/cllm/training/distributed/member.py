@@ -53,3 +53,8 @@ class Member(ABC):
 
     writes_together = False
     """Whether all processes write checkpoints."""
+
+    @property
+    def scores(self) -> bool:
+        """Whether all score together; else the first does, with the whole weights."""
+        return True

@@ -2,8 +2,7 @@
 
 The arena's flat buffer is the one parameter that DDP sees. Forward and backward are the same (compiled)
 functions as in one process; what autograd hands to DDP is their finished gradient, which DDP averages over
-the processes while it goes back. Each process then makes the same optimizer's step, so that the weights stay
-the same everywhere.
+the processes. Each process then makes the same optimizer's step, and the weights stay the same everywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cllm.core.config import Config
-from cllm.model.transformer import Transformer
 from cllm.training.distributed.member import Member
 from cllm.training.distributed.shares import deal_evenly, evaluation_parts, packed
 from cllm.training.feed import MicroBatches
@@ -54,11 +52,11 @@ class _Flat(nn.Module):
 class Replicas(Member):
     """See above. ``exchanged`` bytes leave each process in a step, as a ring's all-reduce needs them."""
 
-    def __init__(self, config: Config, model: Transformer, step: TrainStep, size: int) -> None:
+    def __init__(self, config: Config, size: int, own: TrainStep) -> None:
         train = config.train
-        self.model, self.own, self.size = model, step, size
+        self.model, self.own, self.size = own.model, own, size
         self.shards = deal_evenly(train.batch_size, train.accumulate, size)
-        weights = step.arena.weights
+        weights = own.arena.weights
         cuda = [weights.device.index] if weights.is_cuda else None
         self._ddp = DistributedDataParallel(
             _Flat(weights), device_ids=cuda, gradient_as_bucket_view=True

@@ -28,6 +28,7 @@ from cllm.training.clipping import clip_factor
 from cllm.training.distributed.member import Member
 from cllm.training.distributed.shares import deal_evenly, evaluation_parts, packed
 from cllm.training.feed import MicroBatches
+from cllm.training.optimizer import OPTIMIZERS
 from cllm.training.step import Figures, TrainStep
 
 
@@ -50,18 +51,16 @@ class Shards(Member):
 
     writes_together = True
 
-    def __init__(self, config: Config, model: Transformer, step: TrainStep, size: int) -> None:
+    def __init__(self, config: Config, size: int, home: TrainStep | None) -> None:
         train = config.train
         assert isinstance(train.loss_chunk, int)
-        self.train, self.home, self.size = train, step, size
+        self.train, self.home, self.size = train, home, size
+        self.optimizer = OPTIMIZERS[train.optimizer](train)
         self.shards = deal_evenly(train.batch_size, train.accumulate, size)
         self.device = torch.device(train.device)
         self.model = Transformer(config.model, train.attention).to(self.device)
-        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)
         self._mesh = init_device_mesh(self.device.type, (size,))
-        dtype = arithmetic(train)
-        master = step.arena.weights.dtype
+        dtype, master = arithmetic(train), torch.get_default_dtype()
         policy = MixedPrecisionPolicy(
             param_dtype=None if dtype == master else dtype, reduce_dtype=master
         )
@@ -70,8 +69,9 @@ class Shards(Member):
             fully_shard(module, mesh=self._mesh, mp_policy=policy)
         for fsdp in self._losses.modules():
             if isinstance(fsdp, FSDPModule):
-                fsdp.set_gradient_divide_factor(1.0)  # the sum is wanted
-        names = step.optimizer.moments
+                fsdp.set_gradient_divide_factor(1.0)  # the sum is wanted,
+                fsdp.set_force_sum_reduction_for_comms(True)  # and gloo has no scaled one
+        names = self.optimizer.moments
         self._parts = {
             name: Part(
                 weights=_local(p),
@@ -83,17 +83,18 @@ class Shards(Member):
 
     @property
     def exchanged(self) -> int:
-        arena = self.home.arena
-        once = arena.weights.numel() * (self.size - 1) // self.size
+        once = sum(p.numel() for p in self.model.parameters()) * (self.size - 1) // self.size
         gathered = 2 * once * torch.empty(0, dtype=arithmetic(self.train)).element_size()
         # Each micro-batch gathers for forward and backward, and scatters its gradient.
-        return len(self.shards[0]) * (gathered + once * arena.weights.element_size())
+        return len(self.shards[0]) * (gathered + once * torch.empty(0).element_size())
 
     def load(self) -> None:
-        for mine, theirs in zip(self.model.buffers(), self.home.model.buffers(), strict=True):
-            moved = theirs.to(self.device, copy=True)
-            dist.broadcast(moved, 0)
-            mine.copy_(moved)
+        if self.home is not None:
+            theirs = dict(self.home.model.named_buffers())
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(theirs[name])
+        for buffer in self.model.buffers():
+            dist.broadcast(buffer, 0)
         for name, part, whole, moments in self._named():
             parameter = self.model.get_parameter(name)
             part.weights.copy_(self._scatter(whole, parameter))
@@ -124,7 +125,7 @@ class Shards(Member):
         factor, apply = clip_factor(norm, loss, rates[1], self.train.clip).unbind()
         for name, part in self._parts.items():
             grad = torch.where(apply > 0, grads[name] * factor, 0.0)
-            self.home.optimizer.update(part, grad, rates[2:], apply)
+            self.optimizer.update(part, grad, rates[2:], apply)
         self._losses.zero_grad()
         for table in self.model.tables.values():
             table.after_step()
@@ -147,12 +148,17 @@ class Shards(Member):
             self._bring(part.weights, parameter, whole)
             for moment, view in moments.items():
                 self._bring(part.moments[moment], parameter, view)
-        if dist.get_rank() == 0:
+        if self.home is not None:
             self.home.arena.refresh()
             self.home.gradients.compute_cores(tuple(self.home.cores))
 
     def save(self, directory: Path) -> None:
-        tensors: dict[str, Tensor] = {}
+        kept = set(dict(self.model.named_parameters()))
+        tensors: dict[str, Tensor] = {
+            f"weights/{name}": tensor
+            for name, tensor in self.model.state_dict().items()
+            if name not in kept  # an incidence, which all have alike
+        }
         for name, part, _, _ in self._named():
             parameter = self.model.get_parameter(name)
             tensors[f"weights/{name}"] = self._shared(part.weights, parameter)
@@ -161,17 +167,23 @@ class Shards(Member):
         write_shards(directory, tensors)
 
     def _named(self) -> Iterator[tuple[str, Part, Tensor, dict[str, Tensor]]]:
-        """Name, share, and where the whole weights and moments are in the first process."""
-        arena = self.home.arena
-        wholes, moments = arena.layout.views(arena.weights), arena.named_moments()
+        """Name, share, and where the whole weights and moments are in the first process (elsewhere: some
+        tensor of their shape)."""
         for name, part in self._parts.items():
-            yield name, part, wholes[name], {m: moments[m][name] for m in part.moments}
+            if self.home is None:
+                whole = torch.empty(self.model.get_parameter(name).shape)
+                yield name, part, whole, dict.fromkeys(part.moments, whole)
+            else:
+                arena = self.home.arena
+                views, moments = arena.layout.views(arena.weights), arena.named_moments()
+                yield name, part, views[name], {m: moments[m][name] for m in part.moments}
 
     def _scatter(self, whole: Tensor, like: nn.Parameter) -> Tensor:
         assert isinstance(like, DTensor)
-        return distribute_tensor(
+        found = distribute_tensor(
             whole.to(self.device), self._mesh, like.placements, src_data_rank=0
-        ).to_local()
+        )
+        return found.to_local()
 
     def _shared(self, local: Tensor, like: nn.Parameter) -> DTensor:
         assert isinstance(like, DTensor)
@@ -186,7 +198,7 @@ class Shards(Member):
 
     def _bring(self, local: Tensor, like: nn.Parameter, whole: Tensor) -> None:
         full = self._shared(local, like).full_tensor()
-        if dist.get_rank() == 0:
+        if self.home is not None:
             whole.copy_(full)
 
 

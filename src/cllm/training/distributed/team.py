@@ -11,7 +11,6 @@ from torch import Tensor
 
 from cllm.core.config import Config
 from cllm.core.errors import UserError
-from cllm.model.transformer import Transformer
 from cllm.training.distributed.group import Group, Kind, Order
 from cllm.training.distributed.member import Member
 from cllm.training.distributed.strategies import make_member
@@ -25,17 +24,17 @@ _SEED_STRIDE = 7_919
 class Team:
     """All processes of a group as the ``TrainStep`` of the first sees them."""
 
-    def __init__(self, group: Group, member: Member) -> None:
-        self.group, self.member = group, member
+    def __init__(self, group: Group, member: Member, own: TrainStep) -> None:
+        self.group, self.member, self.own = group, member, own
         self._gathered = False
 
     @classmethod
-    def assemble(cls, group: Group, config: Config, model: Transformer, step: TrainStep) -> Team:
-        """Build the others' model after the first's, whose ``step`` is theirs from now on."""
+    def assemble(cls, group: Group, config: Config, step: TrainStep) -> Team:
+        """Have the others build what the first has built; its ``step`` is that of all from now on."""
         double = torch.get_default_dtype() == torch.float64
         group.brief({"config": config.model_dump(mode="json"), "double": double})
         with group.watching():
-            team = cls(group, make_member(config, model, step, group))
+            team = cls(group, make_member(config, group.size, step), step)
         step.team = team
         step.refresh()
         return team
@@ -51,6 +50,9 @@ class Team:
 
     def evaluate(self, ids_bt: Tensor, targets_bt: Tensor) -> Tensor:
         """The summed loss of a batch."""
+        if not self.member.scores:
+            self.gather()
+            return self.own.evaluate_here(ids_bt, targets_bt)
         windows = self.member.evaluation_windows(ids_bt, targets_bt)
         self.group.tell(Order(Kind.EVALUATE, shape=tuple(windows[0].shape)))
         mine = self.group.hand_out(windows)
@@ -108,18 +110,16 @@ def serve(group: Group) -> None:
 
     Raises ``LostProcessError`` if a process is gone.
     """
-    from cllm.training.build import build_step
-
     facts = group.brief()
     if facts is None:
         return  # the first had nothing to train
     if facts["double"]:
         torch.set_default_dtype(torch.float64)
     config = Config.model_validate(facts["config"])
-    model, step = build_step(config)
-    model.train()
+    assert isinstance(config.train.threads, int)
+    torch.set_num_threads(config.train.threads)
     with group.watching():
-        member = make_member(config, model, step, group)
+        member = make_member(config, group.size, None)
     while (order := group.hear()).kind != Kind.STOP:
         with group.watching():
             _obey(order, group, member)
@@ -137,4 +137,3 @@ def _obey(order: Order, group: Group, member: Member) -> None:
         member.gather()
     elif order.kind == Kind.SAVE:
         save(group, member, None)
-
