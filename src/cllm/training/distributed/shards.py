@@ -204,7 +204,7 @@ class Shards(Member):
 
 def _local(parameter: Tensor) -> Tensor:
     assert isinstance(parameter, DTensor)
-    return parameter.detach().to_local()
+    return parameter.to_local().detach()
 
 
 def _grad(parameter: Tensor) -> Tensor:
