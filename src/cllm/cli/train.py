@@ -67,7 +67,7 @@ def train(
     from cllm.core.duration import parse_duration
     from cllm.core.errors import UsageError
     from cllm.core.settings import parse_setting
-    from cllm.core.torchrun import launched
+    from cllm.core.torchrun import launched, leave
 
     launch = launched()
     if launch is not None and not launch.is_first:
@@ -114,6 +114,8 @@ def train(
         typer.echo("")
     typer.echo(f"run: {outcome.run.path}")
     typer.echo(f"report: {outcome.run.report}")
+    if launch is not None:
+        leave(0)
 
 
 def _follow(launch: Launch) -> NoReturn:

@@ -14,10 +14,8 @@ from typing import Any
 
 import pytest
 
-PROVER = Path(__file__).with_name("prover.py")
 
-
-def ranks(agent: subprocess.Popen[str]) -> dict[int, int]:
+def _ranks(agent: subprocess.Popen[str]) -> dict[int, int]:
     """Process ids of the processes that a torchrun has started, by rank."""
     found = {}
     text = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text()
@@ -29,12 +27,24 @@ def ranks(agent: subprocess.Popen[str]) -> dict[int, int]:
     return found
 
 
-def alive(pid: int) -> bool:
+def _alive(pid: int) -> bool:
     """Whether there is such a process, and it is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Callable[[subprocess.Popen[str]], dict[int, int]]:
+    """``_ranks``."""
+    return _ranks
+
+
+@pytest.fixture(scope="session")
+def alive() -> Callable[[int], bool]:
+    """``_alive``."""
+    return _alive
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ process trains on the same windows alone and writes what it found as JSON lines.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from contextlib import suppress
@@ -18,10 +19,11 @@ import torch.distributed as dist
 
 from cllm.core.settings import build as settings
 from cllm.core.settings import parse_setting
-from cllm.core.torchrun import launched
+from cllm.core.torchrun import launched, leave
 from cllm.training.build import build_step
 from cllm.training.distributed.group import Group
 from cllm.training.distributed.team import Team, serve
+from cllm.training.distributed.traffic import sent_bytes
 
 BASE: dict[str, Any] = {
     "model.vocab_size": 97,
@@ -69,7 +71,7 @@ def compare(case: str, group: Group, steps: int) -> dict[str, Any]:
     model.train()
     team = Team.assemble(group, config, step)
     curves: list[list[float]] = [[], []]
-    found: dict[str, Any] = {"case": case, "exchanged": team.member.exchanged}
+    found: dict[str, Any] = {"case": case, "sent": sent_bytes(config, group.size)}
     for number in range(steps):
         some = windows(number % 7, train.accumulate, train.batch_size)
         for curve, each in zip(curves, (alone, step), strict=True):
@@ -104,6 +106,8 @@ def compare(case: str, group: Group, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     """Each case in turn, in one group."""
+    # What a case leaves holds torch's process groups, whose end in the collector waits for ever.
+    gc.disable()
     out, steps, *cases = sys.argv[1:]
     torch.set_default_dtype(torch.float64)
     launch = launched()
@@ -118,6 +122,7 @@ def main() -> None:
             serve(group)
     with suppress(RuntimeError):
         dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

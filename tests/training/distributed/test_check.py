@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from cllm.core.config import Config
 from cllm.core.errors import UsageError
 from cllm.core.torchrun import Launch, launched
+from cllm.model.transformer import parameter_count
 from cllm.training.choose import choose
 from cllm.training.distributed.check import check_team
 from cllm.training.distributed.group import Kind, Order
 from cllm.training.distributed.shares import deal_evenly, evaluation_parts, packed
+from cllm.training.distributed.traffic import sent_bytes
 
 STAGES = {"train__pipeline__mode": "stages"}
 TWO_EACH = STAGES | {"train__pipeline__schedule": "zbv"}
@@ -112,3 +114,19 @@ def test_a_short_batch_is_filled_with_rows_that_count_for_nothing() -> None:
 def test_orders_arrive_as_they_were_given(numbers: list[float], seed: int, kind: Kind) -> None:
     order = Order(kind, tuple(numbers), seed, (2, 1, 4, 64))
     assert Order.unpack(order.pack()) == order
+
+
+def test_what_is_sent(config_of: Callable[..., Config]) -> None:
+    config = config_of(model__vocab_size=300, model__n_layers=2, train__accumulate=2)
+    weights = parameter_count(config.model)
+    assert sent_bytes(config, 2) == 4 * weights // 2 * 2
+    shards = config.replace(train__parallel__strategy="fsdp")
+    assert sent_bytes(shards, 2) == 12 * (weights // 2)  # one whole micro-batch each
+    assert sent_bytes(shards, 4) == 2 * 12 * (weights * 3 // 4)  # a part of both
+    staged = config.replace(train__pipeline__mode="stages")
+    model = config.model
+    vectors = 4 * 2 * 4 * model.context * model.d_model
+    table = 4 * 300 * model.d_model
+    assert sent_bytes(staged, 2) == vectors + table
+    untied = staged.replace(model__tie_embeddings=False)
+    assert sent_bytes(untied, 2) == vectors

@@ -49,7 +49,8 @@ def check(lines: Path, cases: list[str]) -> None:
             assert each[what] <= EXACT, (each["case"], what, each[what])
         assert each["worst"][0] <= EXACT, each["worst"]  # no parameter hides behind the others
         assert each["falls"] > 0.03, each["case"]
-        assert each["exchanged"] > 0
+        alone, together = each["norms"][::2], each["norms"][1::2]
+        assert together == pytest.approx(alone, rel=EXACT), each["case"]
 
 
 def test_two_processes_follow_the_curve_of_one(torchrun: Start, tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from cllm.store import checkpoint
 from cllm.store.metrics import read_columns
 from cllm.store.run import RunDirectory
 
-from .conftest import alive, ranks
-
 Start = Callable[..., subprocess.Popen[str]]
 Options = Callable[..., list[str]]
 Same = Callable[[Path, Path], None]
+Ranks = Callable[[subprocess.Popen[str]], dict[int, int]]
+Alive = Callable[[int], bool]
 CLLM = ("-m", "cllm")
 LONG = {"train__steps": 60, "train__checkpoint_every": 10, "train__eval_every": 30}
 DROPOUT = {"model__residual_dropout": 0.1, "model__embedding_dropout": 0.1}
@@ -95,6 +95,8 @@ def test_a_killed_process_ends_all_and_the_run_resumes_to_the_same_bits(
     corpus: Path,
     options: Options,
     assert_same_run: Same,
+    ranks: Ranks,
+    alive: Alive,
     wait_for: Callable[[Path, subprocess.Popen[str]], None],
 ) -> None:
     run, straight = tmp_path / "run", tmp_path / "straight"
@@ -124,6 +126,8 @@ def test_a_signal_saves_and_names_the_command_that_goes_on(
     tmp_path: Path,
     corpus: Path,
     options: Options,
+    ranks: Ranks,
+    alive: Alive,
     wait_for: Callable[[Path, subprocess.Popen[str]], None],
 ) -> None:
     run = tmp_path / "run"
@@ -147,6 +151,7 @@ def test_torchrun_restarts_and_the_run_goes_on_by_itself(
     corpus: Path,
     options: Options,
     assert_same_run: Same,
+    ranks: Ranks,
     wait_for: Callable[[Path, subprocess.Popen[str]], None],
 ) -> None:
     asked = options(**LONG | DROPOUT)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cllm.core.errors import UserError
-from cllm.core.torchrun import Launch, launched, leave_signals_to_the_first
+from cllm.core.torchrun import Launch, launched, leave, leave_signals_to_the_first
 from cllm.store.run import RunDirectory, runs_in
 from cllm.training.distributed.group import Group, LostProcessError
 from cllm.training.distributed.team import serve
@@ -20,7 +20,7 @@ from cllm.training.distributed.team import serve
 def joined() -> Iterator[Group | None]:
     """The group of a first process, whose others end with the block; ``None`` without torchrun.
 
-    In any other process it serves the first until the end and raises ``SystemExit``.
+    Any other process serves the first until the end, and ends.
     """
     launch = launched()
     if launch is None:
@@ -31,10 +31,10 @@ def joined() -> Iterator[Group | None]:
     group = Group.join(launch)
     try:
         yield group
-    except LostProcessError as error:
+    except LostProcessError:
         group.abandon()
         if not group.claim():
-            raise SystemExit(1) from error  # another has said it already
+            leave(1)  # another has said it already
         raise
     except UserError:
         raise
@@ -54,7 +54,7 @@ def follow(launch: Launch) -> NoReturn:
     try:
         group = Group.join(launch)
     except UserError:
-        _leave(1)  # the first says the same
+        leave(1)  # the first says the same
     leave_signals_to_the_first()
     try:
         serve(group)
@@ -65,9 +65,9 @@ def follow(launch: Launch) -> NoReturn:
             name = "" if isinstance(error, UserError) else f"process {launch.rank}: "
             text = " ".join(str(error).split()) or type(error).__name__
             print(f"cllm: {name}{text}", file=sys.stderr)
-        _leave(1)
+        leave(1)
     group.close()
-    raise SystemExit(0)
+    leave(0)
 
 
 def earlier_run(job: str, out: Path | str | None) -> RunDirectory | None:
@@ -81,10 +81,3 @@ def earlier_run(job: str, out: Path | str | None) -> RunDirectory | None:
         if status.facts.get("job") == job and not ended:
             return run
     return None
-
-
-def _leave(code: int) -> NoReturn:
-    """End at once: what is left of the connections would be waited for."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -42,11 +42,6 @@ class Member(ABC):
     def gather(self) -> None:
         """Bring weights and optimizer state to the first process's arena."""
 
-    @property
-    @abstractmethod
-    def exchanged(self) -> int:
-        """Bytes that a process sends in a step, computed from shapes."""
-
     def save(self, directory: Path) -> None:
         """Write a checkpoint together; only where ``writes_together``."""
         raise NotImplementedError

@@ -50,7 +50,7 @@ class _Flat(nn.Module):
 
 
 class Replicas(Member):
-    """See above. ``exchanged`` bytes leave each process in a step, as a ring's all-reduce needs them."""
+    """See above; the arena is ``own``'s."""
 
     def __init__(self, config: Config, size: int, own: TrainStep) -> None:
         train = config.train
@@ -61,11 +61,6 @@ class Replicas(Member):
         self._ddp = DistributedDataParallel(
             _Flat(weights), device_ids=cuda, gradient_as_bucket_view=True
         )
-
-    @property
-    def exchanged(self) -> int:
-        weights = self.own.arena.weights
-        return 2 * weights.nbytes * (self.size - 1) // self.size
 
     def load(self) -> None:
         """The first's weights, optimizer state and buffers (an incidence) in all processes."""

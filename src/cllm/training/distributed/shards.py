@@ -81,13 +81,6 @@ class Shards(Member):
             for name, p in self.model.named_parameters()
         }
 
-    @property
-    def exchanged(self) -> int:
-        once = sum(p.numel() for p in self.model.parameters()) * (self.size - 1) // self.size
-        gathered = 2 * once * torch.empty(0, dtype=arithmetic(self.train)).element_size()
-        # Each micro-batch gathers for forward and backward, and scatters its gradient.
-        return len(self.shards[0]) * (gathered + once * torch.empty(0).element_size())
-
     def load(self) -> None:
         if self.home is not None:
             theirs = dict(self.home.model.named_buffers())

@@ -74,22 +74,6 @@ class Stages(Member):
         self._ends = dist.new_group(sorted(ends)) if self._tied else None
         self._warm_up()
 
-    @property
-    def exchanged(self) -> int:
-        train, model, ranks = self.config.train, self.config.model, self.plan.ranks
-        windows = train.batch_size * train.accumulate
-        vectors = windows * model.context * model.d_model * self.arena.weights.element_size()
-        sent = 0
-        for stage in self.mine:
-            sent += sum(
-                vectors
-                for other in (stage - 1, stage + 1)
-                if 0 <= other < self.plan.count and ranks[other] != self.rank
-            )
-        if self._tied and self.rank in (ranks[0], ranks[-1]):
-            sent += sum(g.nbytes for n, g in self._grads.items() if n.startswith("embedding."))
-        return sent
-
     def load(self) -> None:
         whole = dict(self._whole())
         mine = dict(self._held())
