@@ -30,6 +30,7 @@ from cllm.cli import (
     use,
 )
 from cllm.core.errors import UserError
+from cllm.core.torchrun import launched, leave
 
 app = typer.Typer(
     name="cllm",
@@ -113,4 +114,6 @@ def _end(text: str, code: int, error: BaseException) -> None:
     if os.environ.get("CLLM_DEBUG"):
         raise error
     typer.echo(f"cllm: {text}", err=True)
+    if launched() is not None:
+        leave(code)
     sys.exit(code)

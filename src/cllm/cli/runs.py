@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,15 @@ import typer
 app = typer.Typer(help="List, compare and clean runs.", no_args_is_help=True)
 
 Root = Annotated[Path, typer.Argument(help="The directory that holds the runs.")]
+
+
+class Layout(StrEnum):
+    """How a checkpoint lies on the disk."""
+
+    whole = "whole"
+    sharded = "sharded"
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -107,6 +117,30 @@ def clean(
     for item in waste:
         typer.echo(f"{item.path}  {_size(item.bytes)}  {item.why}")
     typer.echo(f"{'would free' if dry_run else 'freed'} {_size(size)} in {len(waste)} places")
+
+
+@app.command()
+def convert(
+    run: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
+    to: Annotated[
+        Layout, typer.Option(help="whole: one file; sharded: torch's distributed checkpoint.")
+    ] = Layout.whole,
+) -> None:
+    """Write checkpoints anew in one file, or as the shards that fsdp writes."""
+    from cllm.store.checkpoint import convert as write_anew
+    from cllm.store.lock import locked
+    from cllm.store.run import RunDirectory
+    from cllm.store.steps import locate, step_directory
+
+    found = RunDirectory.open(run)
+    _, only = locate(run)
+    with locked(found.path, typer.echo):
+        for step in found.steps() if only is None else [only]:
+            directory = step_directory(found.path, step)
+            if write_anew(directory, to_shards=to is Layout.sharded):
+                typer.echo(f"{directory}: now {to.value}")
+            else:
+                typer.echo(f"{directory}: {to.value} already")
 
 
 def _print_table(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from cllm.cli.terminal import printable
+
+if TYPE_CHECKING:
+    from cllm.core.torchrun import Launch
 
 
 def train(
@@ -64,7 +67,11 @@ def train(
     from cllm.core.duration import parse_duration
     from cllm.core.errors import UsageError
     from cllm.core.settings import parse_setting
+    from cllm.core.torchrun import launched, leave
 
+    launch = launched()
+    if launch is not None and not launch.is_first:
+        _follow(launch)
     given = {"--data": data, "--config": config, "--out": out, "--from": from_run, "--time": time}
     given["--preset"] = preset
     if resume is not None:
@@ -107,3 +114,19 @@ def train(
         typer.echo("")
     typer.echo(f"run: {outcome.run.path}")
     typer.echo(f"report: {outcome.run.report}")
+    if launch is not None:
+        leave(0)
+
+
+def _follow(launch: Launch) -> NoReturn:
+    """Any process of torchrun but the first: it does what the first says."""
+    import signal
+
+    from cllm.core.threads import spin_briefly
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first speaks for all
+    spin_briefly()
+
+    from cllm.training.distributed.entry import follow
+
+    follow(launch)

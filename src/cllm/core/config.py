@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cllm.core.errors import UsageError
 from cllm.core.model_config import ModelConfig
+from cllm.core.pipeline_config import PipelineConfig
 from cllm.core.section import Fraction, NonNegative, PositiveInt, Section
 from cllm.core.teaching_config import SampledConfig, SimilarityConfig
 
@@ -69,10 +70,12 @@ class TokenizerConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Several processes on one machine."""
+    """Several processes, on one machine or more."""
 
     workers: Literal["auto"] | PositiveInt = 1
     """Processes that share the windows of a step; each has ``train.threads`` threads."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: all weights in each process (torch's DDP), or a share of them (FSDP2)."""
 
 
 class TrainConfig(Section):
@@ -123,6 +126,7 @@ class TrainConfig(Section):
     threads: Literal["auto"] | PositiveInt = "auto"
     """Threads of one operation; one where there are several workers."""
     parallel: ParallelConfig = ParallelConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     loss_chunk: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Rows of the output head computed at a time; 0 means all at once."""
     loss: Literal["exact", "sampled"] = "exact"
@@ -235,12 +239,16 @@ class Config(Section):
 
     def against_workers(self) -> Iterator[tuple[str, str]]:
         """Settings that do not go with several workers, and why."""
-        train = self.train
-        if train.device not in ("auto", "cpu"):
+        if self.train.device not in ("auto", "cpu"):
             yield (
-                f"train.device = {train.device!r}",
+                f"train.device = {self.train.device!r}",
                 "trains in one process; use torchrun for several",
             )
+        yield from self.against_sharing()
+
+    def against_sharing(self) -> Iterator[tuple[str, str]]:
+        """Settings that need the whole step in one process, and why."""
+        train = self.train
         if self.model.norm == "batchnorm":
             yield "model.norm = 'batchnorm'", "has statistics of whole micro-batches; use 'rmsnorm'"
         if train.loss == "sampled":

@@ -2,7 +2,8 @@
 
 ``checkpoints/step-00001000/{model.safetensors, optimizer.pt, state.json}``. Weights are safetensors,
 the optimizer is torch's format read with ``weights_only=True``, so that loading a stranger's checkpoint
-runs no code.
+runs no code. Weights and moments that several processes wrote together lie in ``sharded/`` instead
+(``cllm.store.sharded``); they are read like any other.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, Literal, cast
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from cllm.core.atomic import clear_errors, new_directory
 from cllm.core.errors import UserError
+from cllm.store import sharded
 from cllm.store import steps as folder
 from cllm.store.manifest import (
     DamagedCheckpointError,
@@ -59,25 +62,50 @@ def save(
     state: dict[str, Any],
     keep_last: int,
     best: bool,
+    shards: Callable[[Path], None] | None = None,
 ) -> Path:
     """Save the checkpoint of ``step``, point ``last`` (and ``best``) at it, delete what is superfluous.
 
     ``weights``: parameter name to tensor, a tied one once. ``optimizer``: a tree of dicts, lists,
     tensors and plain values. ``state``: any JSON. Kept are the ``keep_last`` newest checkpoints and the
-    best one. Returns the checkpoint's directory. A kill at any moment leaves the run with its last
-    whole checkpoint. Raises ``UserError`` if the disk refuses.
+    best one. ``shards``: has all processes write their weights and moments into the directory it is given;
+    ``weights`` and the optimizer's moments are then left out. Returns the checkpoint's directory. A kill at
+    any moment leaves the run with its last whole checkpoint. Raises ``UserError`` if the disk refuses.
     """
     directory = folder.step_directory(run_dir, step)
     with clear_errors(directory.parent):
         directory.parent.mkdir(exist_ok=True)
     with new_directory(directory) as new:
-        _save_weights(new / WEIGHTS, weights)
-        _save_optimizer(new / OPTIMIZER, optimizer)
-        files = {name: file_facts(new / name) for name in (WEIGHTS, OPTIMIZER)}
-        write_manifest(new, Manifest(step=step, best=best, files=files, state=state))
+        _fill(new, Manifest(step=step, best=best, state=state), weights, optimizer, shards)
     folder.refresh_links(run_dir)
     folder.prune(run_dir, keep_last)
     return directory
+
+
+def convert(path: Path, *, to_shards: bool) -> bool:
+    """Write the checkpoint at ``path`` anew, in one piece or as shards (one, until several processes go on
+    with it); its tensors keep their bits. False if it is so already.
+
+    Raises ``UserError`` if it is damaged or the disk refuses.
+    """
+    manifest = read_manifest(path)
+    if _is_sharded(manifest) == to_shards:
+        return False
+    whole = _read(path, with_optimizer=True)
+    with new_directory(path) as new:
+        bare = Manifest(step=manifest.step, best=manifest.best, state=manifest.state)
+        if not to_shards:
+            _fill(new, bare, whole.weights, whole.optimizer, None)
+        else:
+            rest = {key: value for key, value in whole.optimizer.items() if key != "moments"}
+            kinds = {sharded.WEIGHTS: whole.weights} | whole.optimizer["moments"]
+            named = {
+                f"{kind}/{name}": tensor
+                for kind, group in kinds.items()
+                for name, tensor in group.items()
+            }
+            _fill(new, bare, {}, rest, lambda place: sharded.write_shards(place, named))
+    return True
 
 
 def load(path: Path, which: Which = "last", *, with_optimizer: bool = True) -> Checkpoint:
@@ -125,14 +153,45 @@ def find(path: Path, which: Which = "last") -> Path:
     return folder.step_directory(run, step)
 
 
+def _fill(
+    new: Path,
+    manifest: Manifest,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Any],
+    shards: Callable[[Path], None] | None,
+) -> None:
+    if shards is None:
+        _save_weights(new / WEIGHTS, weights)
+        names = [WEIGHTS, OPTIMIZER]
+    else:
+        (new / sharded.NAME).mkdir()
+        shards(new / sharded.NAME)
+        names = [*sharded.files_of(new / sharded.NAME), OPTIMIZER]
+    _save_optimizer(new / OPTIMIZER, optimizer)
+    files = {name: file_facts(new / name) for name in names}
+    write_manifest(new, replace(manifest, files=files))
+
+
+def _is_sharded(manifest: Manifest) -> bool:
+    return WEIGHTS not in manifest.files
+
+
 def _read(directory: Path, with_optimizer: bool) -> Checkpoint:
     manifest = read_manifest(directory)
-    check_files(directory, manifest, None if with_optimizer else [WEIGHTS])
+    in_parts = _is_sharded(manifest)
+    names = [name for name in manifest.files if with_optimizer or name != OPTIMIZER]
+    check_files(directory, manifest, names)
     optimizer: dict[str, Any] = {}
     with clear_errors(directory, "read"):
-        weights = load_file(directory / WEIGHTS)
         if with_optimizer:
             optimizer = torch.load(directory / OPTIMIZER, map_location="cpu", weights_only=True)
+        if in_parts:
+            only = None if with_optimizer else sharded.WEIGHTS
+            kinds = sharded.read_shards(directory / sharded.NAME, only)
+            weights = kinds.pop(sharded.WEIGHTS)
+            optimizer = {"moments": kinds} | optimizer if with_optimizer else {}
+        else:
+            weights = load_file(directory / WEIGHTS)
     return Checkpoint(
         step=manifest.step,
         weights=weights,

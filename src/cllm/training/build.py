@@ -11,9 +11,11 @@ from cllm.core.allocator import keep_freed_memory
 from cllm.core.config import Config
 from cllm.core.machine import cache_dir
 from cllm.core.shared_memory import SharedMemory
+from cllm.core.torchrun import launched
 from cllm.model.transformer import Transformer
 from cllm.training.arena import Arena
 from cllm.training.choose import arithmetic
+from cllm.training.distributed.check import runs_eagerly
 from cllm.training.draws import Draws
 from cllm.training.lazy_rows import idling_tables
 from cllm.training.optimizer import OPTIMIZERS
@@ -29,6 +31,9 @@ def build(config: Config, draws: Draws | None = None) -> tuple[Transformer, Trai
     step, and end with ``step.close()``.
     """
     assert config.train.loss == "exact" or draws is not None
+    if launched() is not None and runs_eagerly(config.train):
+        # Devices hold the shares; the whole model is for what the first process does alone.
+        config = config.replace(**{"train.device": "cpu"})
     if config.train.parallel.workers == 1:
         return build_step(config, draws=draws)
     memory = reserve(config)

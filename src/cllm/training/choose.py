@@ -19,7 +19,9 @@ from cllm.core.cpu import is_busy
 from cllm.core.errors import UsageError, UserError
 from cllm.core.machine import cannot_compile, machine
 from cllm.core.measurements import recall, remember
+from cllm.core.torchrun import launched
 from cllm.model.transformer import flops_per_token
+from cllm.training.distributed.check import check_launch, check_team, runs_eagerly
 from cllm.training.parallel.shards import deal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,11 +72,20 @@ def choose(config: Config, *, seconds: float | None = None) -> Choices:
     """
     choices = Choices(config)
     _choose_device(choices)
-    _choose_workers(choices)
+    launch = launched()
+    if launch is None:
+        check_launch(config)
+        _choose_workers(choices)
+    else:
+        check_team(config, launch)
+        choices.config = choices.config.replace(**{"train.parallel.workers": 1})
     if choices.config.train.threads == "auto":
         here = machine()
         why = f"{here.cores} cores" + (f", quota {here.quota:g}" if here.quota else "")
-        if choices.config.train.parallel.workers == 1:
+        if launch is not None and launch.local_size > 1:
+            share = max(here.threads // launch.local_size, 1)
+            choices.settle("threads", share, f"{launch.local_size} processes share the {why}")
+        elif choices.config.train.parallel.workers == 1:
             choices.settle("threads", here.threads, why)
         else:
             choices.settle("threads", 1, "the workers share the cores")
@@ -198,6 +209,8 @@ def _choose_compile(choices: Choices, seconds: float | None) -> None:
         obstacle = "not tested on MPS"
     elif not train.device.startswith("cuda"):
         obstacle = cannot_compile()
+    if launched() is not None and runs_eagerly(train):
+        obstacle = "shards and stages run uncompiled"
     if train.compile == "on":
         if obstacle:
             raise UsageError(f"train.compile = 'on', but {obstacle}; use train.compile=auto or off")
@@ -270,7 +283,8 @@ def _choose_lazy_rows(choices: Choices) -> None:
     config = choices.config
     if config.train.lazy_rows != "auto":
         return
-    if not config.rows_can_idle or config.train.parallel.workers != 1:
+    alone = config.train.parallel.workers == 1 and launched() is None
+    if not config.rows_can_idle or not alone:
         choices.config = config.replace(
             **{"train.lazy_rows": "off"}
         )  # the usual case, and no choice

@@ -12,6 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from cllm.core.errors import UserError
+from cllm.core.torchrun import launched
 
 PATIENCE = 3.0
 """Seconds after a signal in which the step at hand (a validation, a compilation) may come to its end."""
@@ -26,7 +27,8 @@ class InterruptedRunError(UserError):
 
 
 class Interrupt:
-    """Holds a signal until the loop asks for it; a second one ends the process at once.
+    """Holds a signal until the loop asks for it; a second one ends the process at once (not under
+    torchrun, which sends on what the terminal has sent already).
 
     Where the loop does not ask within ``patience`` seconds, as in a long compilation, what it does is
     given up: ``InterruptedRunError`` is raised in the middle of it, and nothing of the step is saved.
@@ -74,6 +76,8 @@ class Interrupt:
 
     def _hold(self, signum: int, frame: FrameType | None) -> None:
         self.pending = signum
+        if launched() is not None:  # the processes agree on where to stop
+            return
         signal.signal(signum, self._before[signum])
         if self._timed and not self._saving:
             signal.setitimer(signal.ITIMER_REAL, self._patience)

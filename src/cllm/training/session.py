@@ -31,6 +31,9 @@ from cllm.training.board import open_board
 from cllm.training.build import build
 from cllm.training.choose import choose
 from cllm.training.conclude import Outcome, conclude, first_facts
+from cllm.training.distributed.entry import earlier_run, joined
+from cllm.training.distributed.group import Group
+from cllm.training.distributed.team import Team
 from cllm.training.draw_sources import draws_of
 from cllm.training.interrupt import Interrupt
 from cllm.training.pace import measure_pace
@@ -61,8 +64,25 @@ def start(
     ``out``: its directory (default: a numbered one below ``runs/``). ``from_run``: a run whose weights
     and tokenizer are the start; ``config.model`` must be its shape. ``seconds``: a time budget that
     chooses ``train.steps``. Raises ``UserError`` for the user's mistakes; what failed before training
-    began leaves nothing on the disk.
+    began leaves nothing on the disk. Under torchrun the others serve, and what it began before it had to
+    start its processes again goes on.
     """
+    with joined() as group:
+        if group is not None and (begun := earlier_run(group.launch.job, out)) is not None:
+            progress.say(f"torchrun started its processes again: going on with {begun.path}")
+            return _resume(begun.path, (), progress, group)
+        return _start(config, progress, group, out, from_run, seconds, command)
+
+
+def _start(
+    config: Config,
+    progress: Progress,
+    group: Group | None,
+    out: Path | str | None,
+    from_run: Path | str | None,
+    seconds: float | None,
+    command: str,
+) -> Outcome:
     began = time.monotonic()
     parent = RunDirectory.open(from_run) if from_run is not None else None
     with Draft(out, corpus=_corpus_name(config.data.paths)) as draft:
@@ -79,12 +99,16 @@ def start(
                 for line in reduce_bases(model, config.model.embedding, dataset.train):
                     progress.say(line)
             step.refresh()
+        if group is not None:
+            Team.assemble(group, config, step)
         if seconds is not None:
             left = seconds - (time.monotonic() - began)
             config = _fit_to_time(config, dataset, model, step, left, progress)
         draft.run.write_config(to_toml(config))
         run = draft.commit()
     run.note(**first_facts(config, dataset, command, parent))
+    if group is not None:
+        run.note(job=group.launch.job)
     return train_run(config, run, load_prepared(run.data), model, step, Standing(), progress)
 
 
@@ -94,6 +118,13 @@ def resume(path: Path | str, settings: Sequence[str], progress: Progress) -> Out
     ``settings``: ``key=value`` changes of ``train.*`` and ``log.*``. Raises ``UserError`` if there is
     nothing to go on with.
     """
+    with joined() as group:
+        return _resume(path, settings, progress, group)
+
+
+def _resume(
+    path: Path | str, settings: Sequence[str], progress: Progress, group: Group | None
+) -> Outcome:
     run = RunDirectory.open(path)
     config = load_config(run.config)
     changes = dict(map(parse_setting, settings))
@@ -129,6 +160,9 @@ def resume(path: Path | str, settings: Sequence[str], progress: Progress) -> Out
         )
     model, step = build(config, draws_of(config, dataset, progress))
     standing = restore(saved, model, step)
+    if group is not None:
+        Team.assemble(group, config, step)
+        run.note(job=group.launch.job)
     if state == "stopped early":
         standing.stale = 0  # who resumes it nevertheless wants to go on: patience begins anew
     for text in differences(saved, config.train):

@@ -13,6 +13,7 @@ import torch
 
 from cllm.core.config import TrainConfig
 from cllm.core.errors import UserError
+from cllm.core.torchrun import launched
 from cllm.model.transformer import Transformer
 from cllm.store.checkpoint import Checkpoint
 from cllm.training.lazy_rows import restore_idle
@@ -54,7 +55,7 @@ class Standing:
         return standing
 
 
-EARLIER = {"workers": 1}
+EARLIER = {"workers": 1, "processes": "1"}
 """What checkpoints were made with that do not say."""
 
 
@@ -64,6 +65,7 @@ def environment(config: TrainConfig) -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "workers": config.parallel.workers,
+        "processes": _processes(config),
         "dtype": config.dtype,
         "device": config.device,
         "compile": config.compile,
@@ -72,17 +74,33 @@ def environment(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def _processes(config: TrainConfig) -> str:
+    launch = launched()
+    if launch is None:
+        return "1"
+    how: str = config.parallel.strategy
+    if config.pipeline.mode == "stages":
+        how = f"{config.pipeline.schedule} stages"
+    return f"{launch.size} by {how}"
+
+
 def weights_of(model: Transformer) -> dict[str, torch.Tensor]:
     """Named weights and buffers to save, each once; to be called and saved within ``step.settled()``."""
     return dict(model.state_dict())
 
 
-def optimizer_of(step: TrainStep) -> dict[str, Any]:
+def optimizer_of(step: TrainStep, *, moments: bool = True) -> dict[str, Any]:
     """Optimizer state by moment and parameter name, the step's counters, and what idle rows have missed.
 
-    To be called outside ``step.settled()``.
+    ``moments``: False to leave the moments out, which others write. To be called outside
+    ``step.settled()``.
     """
-    found = {"moments": step.arena.named_moments(), "counters": dict(step.counters)}
+    found: dict[str, Any] = {}
+    if moments:
+        if step.team is not None:
+            step.team.gather()
+        found["moments"] = step.arena.named_moments()
+    found["counters"] = dict(step.counters)
     return found if step.lazy is None else found | {"idle": step.lazy.state()}
 
 

@@ -11,9 +11,9 @@ A step whose loss or gradient is not finite changes nothing but its counters.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from cllm.training.gradient import Gradients, Micro
 from cllm.training.lazy_rows import LazyRows
 from cllm.training.optimizer import OPTIMIZERS
 from cllm.training.parallel.crew import Crew
+
+if TYPE_CHECKING:
+    from cllm.training.distributed.team import Team
 
 LOSS_SCALE_START = 2.0**14
 LOSS_SCALE_PATIENCE = 500
@@ -48,7 +51,7 @@ class StepResult:
     similarity: float | None = None
 
 
-class _Figures(NamedTuple):
+class Figures(NamedTuple):
     """Scalars of a step: the summed loss, the norm before clipping, 1.0 or 0.0."""
 
     loss: Tensor
@@ -61,10 +64,10 @@ class TrainStep:
     """The compiled (or eager) step over one model and its arena.
 
     ``draws`` gives what is drawn for a micro-batch; ``crew``, where it is set, computes the gradient with
-    other processes. ``counters`` holds, as scalar tensors on the CPU:
-    ``applied`` steps, ``skipped`` steps, ``in_row`` skipped ones since the last applied, and for fp16 the
-    ``loss_scale`` and the ``calm`` steps since it changed. ``cores`` holds, by table, the cores that are
-    computed rather than learned; ``core_uses`` counts how often they were ``computed`` and ``read``.
+    other processes; ``team`` makes the whole step with those of torchrun. ``counters`` holds, as scalar
+    tensors on the CPU: ``applied`` steps, ``skipped`` steps, ``in_row`` skipped ones since the last
+    applied, and for fp16 the ``loss_scale`` and the ``calm`` steps since it changed. ``cores`` holds, by
+    table, the computed cores; ``core_uses`` counts how often they were ``computed`` and ``read``.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class TrainStep:
         self.optimizer = OPTIMIZERS[config.optimizer](config)
         self.draws = draws if draws is not None else Draws()
         self.crew: Crew | None = None
+        self.team: Team | None = None
         self.scaling = arena.compute.dtype == torch.float16
         names = ("applied", "skipped", "in_row", "loss_scale", "calm")
         self.counters = {name: torch.zeros(()) for name in names}
@@ -119,7 +123,9 @@ class TrainStep:
         """
         targets = sum(int((y != IGNORE).sum()) for _, y in batches)
         numbers = self._numbers(1.0 / max(targets, 1), lr)
-        if self.crew is not None:
+        if self.team is not None:
+            found = self.team.step(batches, numbers.tolist())
+        elif self.crew is not None:
             found = self._with_crew(self.crew, batches, numbers)
         elif len(batches) == 1 and self.lazy is None:
             found = self._whole(self._micros(batches, similarity)[0], numbers)
@@ -136,7 +142,7 @@ class TrainStep:
             similarity=figures[3] if found.similarity is not None else None,
         )
 
-    def _in_parts(self, micros: list[Micro], numbers: Tensor, lr: float) -> _Figures:
+    def _in_parts(self, micros: list[Micro], numbers: Tensor, lr: float) -> Figures:
         before = self._averages()
         self.arena.grad.zero_()
         micros, rows, used = self.lazy.begin(micros) if self.lazy is not None else (micros, {}, {})
@@ -155,35 +161,38 @@ class TrainStep:
         norm, factor, applied = self._end(self.arena.grad, total, numbers, before, square)
         if self.lazy is not None and bool(applied):
             self.lazy.apply(used, grads, factor, numbers[2:], lr)
-        return _Figures(total, norm, applied, similarity)
+        return Figures(total, norm, applied, similarity)
 
     def _with_crew(
         self, crew: Crew, batches: Sequence[tuple[Tensor, Tensor]], numbers: Tensor
-    ) -> _Figures:
+    ) -> Figures:
         """The step of several workers: gradients are added in the workers' order."""
-        before = self._averages()
         own = crew.begin(batches, float(numbers[0]))
         total = self.accumulate((Micro(ids, targets) for ids, targets in own), float(numbers[0]))
         for loss, grad in crew.results():
             total += loss
             self.arena.grad.add_(grad)
-        whole = torch.tensor(total, dtype=numbers.dtype)
-        norm, _, applied = self._end(self.arena.grad, whole, numbers, before, None)
-        return _Figures(whole, norm, applied, None)
+        return self.finish(self.arena.grad, torch.tensor(total, dtype=numbers.dtype), numbers)
+
+    def finish(self, grad: Tensor, loss: Tensor, numbers: Tensor) -> Figures:
+        """Check, clip and update, by a gradient and a loss that were summed elsewhere."""
+        norm, _, applied = self._end(grad, loss, numbers, self._averages(), None)
+        return Figures(loss, norm, applied, None)
 
     def accumulate(self, micros: Iterable[Micro], scale: float) -> float:
         """The summed gradient of ``scale`` times the loss of micro-batches goes into ``arena.grad``, in
         their order; returns the summed loss."""
         self.arena.grad.zero_()
-        total, numbers = 0.0, torch.tensor([scale], dtype=self.arena.grad.dtype)
+        total, numbers = 0.0, self.arena.grad.new_tensor([scale])
         for micro in micros:
             total += float(self._part(micro, numbers, {}, {})[0])
         return total
 
     def close(self) -> None:
-        """Let workers end, if there are any."""
-        if self.crew is not None:
-            self.crew.close()
+        """Let workers end, or a team, if there is one."""
+        for others in (self.crew, self.team):
+            if others is not None:
+                others.close()
 
     def refresh(self) -> None:
         """Make everything that follows from the weights theirs again, after a change from outside."""
@@ -195,18 +204,21 @@ class TrainStep:
         if self.lazy is not None:
             self.lazy.take_as_settled(int(self.counters["applied"]))
         self._weights_changed(0)
+        if self.team is not None:
+            self.team.load()
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """Within it the model may be read: rows of its tables that were idle are up to date."""
-        if self.lazy is None:
-            yield
-            return
-        with self.lazy.settled():
+        """Within it the model may be read: it has what others hold, and idle rows are up to date."""
+        if self.team is not None:
+            self.team.gather()
+        with self.lazy.settled() if self.lazy is not None else nullcontext():
             yield
 
     def settle(self) -> None:
         """Bring the model up to date for good: training is over."""
+        if self.team is not None:
+            self.team.gather()
         if self.lazy is not None:
             self.lazy.settle()
 
@@ -273,6 +285,12 @@ class TrainStep:
 
     def evaluate(self, ids_bt: Tensor, targets_bt: Tensor) -> Tensor:
         """Summed exact loss of a batch in nats; the model must be in eval mode, as it was compiled for."""
+        if self.team is not None:
+            return self.team.evaluate(ids_bt, targets_bt)
+        return self.evaluate_here(ids_bt, targets_bt)
+
+    def evaluate_here(self, ids_bt: Tensor, targets_bt: Tensor) -> Tensor:
+        """The same in this process alone."""
         assert not self.model.training
         with torch.no_grad():
             return self._loss(ids_bt, targets_bt)
@@ -291,11 +309,11 @@ class TrainStep:
             grad.add_(found.rows[name])
         return found.loss, found.similarity
 
-    def _whole_step(self, micro: Micro, numbers: Tensor) -> _Figures:
+    def _whole_step(self, micro: Micro, numbers: Tensor) -> Figures:
         before = self._averages()
         found = self.gradients.backward(micro, numbers[0], {})
         norm, _, applied = self._finish(found.flat, found.loss, numbers, before, None)
-        return _Figures(found.loss, norm, applied, found.similarity)
+        return Figures(found.loss, norm, applied, found.similarity)
 
     def _averages(self) -> list[Tensor]:
         """Batch norm's running averages as they are, in case the step must be skipped."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -251,13 +252,16 @@ class Trainer:
         """Write metrics down, then the checkpoint of the present step."""
         self.metrics.sync()
         self.board.flush()
-        optimizer = optimizer_of(self.step)
-        with self.step.settled():
+        team = self.step.team
+        together = team.save if team is not None and team.writes_together else None
+        optimizer = optimizer_of(self.step, moments=together is None)
+        with self.step.settled() if together is None else nullcontext():
             checkpoints.save(
                 self.run.path,
                 self.standing.step,
-                weights=weights_of(self.model),
+                weights=weights_of(self.model) if together is None else {},
                 optimizer=optimizer,
+                shards=together,
                 state={
                     "standing": self.standing.to_json(),
                     "environment": environment(self.config.train),

@@ -1,0 +1,1 @@
+"""Training by several processes of torchrun: replicas (DDP), shards (FSDP2), or stages of layers."""

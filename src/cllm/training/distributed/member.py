@@ -1,0 +1,55 @@
+"""What each process does of an order, whatever the strategy."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from cllm.training.feed import MicroBatches
+from cllm.training.step import Figures
+
+
+class Member(ABC):
+    """One process's part; all of a group call the same method at the same time.
+
+    ``numbers`` are those of ``TrainStep``: the loss's scale, its inverse, the optimizer's rates.
+    """
+
+    @abstractmethod
+    def load(self) -> None:
+        """Take weights, optimizer state and buffers as the first process has them."""
+
+    @abstractmethod
+    def step_windows(self, batches: MicroBatches) -> list[Tensor]:
+        """The windows of a step for each process, (2, micro-batches, rows, T) each."""
+
+    @abstractmethod
+    def step(self, windows: Tensor, numbers: Sequence[float]) -> Figures:
+        """Gradient and update."""
+
+    @abstractmethod
+    def evaluation_windows(self, ids_bt: Tensor, targets_bt: Tensor) -> list[Tensor]:
+        """The same shape for a batch to score."""
+
+    @abstractmethod
+    def evaluate(self, windows: Tensor) -> Tensor:
+        """The summed loss of all processes' windows, float64."""
+
+    @abstractmethod
+    def gather(self) -> None:
+        """Bring weights and optimizer state to the first process's arena."""
+
+    def save(self, directory: Path) -> None:
+        """Write a checkpoint together; only where ``writes_together``."""
+        raise NotImplementedError
+
+    writes_together = False
+    """Whether all processes write checkpoints."""
+
+    @property
+    def scores(self) -> bool:
+        """Whether all score together; else the first does, with the whole weights."""
+        return True

@@ -1,0 +1,132 @@
+"""What several processes cannot do is refused by name, and shares are fair: without a process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cllm.core.config import Config
+from cllm.core.errors import UsageError
+from cllm.core.torchrun import Launch, launched
+from cllm.model.transformer import parameter_count
+from cllm.training.choose import choose
+from cllm.training.distributed.check import check_team
+from cllm.training.distributed.group import Kind, Order
+from cllm.training.distributed.shares import deal_evenly, evaluation_parts, packed
+from cllm.training.distributed.traffic import sent_bytes
+
+STAGES = {"train__pipeline__mode": "stages"}
+TWO_EACH = STAGES | {"train__pipeline__schedule": "zbv"}
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "why"),
+    [
+        (3, {}, r"train\.batch_size = 4 does not divide into the 3 processes"),
+        (2, {"train__parallel__workers": 2}, r"train\.parallel\.workers = 2.*leave it out"),
+        (2, {"model__norm": "batchnorm"}, "batchnorm"),
+        (2, {"train__loss": "sampled", "train__sampled__candidates": 8}, "sampled"),
+        (2, {"train__similarity__weight": 0.1}, "similarity"),
+        (2, {"train__dtype": "fp16", "train__parallel__strategy": "fsdp"}, r"train\.dtype"),
+        (4, STAGES | {"model__n_layers": 3}, r"makes 4 stages, but model\.n_layers = 3"),
+        (2, TWO_EACH | {"model__n_layers": 3}, r"train\.pipeline\.schedule = 'zbv'.*4 stages"),
+        (1, STAGES, "two processes"),
+        (2, STAGES | {"train__batch_size": 3}, r"train\.batch_size = 3.*multiple of 2"),
+        (2, STAGES | {"train__pipeline__micro_batches": 3}, r"micro_batches = 3 must be"),
+        (2, STAGES | {"train__parallel__strategy": "fsdp"}, r"train\.parallel\.strategy"),
+    ],
+)
+def test_refusals(
+    size: int, changes: dict[str, Any], why: str, config_of: Callable[..., Config]
+) -> None:
+    config = config_of(**{"model__n_layers": 2} | changes)
+    launch = Launch(rank=0, size=size, local_rank=0, local_size=size, job="a")
+    with pytest.raises(UsageError, match=why):
+        check_team(config, launch)
+
+
+def test_stages_without_torchrun_are_refused(config_of: Callable[..., Config]) -> None:
+    config = config_of(**STAGES, model__vocab_size=300)
+    with pytest.raises(UsageError, match=r"train\.pipeline\.mode = 'stages' needs .*torchrun"):
+        choose(config)
+
+
+def test_processes_share_the_cores(
+    config_of: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    for name, value in zip(names, "0202", strict=True):
+        monkeypatch.setenv(name, value)
+    config = config_of(model__vocab_size=300, train__threads="auto", train__compile="auto")
+    assert launched() is None
+    alone = choose(config).config.train
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    launch = launched()
+    assert launch is not None
+    assert launch.size == 2
+    train = choose(config.replace(train__parallel__strategy="fsdp")).config.train
+    assert isinstance(alone.threads, int)
+    assert train.threads == max(alone.threads // 2, 1)
+    assert train.compile == "off"
+    assert train.parallel.workers == 1
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 8))
+def test_shares_are_equal_and_cover_all_windows_in_order(
+    batch: int, accumulate: int, processes: int
+) -> None:
+    try:
+        shares = deal_evenly(batch, accumulate, processes)
+    except ValueError:
+        assert batch % processes
+        assert accumulate % processes
+        return
+    assert len({tuple(s.last - s.first for s in share) for share in shares}) == 1
+    taken = [(s.micro, row) for share in shares for s in share for row in range(s.first, s.last)]
+    assert sorted(taken) == [(m, row) for m in range(accumulate) for row in range(batch)]
+    number = torch.arange(accumulate * batch).view(accumulate, batch, 1)
+    windows = [packed([(n, -n) for n in number], share) for share in shares]
+    assert len({w.shape for w in windows}) == 1
+    assert sorted(torch.cat([w[0].flatten() for w in windows]).tolist()) == list(
+        range(accumulate * batch)
+    )
+
+
+def test_a_short_batch_is_filled_with_rows_that_count_for_nothing() -> None:
+    ids = torch.arange(15).view(5, 3)
+    parts = evaluation_parts(ids, ids + 1, 2)
+    assert [tuple(part.shape) for part in parts] == [(2, 1, 3, 3)] * 2
+    targets = torch.cat([part[1, 0] for part in parts])
+    assert torch.equal(targets[:5], ids + 1)
+    assert bool((targets[5:] == -100).all())
+
+
+@given(
+    st.lists(st.floats(allow_nan=False), max_size=8),
+    st.integers(0, 2**62),
+    st.sampled_from(Kind),
+)
+def test_orders_arrive_as_they_were_given(numbers: list[float], seed: int, kind: Kind) -> None:
+    order = Order(kind, tuple(numbers), seed, (2, 1, 4, 64))
+    assert Order.unpack(order.pack()) == order
+
+
+def test_what_is_sent(config_of: Callable[..., Config]) -> None:
+    config = config_of(model__vocab_size=300, model__n_layers=2, train__accumulate=2)
+    weights = parameter_count(config.model)
+    assert sent_bytes(config, 2) == 4 * weights // 2 * 2
+    shards = config.replace(train__parallel__strategy="fsdp")
+    assert sent_bytes(shards, 2) == 12 * (weights // 2)  # one whole micro-batch each
+    assert sent_bytes(shards, 4) == 2 * 12 * (weights * 3 // 4)  # a part of both
+    staged = config.replace(train__pipeline__mode="stages")
+    model = config.model
+    vectors = 4 * 2 * 4 * model.context * model.d_model
+    table = 4 * 300 * model.d_model
+    assert sent_bytes(staged, 2) == vectors + table
+    untied = staged.replace(model__tie_embeddings=False)
+    assert sent_bytes(untied, 2) == vectors
