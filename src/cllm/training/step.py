@@ -138,7 +138,7 @@ class TrainStep:
             for kept, running in zip(self._kept, self._running, strict=True):
                 running.copy_(kept)
         self._weights_changed(len(batches))
-        self._count(applied)
+        self.count(applied)
         mean = found.loss / max(targets, 1)
         return StepResult(mean, norm, applied, found.similarity)
 
@@ -244,7 +244,7 @@ class TrainStep:
         # Each micro-batch looks its tokens up in the input's core and scores them with the output's.
         self.core_uses["read"] += 2 * batches if self._kept_cores else 0
 
-    def _count(self, applied: bool) -> None:
+    def count(self, applied: bool) -> None:
         """Count a step; halve fp16's loss scale on overflow, double it after many calm steps
         (Micikevicius et al. 2018)."""
         # `fill_` and no arithmetic: torch would make a tensor of each number.
