@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cllm.core.errors import UsageError
 from cllm.core.model_config import ModelConfig
+from cllm.core.pipeline_config import PipelineConfig, against_pipeline
 from cllm.core.section import Fraction, NonNegative, PositiveInt, Section
 from cllm.core.teaching_config import SampledConfig, SimilarityConfig
 
@@ -123,6 +124,7 @@ class TrainConfig(Section):
     threads: Literal["auto"] | PositiveInt = "auto"
     """Threads of one operation; one where there are several workers."""
     parallel: ParallelConfig = ParallelConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     loss_chunk: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Rows of the output head computed at a time; 0 means all at once."""
     loss: Literal["exact", "sampled"] = "exact"
@@ -208,6 +210,9 @@ class Config(Section):
                 raise ValueError(
                     f"train.parallel.workers = {self.train.parallel.workers}: {setting} {why}"
                 )
+        if self.train.pipeline.mode == "delayed":
+            for setting, why in against_pipeline(self):
+                raise ValueError(f"train.pipeline.mode = 'delayed': {setting} {why}")
         return self
 
     def _check_candidates(self) -> None:

@@ -68,11 +68,18 @@ def choose(config: Config, *, seconds: float | None = None) -> Choices:
     """
     choices = Choices(config)
     _choose_device(choices)
+    if choices.config.train.pipeline.mode != "off" and choices.config.train.device != "cpu":
+        raise UsageError(
+            f"train.pipeline.mode = 'delayed' is for the CPU, and train.device is "
+            f"{choices.config.train.device!r} here; set it to cpu"
+        )
     _choose_workers(choices)
     if choices.config.train.threads == "auto":
         here = machine()
         why = f"{here.cores} cores" + (f", quota {here.quota:g}" if here.quota else "")
-        if choices.config.train.parallel.workers == 1:
+        if choices.config.train.pipeline.mode != "off":
+            choices.settle("threads", 1, "the stages of the pipeline share the cores")
+        elif choices.config.train.parallel.workers == 1:
             choices.settle("threads", here.threads, why)
         else:
             choices.settle("threads", 1, "the workers share the cores")
@@ -148,6 +155,8 @@ def _choose_workers(choices: Choices) -> None:
     asked = config.train.parallel.workers
     workers = cores if asked == "auto" else asked
     against = [f"{setting} {why}" for setting, why in config.against_workers()]
+    if config.train.pipeline.mode != "off":
+        against.append("the pipeline trains in one process")
     if workers > 1 and not hasattr(os, "memfd_create"):
         against.append("workers share memory through memfd, which Linux has")
     try:
@@ -265,7 +274,8 @@ def _choose_lazy_rows(choices: Choices) -> None:
     config = choices.config
     if config.train.lazy_rows != "auto":
         return
-    if not config.rows_can_idle or config.train.parallel.workers != 1:
+    alone = config.train.parallel.workers == 1 and config.train.pipeline.mode == "off"
+    if not config.rows_can_idle or not alone:
         choices.config = config.replace(
             **{"train.lazy_rows": "off"}
         )  # the usual case, and no choice

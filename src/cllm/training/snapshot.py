@@ -54,7 +54,7 @@ class Standing:
         return standing
 
 
-EARLIER = {"workers": 1}
+EARLIER = {"workers": 1, "pipeline": "off"}
 """What checkpoints were made with that do not say."""
 
 
@@ -64,6 +64,7 @@ def environment(config: TrainConfig) -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "workers": config.parallel.workers,
+        "pipeline": config.pipeline.mode,
         "dtype": config.dtype,
         "device": config.device,
         "compile": config.compile,
