@@ -86,9 +86,7 @@ def theirs(config: Config, model: Transformer) -> Step:
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True
-    )
+    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter) * 1e-2
 

@@ -34,7 +34,10 @@ def against_pipeline(config: Config) -> Iterator[tuple[str, str]]:
     if train.similarity.weight:
         yield "train.similarity.weight", "draws in step with the optimizer; set it to 0"
     if config.model.norm == "batchnorm":
-        yield "model.norm = 'batchnorm'", "has averages that a skipped step puts back; use 'rmsnorm'"
+        yield (
+            "model.norm = 'batchnorm'",
+            "has averages that a skipped step puts back; use 'rmsnorm'",
+        )
     for name in ("kind", "lattice"):
         value = getattr(embedding, name)
         if embedding.is_composed if name == "kind" else value != "none":

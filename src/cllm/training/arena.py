@@ -1,8 +1,8 @@
 """Weights, gradients and optimizer state, each in one flat buffer whose views are the tensors.
 
 The check for non-finite values with the norm is then one pass over the gradient, and clipping, the
-optimizer and the cast to the precision of the arithmetic are one more over all. Every view begins on a 64-byte boundary in any precision of
-two bytes or more; the padding between views is zero and stays zero.
+optimizer and the cast to the precision of the arithmetic are one more over all. Every view begins on a
+64-byte boundary in any precision of two bytes or more; the padding between views is zero and stays zero.
 """
 
 from __future__ import annotations

@@ -32,5 +32,5 @@ class Norm:
 
 
 def clip_factor(norm: float, clip: float) -> float:
-    """What a gradient of ``norm`` is multiplied with so that its norm is at most ``clip``; 0 never clips."""
+    """What brings a gradient of ``norm`` down to a norm of ``clip``; 0 never clips."""
     return min(clip / (norm + 1e-6), 1.0) if clip > 0 else 1.0

@@ -70,7 +70,12 @@ def pipelined(
 
 
 def simulated(
-    step: TrainStep, feed: Callable[[int], MicroBatches], steps: int, *, delay: int, segment: int = 0
+    step: TrainStep,
+    feed: Callable[[int], MicroBatches],
+    steps: int,
+    *,
+    delay: int,
+    segment: int = 0,
 ) -> list[float]:
     """The recurrence on one thread, with the plain loop's gradient and a list of past weights."""
     arena, update = step.arena, step.update

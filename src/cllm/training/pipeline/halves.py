@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from cllm.model.cross_entropy import linear_cross_entropy
 from cllm.model.embedding import add_rows
-from cllm.model.norms import wide
+from cllm.model.norms import Statistics, wide
 from cllm.training.compiled import perhaps_compiled
 from cllm.training.gradient import INPUT, Gradients, Micro
 
@@ -73,7 +73,8 @@ class Halves:
     def _run_trunk(self, weights: Tensor, coordinates: Tensor) -> Tensor:
         views = self.layout.views(weights)
         parameters = {f"model.{name}": view for name, view in views.items()}
-        arguments = (coordinates, [])
+        statistics: Statistics = []  # of batch norm, which is refused
+        arguments = (coordinates, statistics)
         hidden: Tensor = torch.func.functional_call(self.gradients.trunk, parameters, arguments)
         return hidden.flatten(0, 1)
 
@@ -85,7 +86,12 @@ class Halves:
         return linear_cross_entropy(hidden, scoring, targets.flatten(), scale, chunk)
 
     def _write_gradient(
-        self, flat: Tensor, coordinates_grad: Tensor, ids: Tensor, scoring_grad: Tensor, grad: Tensor
+        self,
+        flat: Tensor,
+        coordinates_grad: Tensor,
+        ids: Tensor,
+        scoring_grad: Tensor,
+        grad: Tensor,
     ) -> None:
         rows = len(self._table(flat, INPUT))
         looked_up = add_rows(wide(coordinates_grad.flatten(0, 1)), ids.flatten(), rows)
