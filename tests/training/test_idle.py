@@ -35,16 +35,16 @@ def test_the_closed_form_is_what_the_optimizer_does(
 
     part = Part(
         weights=random(),
-        decay=torch.ones((), dtype=torch.float64),
         moments={moment: torch.zeros(3, 4, dtype=torch.float64) for moment in rule.moments},
     )
-    clock, one = IdleClock(rule), torch.ones((), dtype=torch.float64)
+    clock = IdleClock(rule)
     for step in range(busy + idle):
         if step == busy:
             kept = part.weights.clone(), {m: t.clone() for m, t in part.moments.items()}
         lr = 0.05 / (1 + step % 7)
         grad = random() if step < busy else torch.zeros(3, 4, dtype=torch.float64)
-        rule.update(part, grad, torch.tensor(rule.rates(lr, step + 1), dtype=torch.float64), one)
+        rates = torch.tensor((1.0, *rule.rates(lr, step + 1)), dtype=torch.float64)
+        rule.update(part, grad, rates, torch.empty_like(grad))
         clock.advance(lr)
     if not idle:
         kept = part.weights, part.moments

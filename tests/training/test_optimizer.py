@@ -10,7 +10,7 @@ from torch import nn
 
 from cllm.core.config import TrainConfig
 from cllm.training.arena import ALIGN, Arena, Layout
-from cllm.training.optimizer import OPTIMIZERS
+from cllm.training.optimizer import OPTIMIZERS, Optimizer
 
 
 def model() -> nn.Module:
@@ -20,6 +20,14 @@ def model() -> nn.Module:
         {"table": nn.Embedding(7, 5), "linear": nn.Linear(5, 3), "norm": nn.LayerNorm(3)}
     )
     return layers.double()
+
+
+def update(rule: Optimizer, arena: Arena, grad: torch.Tensor, lr: float, count: int) -> None:
+    """One update of all parts, each in pieces of some elements, with a factor of 1."""
+    rates = torch.tensor((1.0, *rule.rates(lr, count)), dtype=torch.float64)
+    for part in arena.parts(40):
+        own = part.of(grad)
+        rule.update(part, own, rates, torch.empty_like(own))
 
 
 def follow(name: str, settings: dict[str, Any], reference: Any, steps: int = 30) -> None:
@@ -49,8 +57,7 @@ def follow(name: str, settings: dict[str, Any], reference: Any, steps: int = 30)
             group["lr"] = lr
         optimizer.step()
         flat = arena.layout.flatten(grads, torch.float64)
-        rates = torch.tensor(rule.rates(lr, step + 1), dtype=torch.float64)
-        rule.update(arena, flat, rates, torch.tensor(1.0, dtype=torch.float64))
+        update(rule, arena, flat, lr, step + 1)
     for key, parameter in ours.named_parameters():
         expected = dict(theirs.named_parameters())[key]
         torch.testing.assert_close(parameter, expected, rtol=1e-11, atol=1e-13, msg=key)
@@ -77,9 +84,7 @@ def test_decay_shrinks_matrices_and_leaves_vectors(name: str) -> None:
     rule = OPTIMIZERS[name](TrainConfig(optimizer=name, weight_decay=0.5))
     arena = Arena.adopt(ours, torch.float64, rule.moments)
     before = {key: p.detach().clone() for key, p in ours.named_parameters()}
-    rates = torch.tensor(rule.rates(0.1, 1), dtype=torch.float64)
-    nothing = torch.zeros_like(arena.weights)
-    rule.update(arena, nothing, rates, torch.tensor(1.0, dtype=torch.float64))
+    update(rule, arena, torch.zeros_like(arena.weights), 0.1, 1)
     for key, parameter in ours.named_parameters():
         factor = 0.95 if parameter.dim() > 1 else 1.0
         torch.testing.assert_close(parameter.detach(), before[key] * factor)

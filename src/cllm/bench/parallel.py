@@ -2,7 +2,8 @@
 
 The demo's model and batch, each contestant in a process of its own, first on an idle machine, then beside
 another program that wants one core. One worker on one core beside a team of threads that waits for its
-slowest member at every operation: that is what the comparison is about.
+slowest member at every operation: that is what the comparison is about. Then what ends a step, over one
+arena (``cllm.bench.arena``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from statistics import median
 
+from cllm.bench import arena
 from cllm.bench.harness import (
     Claim,
     Contestant,
@@ -70,16 +72,18 @@ def run(options: Options) -> Result:
         for name, values in found.items()
     ]
     why = "--quick measures nothing" if options.quick else (busy or "")
+    ends, end_claims, end_notes = arena.measure(options.quick, why)
     return Result(
         bench="parallel",
-        rows=rows,
-        claims=_claims(rates, cores, team, crew, why),
+        rows=rows + ends,
+        claims=_claims(rates, cores, team, crew, why) + end_claims,
         notes=[
             f"Shape and batch: {contestants[0].ready['shape']}; {contestants[0].ready['dtype']}. Medians "
             f"of {rounds} interleaved rounds of {steps} steps, compilation and warm-up apart. Workers take "
             "a share of the batch's windows each. Peak RSS is the parent's.",
             "The other program counts in a loop. The fair share of n threads of ours beside it on c cores "
             f"is c·n/(n + 1): {cores}·{cores}/({cores} + 1) cores here, of {cores}.",
+            *end_notes,
         ],
         packages=("torch",),
         load_before=load,

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cllm.core.errors import UsageError
 from cllm.core.model_config import ModelConfig
-from cllm.core.pipeline_config import PipelineConfig
+from cllm.core.pipeline_config import PipelineConfig, against_pipeline
 from cllm.core.section import Fraction, NonNegative, PositiveInt, Section
 from cllm.core.teaching_config import SampledConfig, SimilarityConfig
 
@@ -212,6 +212,9 @@ class Config(Section):
                 raise ValueError(
                     f"train.parallel.workers = {self.train.parallel.workers}: {setting} {why}"
                 )
+        if self.train.pipeline.mode == "delayed":
+            for setting, why in against_pipeline(self):
+                raise ValueError(f"train.pipeline.mode = 'delayed': {setting} {why}")
         return self
 
     def _check_candidates(self) -> None:

@@ -1,14 +1,14 @@
 """Weights, gradients and optimizer state, each in one flat buffer whose views are the tensors.
 
-Clipping, the optimizer, the cast to the precision of the arithmetic and the check for non-finite
-values are then single passes over memory. Every view begins on a 64-byte boundary in any precision of
-two bytes or more; the padding between views is zero and stays zero.
+The check for non-finite values with the norm is then one pass over the gradient, and clipping, the
+optimizer and the cast to the precision of the arithmetic are one more over all. Every view begins on a
+64-byte boundary in any precision of two bytes or more; the padding between views is zero and stays zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -64,31 +64,42 @@ class Layout:
         return torch.cat(pieces)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Part:
-    """What an optimizer updates: ``weights``, their ``moments``, and ``decay``, which is 1 where weight
-    decay applies (matrices and tables) and 0 elsewhere. All of one shape, or broadcast to it."""
+    """What an optimizer updates alike: ``weights`` and their ``moments``, all of one shape. ``decays``:
+    whether weight decay applies (matrices and tables). ``copy``: what becomes a low-precision copy of
+    the weights, if there is one. ``first``: their place in the arena."""
 
     weights: Tensor
-    decay: Tensor
-    moments: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor]
+    decays: bool = True
+    copy: Tensor | None = None
+    first: int = 0
+
+    def of(self, flat: Tensor) -> Tensor:
+        """This part of a buffer as large as the arena."""
+        return flat[self.first : self.first + len(self.weights)]
 
 
 @dataclass(kw_only=True)
-class Arena(Part):
+class Arena:
     """The flat buffers of one model in training.
 
     ``weights`` are the float32 masters; ``compute`` is their copy in the arithmetic's precision (the
     same buffer where that is float32); ``grad`` is the summed gradient; ``moments`` belong to the
     optimizer.
 
-    The tables named ``by_rows`` come last. Of them a step uses some rows only, which are updated apart
-    (``cllm.training.lazy_rows``): ``grad`` and ``decay`` end before them, and ``dense`` is the rest.
+    Matrices and tables come first, ``decaying`` elements of them, then vectors: what decays is one stretch
+    of memory, and no mask of it need be read. The tables named ``by_rows`` come last. Of them a step uses
+    some rows only, which are updated apart (``cllm.training.lazy_rows``): ``grad`` ends before them.
     """
 
     layout: Layout
+    weights: Tensor
     compute: Tensor
     grad: Tensor
+    moments: dict[str, Tensor]
+    decaying: int
     by_rows: tuple[str, ...] = ()
 
     @classmethod
@@ -107,8 +118,10 @@ class Arena(Part):
         their ``owner`` takes the weights as they are there.
         """
         found = dict(model.named_parameters())
-        parameters = {name: p for name, p in found.items() if name not in by_rows}
-        parameters |= {name: found[name] for name in by_rows}
+        dense = [name for name in found if name not in by_rows]
+        matrices = [name for name in dense if found[name].dim() > 1]
+        vectors = [name for name in dense if found[name].dim() <= 1]
+        parameters = {name: found[name] for name in (*matrices, *vectors, *by_rows)}
         layout = Layout.of(parameters)
         tensors = {name: parameter.detach() for name, parameter in parameters.items()}
         master = next(iter(tensors.values())).dtype
@@ -124,38 +137,47 @@ class Arena(Part):
             weights, compute = places[0], places[-1]
         for name, view in layout.views(weights).items():
             parameters[name].data = view
-        dense = layout.first(len(layout.names) - len(by_rows))
-        matrices = {
-            n: torch.full_like(tensors[n], float(tensors[n].dim() > 1)) for n in dense.names
-        }
         return cls(
             layout=layout,
             weights=weights,
             compute=compute,
-            grad=weights.new_zeros(dense.size),
-            decay=dense.flatten(matrices, master),
+            grad=weights.new_zeros(layout.first(len(dense)).size),
             moments={name: torch.zeros_like(weights) for name in moments},
+            decaying=layout.first(len(matrices)).size,
             by_rows=by_rows,
         )
 
     @cached_property
     def dense_layout(self) -> Layout:
-        """The layout of ``dense``."""
+        """The layout of all but the tables ``by_rows``."""
         return self.layout.first(len(self.layout.names) - len(self.by_rows))
 
     @cached_property
-    def dense(self) -> Part:
-        """All but the tables ``by_rows``, as views; the arena itself where there are none."""
-        if not self.by_rows:
-            return self
-        size = self.dense_layout.size
-        moments = {name: flat[:size] for name, flat in self.moments.items()}
-        return Part(weights=self.weights[:size], decay=self.decay, moments=moments)
-
-    @cached_property
     def dense_compute(self) -> Tensor:
-        """``compute`` of ``dense``."""
+        """``compute`` without the tables ``by_rows``."""
         return self.compute[: self.dense_layout.size] if self.by_rows else self.compute
+
+    def parts(self, size: int = 0, copy: Tensor | None = None) -> list[Part]:
+        """All but the tables ``by_rows``, as views of at most ``size`` elements (0: no bound).
+
+        ``copy``: the buffer that becomes the copy of the weights; ``compute`` if that is one.
+        """
+        if copy is None and self.compute is not self.weights:
+            copy = self.compute
+        found, end = [], self.dense_layout.size
+        for first, last in ((0, self.decaying), (self.decaying, end)):
+            for begin in range(first, last, size or max(last - first, 1)):
+                place = slice(begin, min(begin + size, last) if size else last)
+                found.append(
+                    Part(
+                        weights=self.weights[place],
+                        moments={name: flat[place] for name, flat in self.moments.items()},
+                        decays=last == self.decaying,
+                        copy=copy[place] if copy is not None else None,
+                        first=begin,
+                    )
+                )
+        return found
 
     def refresh(self) -> None:
         """Make ``compute`` the present weights again, after they were changed from outside."""

@@ -72,6 +72,12 @@ def choose(config: Config, *, seconds: float | None = None) -> Choices:
     """
     choices = Choices(config)
     _choose_device(choices)
+    delayed = choices.config.train.pipeline.mode == "delayed"
+    if delayed and choices.config.train.device != "cpu":
+        raise UsageError(
+            f"train.pipeline.mode = 'delayed' is for the CPU, and train.device is "
+            f"{choices.config.train.device!r} here; set it to cpu"
+        )
     launch = launched()
     if launch is None:
         check_launch(config)
@@ -82,7 +88,9 @@ def choose(config: Config, *, seconds: float | None = None) -> Choices:
     if choices.config.train.threads == "auto":
         here = machine()
         why = f"{here.cores} cores" + (f", quota {here.quota:g}" if here.quota else "")
-        if launch is not None and launch.local_size > 1:
+        if delayed:
+            choices.settle("threads", 1, "the stages of the pipeline share the cores")
+        elif launch is not None and launch.local_size > 1:
             share = max(here.threads // launch.local_size, 1)
             choices.settle("threads", share, f"{launch.local_size} processes share the {why}")
         elif choices.config.train.parallel.workers == 1:
@@ -161,6 +169,8 @@ def _choose_workers(choices: Choices) -> None:
     asked = config.train.parallel.workers
     workers = cores if asked == "auto" else asked
     against = [f"{setting} {why}" for setting, why in config.against_workers()]
+    if config.train.pipeline.mode == "delayed":
+        against.append("the pipeline trains in one process")
     if workers > 1 and not hasattr(os, "memfd_create"):
         against.append("workers share memory through memfd, which Linux has")
     try:
@@ -283,7 +293,11 @@ def _choose_lazy_rows(choices: Choices) -> None:
     config = choices.config
     if config.train.lazy_rows != "auto":
         return
-    alone = config.train.parallel.workers == 1 and launched() is None
+    alone = (
+        config.train.parallel.workers == 1
+        and launched() is None
+        and config.train.pipeline.mode == "off"
+    )
     if not config.rows_can_idle or not alone:
         choices.config = config.replace(
             **{"train.lazy_rows": "off"}

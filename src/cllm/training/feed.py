@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +23,12 @@ def micro_batches(source: BatchSource, train: TrainConfig, at: int) -> MicroBatc
     ]
 
 
-def target_count(batches: MicroBatches) -> int:
+def target_count(batches: Sequence[tuple[Tensor, Tensor]]) -> int:
     """Targets that the loss counts on."""
-    return sum(int((targets != IGNORED).sum()) for _, targets in batches)
+    return sum(_counted(targets) for _, targets in batches)
+
+
+def _counted(targets: Tensor) -> int:
+    if targets.device.type == "cpu":  # NumPy's comparison takes a fifth of the time
+        return int(np.count_nonzero(targets.numpy() != IGNORED))
+    return int((targets != IGNORED).sum())

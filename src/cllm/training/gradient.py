@@ -87,7 +87,7 @@ class Gradients:
             for name, table in self.tables.items()
             if table.computes_core
         }
-        self._trunk = _Trunk(model)
+        self.trunk = _Trunk(model)
         self._norms = {m.name: m for m in model.modules() if isinstance(m, BatchNorm)}
 
     def compute_cores(self, names: tuple[str, ...]) -> None:
@@ -101,7 +101,7 @@ class Gradients:
         """The exact loss of a batch in nats, whatever it is trained on."""
         parameters = _named(self.arena.layout.views(self.arena.compute))
         coordinates = functional.embedding(ids_bt, self._core(INPUT, parameters, {}))
-        hidden = torch.func.functional_call(self._trunk, parameters, (coordinates, []))
+        hidden = torch.func.functional_call(self.trunk, parameters, (coordinates, []))
         core = self._core(self.output, parameters, {})
         return cross_entropy_sum(hidden.flatten(0, 1), core, targets_bt.flatten(), self.chunk)
 
@@ -115,7 +115,7 @@ class Gradients:
             parameters: dict[str, Tensor], coordinates: Tensor
         ) -> tuple[Tensor, dict[str, Tensor]]:
             statistics: Statistics = []
-            hidden = torch.func.functional_call(self._trunk, parameters, (coordinates, statistics))
+            hidden = torch.func.functional_call(self.trunk, parameters, (coordinates, statistics))
             return hidden.flatten(0, 1), dict(statistics)  # vjp takes names as keys only
 
         parameters = _named(self.layout.views(self.compute))
@@ -127,7 +127,8 @@ class Gradients:
         scoring = self._core(self.output, parameters, rows)
         loss, hidden_grad, scoring_grad = self._head(hidden, scoring, micro, scale)
         # The cores' gradients are added here rather than by autograd, each in a fixed order.
-        grads, coordinates_grad = pull(hidden_grad)
+        with torch.no_grad():  # else autograd prepares for second derivatives, at a cost
+            grads, coordinates_grad = pull(hidden_grad)
         looked_up = add_rows(
             wide(coordinates_grad.flatten(0, 1)), micro.ids.flatten(), core.shape[0]
         )

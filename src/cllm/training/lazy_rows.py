@@ -126,14 +126,14 @@ class LazyRows:
         self,
         used: dict[str, InUse],
         grads: dict[str, Tensor],
-        factor: Tensor,
         rates: Tensor,
         lr: float,
     ) -> None:
-        """Update the rows in use with ``factor`` times their gradients, in an applied step at ``lr``."""
+        """Update the rows in use with their gradients, in an applied step at ``lr``; ``rates`` as the
+        optimizer takes them."""
         self.clock.advance(lr)
         for name, use in used.items():
-            self.optimizer.update(use.part, grads[name] * factor, rates, torch.ones_like(factor))
+            self.optimizer.update(use.part, grads[name], rates, torch.empty_like(grads[name]))
             self._weights[name].index_copy_(0, use.rows, use.part.weights)
             for moment, kept in self._moments[name].items():
                 kept.index_copy_(0, use.rows, use.part.moments[moment])
@@ -219,7 +219,7 @@ class LazyRows:
             {moment: kept[rows] for moment, kept in self._moments[name].items()},
             self.touched[name][rows],
         )
-        part = Part(weights=weights, decay=weights.new_ones(()), moments=moments)
+        part = Part(weights=weights, moments=moments)
         return InUse(rows=rows, part=part, tokens=len(tokens), bags=bags)
 
     def _core(self, table: Embedding, use: InUse, basis: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 """AdamW and SGD over flat buffers, each a few elementwise lines that compile into one pass.
 
-A step that must be skipped is applied with ``apply`` = 0: weights and moments then keep their bits.
+Not compiled they allocate nothing either: the lines are in place, constants are tensors beside the rates (a
+plain number becomes a new tensor in each call), and what is between them is in a buffer that is given.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from cllm.core.config import TrainConfig
@@ -38,11 +40,11 @@ class Optimizer(Protocol):
     def rates(self, lr: float, count: int) -> tuple[float, ...]:
         """The numbers of step ``count`` (from 1) at learning rate ``lr`` that ``update`` takes."""
 
-    def update(self, part: Part, grad: Tensor, rates: Tensor, apply: Tensor) -> None:
+    def update(self, part: Part, grad: Tensor, rates: Tensor, work: Tensor) -> None:
         """Change the weights in place.
 
-        ``grad`` is the flat gradient (zeros where the step is skipped), ``rates`` a tensor of what
-        ``rates()`` gave, ``apply`` a scalar tensor, 1.0, or 0.0 to skip.
+        ``grad`` is the gradient of the part, ``rates`` a tensor of its factor (clipping) and of what
+        ``rates()`` gave, ``work`` a buffer of the gradient's shape that is overwritten.
         """
 
 
@@ -63,24 +65,30 @@ class AdamW:
 
     def drift_rate(self, lr: float, count: int) -> float:
         """The rate with both biases corrected."""
-        _, corrected_lr, root = self.rates(lr, count)
+        _, corrected_lr, root, *_ = self.rates(lr, count)
         return corrected_lr / root
 
     def rates(self, lr: float, count: int) -> tuple[float, ...]:
-        """The rate, the rate with the mean's bias corrected, and the factor that corrects √square."""
+        """What a weight keeps under decay, the rate with the mean's bias corrected, and the factor that
+        corrects √square; then the constants."""
         beta1, beta2 = self.betas
-        return lr, lr / (1 - beta1**count), (1 - beta2**count) ** -0.5
+        root = (1 - beta2**count) ** -0.5
+        changing = (1 - lr * self.decay, lr / (1 - beta1**count), root)
+        return (*changing, beta1, beta2, self.eps)
 
-    def update(self, part: Part, grad: Tensor, rates: Tensor, apply: Tensor) -> None:
+    def update(self, part: Part, grad: Tensor, rates: Tensor, work: Tensor) -> None:
         """See ``Optimizer``; one division and one root an element."""
-        beta1, beta2 = self.betas
-        lr, corrected_lr, root = rates.unbind()
+        factor, kept, step, root, beta1, beta2, eps = rates.unbind()
         mean, square = part.moments["mean"], part.moments["square"]
-        mean.add_((grad - mean) * (apply * (1 - beta1)))
-        square.add_((grad * grad - square) * (apply * (1 - beta2)))
-        step = mean / (square.sqrt() * root + self.eps) * corrected_lr
-        decay = part.decay * part.weights * (lr * self.decay)
-        part.weights.sub_((step + decay) * apply)
+        torch.mul(grad, factor, out=work)
+        mean.mul_(beta1).add_(work, alpha=1 - self.betas[0])
+        square.mul_(beta2).addcmul_(work, work, value=1 - self.betas[1])
+        torch.sqrt(square, out=work)
+        torch.div(mean, work.mul_(root).add_(eps), out=work)
+        if part.decays:
+            part.weights.mul_(kept)
+        part.weights.sub_(work.mul_(step))
+        _renew(part)
 
 
 class SGD:
@@ -102,15 +110,26 @@ class SGD:
         return lr
 
     def rates(self, lr: float, count: int) -> tuple[float, ...]:
-        """The rate alone."""
-        return (lr,)
+        """What a weight keeps under decay, the rate, and the momentum."""
+        return 1 - lr * self.decay, lr, self.momentum
 
-    def update(self, part: Part, grad: Tensor, rates: Tensor, apply: Tensor) -> None:
+    def update(self, part: Part, grad: Tensor, rates: Tensor, work: Tensor) -> None:
         """See ``Optimizer``."""
+        factor, kept, step, momentum = rates.unbind()
         velocity = part.moments["velocity"]
-        velocity.add_((velocity * (self.momentum - 1) + grad) * apply)
-        decay = part.decay * part.weights * self.decay
-        part.weights.sub_((velocity + decay) * (rates[0] * apply))
+        torch.mul(grad, factor, out=work)
+        velocity.mul_(momentum).add_(work)
+        if part.decays:
+            part.weights.mul_(kept)
+        torch.mul(velocity, step, out=work)
+        part.weights.sub_(work)
+        _renew(part)
+
+
+def _renew(part: Part) -> None:
+    """The copy in the arithmetic's precision, while the weights are in the cache."""
+    if part.copy is not None:
+        part.copy.copy_(part.weights)
 
 
 OPTIMIZERS: dict[str, type[AdamW | SGD]] = {"adamw": AdamW, "sgd": SGD}

@@ -55,7 +55,7 @@ class Standing:
         return standing
 
 
-EARLIER = {"workers": 1, "processes": "1"}
+EARLIER = {"workers": 1, "processes": "1", "pipeline": "off"}
 """What checkpoints were made with that do not say."""
 
 
@@ -66,6 +66,7 @@ def environment(config: TrainConfig) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "workers": config.parallel.workers,
         "processes": _processes(config),
+        "pipeline": "delayed" if config.pipeline.mode == "delayed" else "off",
         "dtype": config.dtype,
         "device": config.device,
         "compile": config.compile,

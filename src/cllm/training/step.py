@@ -1,35 +1,35 @@
 """One training step: forward, backward, clipping, optimizer and the cast of the weights.
 
-Everything is functional over the arena's flat buffers, so that ``torch.compile`` sees a single graph
-with no autograd boundary in it: gradients go from the backward's products straight into the flat
-buffer, and one pass updates moments, weights and their low-precision copy. Several micro-batches, and
-tables that are updated by rows, take two graphs: up to the summed gradient, and from there.
+Forward and backward are functional over the arena's flat buffers, so that ``torch.compile`` sees a single
+graph with no autograd boundary in it, whose gradients go into the arena's. What ends the step is
+``cllm.training.update``. Nothing outside that graph allocates memory once a step has been made, but for
+tables that are updated by rows and what is drawn for a step.
 
 A step whose loss or gradient is not finite changes nothing but its counters.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cllm.core.config import TrainConfig
-from cllm.model.cross_entropy import IGNORE
 from cllm.model.norms import BatchNorm
 from cllm.model.transformer import Transformer
 from cllm.training.arena import Arena
-from cllm.training.clipping import clip_factor
 from cllm.training.compiled import perhaps_compiled
 from cllm.training.draws import Draws
+from cllm.training.feed import target_count
 from cllm.training.gradient import Gradients, Micro
-from cllm.training.lazy_rows import LazyRows
-from cllm.training.optimizer import OPTIMIZERS
+from cllm.training.lazy_rows import InUse, LazyRows
 from cllm.training.parallel.crew import Crew
+from cllm.training.update import Update
 
 if TYPE_CHECKING:
     from cllm.training.distributed.team import Team
@@ -51,13 +51,35 @@ class StepResult:
     similarity: float | None = None
 
 
-class Figures(NamedTuple):
-    """Scalars of a step: the summed loss, the norm before clipping, 1.0 or 0.0."""
+class Numbers(NamedTuple):
+    """What changes from step to step: the factor of the loss, the inverse of its part that is fp16's, the
+    learning rate, and which step it is (from 1; skipped ones do not count)."""
 
-    loss: Tensor
-    norm: Tensor
-    applied: Tensor
-    similarity: Tensor | None
+    scale: float
+    unscale: float
+    lr: float
+    at: int
+
+
+class Figures(NamedTuple):
+    """What a step gave: the summed loss, the norm before clipping, whether it was applied."""
+
+    loss: float
+    norm: float
+    applied: bool
+    similarity: float | None = None
+
+
+@dataclass
+class Summed:
+    """What forward and backward leave beside the arena's gradient: the summed loss, the similarity loss,
+    and of tables updated by rows what is in use, its gradients, and the sum of their squares."""
+
+    loss: float
+    similarity: float | None = None
+    used: dict[str, InUse] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    square: float = 0.0
 
 
 class TrainStep:
@@ -81,7 +103,8 @@ class TrainStep:
         draws: Draws | None = None,
     ) -> None:
         self.model, self.arena, self.config = model, arena, config
-        self.optimizer = OPTIMIZERS[config.optimizer](config)
+        self.update = Update(arena, config, compiled=compiled)
+        self.optimizer = self.update.optimizer
         self.draws = draws if draws is not None else Draws()
         self.crew: Crew | None = None
         self.team: Team | None = None
@@ -92,17 +115,18 @@ class TrainStep:
         self.gradients = Gradients(model, arena, chunk)
         self.lazy = LazyRows(self.gradients, self.optimizer) if arena.by_rows else None
         by_rows = self.lazy.tables if self.lazy is not None else ()
-        # Attributes of their own, so that a compiled graph sees tensors and no properties.
-        self._dense, self._dense_compute = arena.dense, arena.dense_compute
         self._kept_cores = tuple(name for name in self.cores if name not in by_rows)
         self.core_uses = {"computed": len(self._kept_cores), "read": 0}
         self._running = [
             buffer for m in model.modules() if isinstance(m, BatchNorm) for buffer in m.buffers()
         ]
-        self._whole = perhaps_compiled(self._whole_step, compiled)
-        self._part = perhaps_compiled(self._accumulate, compiled)
-        self._end = perhaps_compiled(self._finish, compiled)
+        self._kept = [torch.empty_like(buffer) for buffer in self._running]
+        self._only = perhaps_compiled(self._take_gradient, compiled)
+        self._part = perhaps_compiled(self._add_gradient, compiled)
+        self._cores = perhaps_compiled(self.gradients.compute_cores, compiled)
         self._loss = perhaps_compiled(self.gradients.summed_loss, compiled)
+        # The factor of a micro-batch's loss, and the sum of their losses.
+        self._scale, self._total = arena.weights.new_zeros(()), arena.weights.new_zeros(())
 
     @property
     def cores(self) -> dict[str, Tensor]:
@@ -121,72 +145,92 @@ class TrainStep:
 
         ``similarity``: the present weight of the similarity loss, if there is one.
         """
-        targets = sum(int((y != IGNORE).sum()) for _, y in batches)
-        numbers = self._numbers(1.0 / max(targets, 1), lr)
+        targets, loss_scale = target_count(batches), float(self.counters["loss_scale"])
+        at = int(self.counters["applied"]) + 1
+        numbers = Numbers(loss_scale / max(targets, 1), 1.0 / loss_scale, lr, at)
         if self.team is not None:
-            found = self.team.step(batches, numbers.tolist())
-        elif self.crew is not None:
-            found = self._with_crew(self.crew, batches, numbers)
-        elif len(batches) == 1 and self.lazy is None:
-            found = self._whole(self._micros(batches, similarity)[0], numbers)
+            found = self.team.step(batches, numbers)
         else:
-            found = self._in_parts(self._micros(batches, similarity), numbers, lr)
+            for kept, running in zip(self._kept, self._running, strict=True):
+                kept.copy_(running)
+            if self.crew is not None:
+                summed = self._with_crew(self.crew, batches, numbers.scale)
+            else:
+                summed = self._summed(self._micros(batches, similarity), numbers.scale)
+            found = self.finish(summed, self.arena.grad, numbers)
         self._weights_changed(len(batches))
-        values = [value for value in found if value is not None]
-        figures = torch.stack(values).tolist()
-        self._count(bool(figures[2]))
-        return StepResult(
-            loss=figures[0] / max(targets, 1),
-            grad_norm=figures[1],
-            applied=bool(figures[2]),
-            similarity=figures[3] if found.similarity is not None else None,
-        )
+        self.count(found.applied)
+        mean = found.loss / max(targets, 1)
+        return StepResult(mean, found.norm, found.applied, found.similarity)
 
-    def _in_parts(self, micros: list[Micro], numbers: Tensor, lr: float) -> Figures:
-        before = self._averages()
-        self.arena.grad.zero_()
-        micros, rows, used = self.lazy.begin(micros) if self.lazy is not None else (micros, {}, {})
-        grads = {n: torch.zeros_like(c, dtype=numbers.dtype) for n, c in rows.items()}
-        total, similarity = numbers.new_zeros(()), None
-        for micro in micros:
-            loss, alike = self._part(micro, numbers, rows, grads)
-            total += loss
-            if alike is not None:
-                share = alike / len(micros)
-                similarity = share if similarity is None else similarity + share
-        square = None
+    def finish(self, summed: Summed, grad: Tensor, numbers: Numbers) -> Figures:
+        """Check, clip and update with a summed gradient; what is not finite changes nothing."""
+        dense = self.update.norm(grad)
+        norm = math.hypot(dense, math.sqrt(summed.square)) * numbers.unscale
+        applied = math.isfinite(norm) and math.isfinite(summed.loss)
+        if applied:
+            self._apply(summed, grad, norm, numbers)
+        else:
+            for kept, running in zip(self._kept, self._running, strict=True):
+                running.copy_(kept)
+        return Figures(summed.loss, norm, applied, summed.similarity)
+
+    def _summed(self, micros: list[Micro], scale: float) -> Summed:
+        found = Summed(0.0)
+        rows: dict[str, Tensor] = {}
         if self.lazy is not None:
-            grads = self.lazy.pull(used, grads)
-            square = torch.stack([grad.square().sum() for grad in grads.values()]).sum()
-        norm, factor, applied = self._end(self.arena.grad, total, numbers, before, square)
-        if self.lazy is not None and bool(applied):
-            self.lazy.apply(used, grads, factor, numbers[2:], lr)
-        return Figures(total, norm, applied, similarity)
+            micros, rows, found.used = self.lazy.begin(micros)
+        grads = {n: torch.zeros_like(c, dtype=self._scale.dtype) for n, c in rows.items()}
+        found.loss, found.similarity = self._backward(micros, len(micros), scale, rows, grads)
+        if self.lazy is not None:
+            found.rows = self.lazy.pull(found.used, grads)
+            found.square = sum(float(grad.square().sum()) for grad in found.rows.values())
+        return found
 
     def _with_crew(
-        self, crew: Crew, batches: Sequence[tuple[Tensor, Tensor]], numbers: Tensor
-    ) -> Figures:
-        """The step of several workers: gradients are added in the workers' order."""
-        own = crew.begin(batches, float(numbers[0]))
-        total = self.accumulate((Micro(ids, targets) for ids, targets in own), float(numbers[0]))
+        self, crew: Crew, batches: Sequence[tuple[Tensor, Tensor]], scale: float
+    ) -> Summed:
+        """The gradient of several workers: they are added in the workers' order."""
+        own = crew.begin(batches, scale)
+        micros = (Micro(ids, targets) for ids, targets in own)
+        total = self.accumulate(micros, len(crew.shards[0]), scale)
         for loss, grad in crew.results():
             total += loss
             self.arena.grad.add_(grad)
-        return self.finish(self.arena.grad, torch.tensor(total, dtype=numbers.dtype), numbers)
+        return Summed(total)
 
-    def finish(self, grad: Tensor, loss: Tensor, numbers: Tensor) -> Figures:
-        """Check, clip and update, by a gradient and a loss that were summed elsewhere."""
-        norm, _, applied = self._end(grad, loss, numbers, self._averages(), None)
-        return Figures(loss, norm, applied, None)
+    def accumulate(self, micros: Iterable[Micro], count: int, scale: float) -> float:
+        """The summed gradient of ``scale`` times the loss of ``count`` micro-batches goes into
+        ``arena.grad``, in their order; returns the summed loss."""
+        return self._backward(micros, count, scale, {}, {})[0]
 
-    def accumulate(self, micros: Iterable[Micro], scale: float) -> float:
-        """The summed gradient of ``scale`` times the loss of micro-batches goes into ``arena.grad``, in
-        their order; returns the summed loss."""
-        self.arena.grad.zero_()
-        total, numbers = 0.0, self.arena.grad.new_tensor([scale])
+    def _backward(
+        self,
+        micros: Iterable[Micro],
+        count: int,
+        scale: float,
+        rows: dict[str, Tensor],
+        grads: dict[str, Tensor],
+    ) -> tuple[float, float | None]:
+        self._scale.fill_(scale)
+        self._total.zero_()
+        part = self._only if count == 1 else self._part
+        if count != 1:
+            self.arena.grad.zero_()
+        similarity = None
         for micro in micros:
-            total += float(self._part(micro, numbers, {}, {})[0])
-        return total
+            loss, alike = part(micro, self._scale, rows, grads)
+            self._total.add_(loss)
+            if alike is not None:
+                similarity = (similarity or 0.0) + float(alike) / count
+        return float(self._total), similarity
+
+    def _apply(self, summed: Summed, grad: Tensor, norm: float, numbers: Numbers) -> None:
+        self.update.apply(grad, norm, numbers.unscale, numbers.lr, numbers.at)
+        if self.lazy is not None:
+            self.lazy.apply(summed.used, summed.rows, self.update.rates, numbers.lr)
+        if self._kept_cores:
+            self._cores(self._kept_cores)
 
     def close(self) -> None:
         """Let workers end, or a team, if there is one."""
@@ -238,50 +282,43 @@ class TrainStep:
         # Each micro-batch looks its tokens up in the input's core and scores them with the output's.
         self.core_uses["read"] += 2 * batches if self._kept_cores else 0
 
-    def _numbers(self, share: float, lr: float) -> Tensor:
-        """What changes from step to step, computed once here rather than for each element there:
-        the loss's scale, its inverse, and the optimizer's rates."""
-        scale = float(self.counters["loss_scale"])
-        rates = self.optimizer.rates(lr, int(self.counters["applied"]) + 1)
-        weights = self.arena.weights
-        return torch.tensor([share * scale, 1.0 / scale, *rates], dtype=weights.dtype).to(
-            weights.device
-        )
-
-    def _count(self, applied: bool) -> None:
+    def count(self, applied: bool) -> None:
         """Count a step; halve fp16's loss scale on overflow, double it after many calm steps
         (Micikevicius et al. 2018)."""
+        # `fill_` and no arithmetic: torch would make a tensor of each number.
         counters = self.counters
-        counters["applied"].add_(float(applied))
-        counters["skipped"].add_(float(not applied))
-        counters["in_row"].add_(1.0).mul_(float(not applied))
+        counters["applied"].fill_(float(counters["applied"]) + applied)
+        counters["skipped"].fill_(float(counters["skipped"]) + (not applied))
+        counters["in_row"].fill_(0.0 if applied else float(counters["in_row"]) + 1.0)
         if not self.scaling:
             return
-        counters["calm"].add_(1.0).mul_(float(applied))
+        scale, calm = float(counters["loss_scale"]), float(counters["calm"])
+        calm = calm + 1.0 if applied else 0.0
         if not applied:
-            counters["loss_scale"].mul_(0.5)
-        elif counters["calm"] >= LOSS_SCALE_PATIENCE:
-            counters["loss_scale"].mul_(2)
-            counters["calm"].zero_()
+            scale *= 0.5
+        elif calm >= LOSS_SCALE_PATIENCE:
+            scale, calm = 2.0 * scale, 0.0
+        counters["loss_scale"].fill_(scale)
+        counters["calm"].fill_(calm)
 
     def gradient(
         self, batches: Sequence[tuple[Tensor, Tensor]], similarity: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Mean loss and the gradient of all that is trained on, flat, without a step."""
-        share = 1.0 / sum(int((y != IGNORE).sum()) for _, y in batches)
-        numbers = self._numbers(share, 0.0)
+        share, loss_scale = 1.0 / target_count(batches), float(self.counters["loss_scale"])
+        scale = torch.full_like(self._scale, share * loss_scale)
         micros = self._micros(batches, similarity)
         micros, rows, used = self.lazy.begin(micros) if self.lazy is not None else (micros, {}, {})
-        total, flat = numbers.new_zeros(()), torch.zeros_like(self.arena.weights)
+        total, flat = torch.zeros_like(scale), torch.zeros_like(self.arena.weights)
         views = self.arena.layout.views(flat)
         for micro in micros:
-            found = self.gradients.backward(micro, numbers[0], rows)
+            found = self.gradients.backward(micro, scale, rows)
             total = total + found.loss
             flat[: len(found.flat)] += found.flat
             if self.lazy is not None:
                 for name, grad in self.lazy.pull(used, found.rows).items():
                     views[f"{name}.weight"].index_add_(0, used[name].rows, grad)
-        return total * share, flat * numbers[1]
+        return total * share, flat / loss_scale
 
     def evaluate(self, ids_bt: Tensor, targets_bt: Tensor) -> Tensor:
         """Summed exact loss of a batch in nats; the model must be in eval mode, as it was compiled for."""
@@ -300,50 +337,20 @@ class TrainStep:
         with torch.no_grad():
             return self.gradients.summed_loss(ids_bt, targets_bt)
 
-    def _accumulate(
-        self, micro: Micro, numbers: Tensor, rows: dict[str, Tensor], grads: dict[str, Tensor]
+    def _take_gradient(
+        self, micro: Micro, scale: Tensor, rows: dict[str, Tensor], grads: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        found = self.gradients.backward(micro, numbers[0], rows)
+        found = self.gradients.backward(micro, scale, rows)
+        self.arena.grad.copy_(found.flat)
+        for name, grad in grads.items():
+            grad.copy_(found.rows[name])
+        return found.loss, found.similarity
+
+    def _add_gradient(
+        self, micro: Micro, scale: Tensor, rows: dict[str, Tensor], grads: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        found = self.gradients.backward(micro, scale, rows)
         self.arena.grad.add_(found.flat)
         for name, grad in grads.items():
             grad.add_(found.rows[name])
         return found.loss, found.similarity
-
-    def _whole_step(self, micro: Micro, numbers: Tensor) -> Figures:
-        before = self._averages()
-        found = self.gradients.backward(micro, numbers[0], {})
-        norm, _, applied = self._finish(found.flat, found.loss, numbers, before, None)
-        return Figures(found.loss, norm, applied, found.similarity)
-
-    def _averages(self) -> list[Tensor]:
-        """Batch norm's running averages as they are, in case the step must be skipped."""
-        return [running.clone() for running in self._running]
-
-    def _finish(
-        self,
-        grad: Tensor,
-        loss: Tensor,
-        numbers: Tensor,
-        before: list[Tensor],
-        square: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Check, clip and update; returns the norm before clipping, the factor of the gradient, and 1.0 if
-        applied.
-
-        ``before``: the running averages from before the step, which a skipped one puts back. ``square``:
-        the squared norm of the gradient outside the dense part, if there is any.
-        """
-        norm = torch.linalg.vector_norm(grad)
-        if square is not None:
-            norm = (norm * norm + square).sqrt()
-        norm = norm * numbers[1]
-        factor, apply = clip_factor(norm, loss, numbers[1], self.config.clip).unbind()
-        finite = apply > 0
-        grad = torch.where(finite, grad * factor, 0.0)
-        self.optimizer.update(self._dense, grad, numbers[2:], apply)
-        for running, kept in zip(self._running, before, strict=True):
-            running.copy_(torch.where(finite, running, kept))
-        if self._dense_compute is not self._dense.weights:
-            self._dense_compute.copy_(self._dense.weights)
-        self.gradients.compute_cores(self._kept_cores)
-        return norm, factor, apply

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -27,6 +28,7 @@ from cllm.training.board import Board
 from cllm.training.evaluate import Evaluation, evaluate, norm_mode_gap
 from cllm.training.feed import micro_batches, target_count
 from cllm.training.interrupt import Interrupt
+from cllm.training.pipeline.ahead import Ahead
 from cllm.training.progress import Progress, Reading
 from cllm.training.samples import sample_texts
 from cllm.training.schedule import learning_rate, similarity_weight
@@ -61,6 +63,10 @@ class Trainer:
         split = self.dataset.report.splits["train"]
         self.bits_per_nat = split.scored_tokens / max(split.scored_bytes, 1) / math.log(2)
         self.warned = False
+        self.ahead = None
+        if train.pipeline.mode == "delayed":
+            feed = partial(micro_batches, self.batches, train)
+            self.ahead = Ahead(self.step, train, feed, self._seed)
 
     def fit(self, interrupt: Interrupt) -> str:
         """Train to the end; returns ``"finished"``, or ``"stopped early"``.
@@ -71,7 +77,7 @@ class Trainer:
         """
         train, standing = self.config.train, self.standing
         self.model.train()
-        with self.progress.training(train.steps, standing.step) as show:
+        with self.progress.training(train.steps, standing.step) as show, self._pipeline():
             clock = _Clock(standing.tokens)
             if 0 < train.patience <= standing.stale:
                 return "stopped early"  # and was killed before it was concluded
@@ -86,7 +92,11 @@ class Trainer:
                 if done or enough or improved or standing.step % train.checkpoint_every == 0:
                     with interrupt.saving():
                         self.save(best=improved)
+                if self.ahead is not None:
+                    self.ahead.keep(standing)
                 if interrupt.pending:
+                    if self.ahead is not None:
+                        standing = self.standing = self.ahead.rewind()
                     with interrupt.saving():
                         self.save_once()
                     interrupt.raise_pending(standing.step)
@@ -97,11 +107,33 @@ class Trainer:
 
     def _one_step(self) -> StepResult:
         train, at = self.config.train, self.standing.step
-        if _has_dropout(self.config):
-            torch.manual_seed((train.seed * 1_000_003 + at) % 2**63)
+        if self.ahead is not None:
+            result, targets = self.ahead.step(at)
+            self.standing.tokens += targets
+            return result
+        seed = self._seed(at)
+        if seed is not None:
+            torch.manual_seed(seed)
         batches = micro_batches(self.batches, train, at)
         self.standing.tokens += target_count(batches)
         return self.step(batches, learning_rate(train, at), similarity_weight(train, at))
+
+    def _seed(self, at: int) -> int | None:
+        """Of the dropout of step ``at``, if there is any."""
+        if not _has_dropout(self.config):
+            return None
+        return (self.config.train.seed * 1_000_003 + at) % 2**63
+
+    @contextmanager
+    def _pipeline(self) -> Iterator[None]:
+        """Within it the pipeline may run, if there is one."""
+        if self.ahead is not None:
+            self.ahead.keep(self.standing)
+        try:
+            yield
+        finally:
+            if self.ahead is not None:
+                self.ahead.close()
 
     def _after_step(
         self, result: StepResult, clock: _Clock, show: Callable[[Reading], None]

@@ -25,6 +25,11 @@ def check_team(config: Config, launch: Launch) -> None:
             f"train.parallel.workers = {train.parallel.workers}: the processes of torchrun are the "
             "workers; leave it out"
         )
+    if train.pipeline.mode == "delayed":
+        raise UsageError(
+            "train.pipeline.mode = 'delayed' is for one process, and torchrun made several; "
+            "set it to off or to stages"
+        )
     for setting, why in config.against_sharing():
         raise UsageError(f"several processes of torchrun: {setting} {why}")
     if train.dtype == "fp16" and runs_eagerly(train):

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from cllm.training.feed import MicroBatches
-from cllm.training.step import Figures
+from cllm.training.step import Figures, Numbers
 
 
 class Member(ABC):
     """One process's part; all of a group call the same method at the same time.
 
-    ``numbers`` are those of ``TrainStep``: the loss's scale, its inverse, the optimizer's rates.
+    ``numbers`` are ``TrainStep``'s.
     """
 
     @abstractmethod
@@ -27,7 +26,7 @@ class Member(ABC):
         """The windows of a step for each process, (2, micro-batches, rows, T) each."""
 
     @abstractmethod
-    def step(self, windows: Tensor, numbers: Sequence[float]) -> Figures:
+    def step(self, windows: Tensor, numbers: Numbers) -> Figures:
         """Gradient and update."""
 
     @abstractmethod

@@ -7,7 +7,6 @@ the processes. Each process then makes the same optimizer's step, and the weight
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from cllm.training.distributed.member import Member
 from cllm.training.distributed.shares import deal_evenly, evaluation_parts, packed
 from cllm.training.feed import MicroBatches
 from cllm.training.gradient import Micro
-from cllm.training.step import Figures, TrainStep
+from cllm.training.step import Figures, Numbers, Summed, TrainStep
 
 
 class _Hand(torch.autograd.Function):
@@ -73,21 +72,19 @@ class Replicas(Member):
     def step_windows(self, batches: MicroBatches) -> list[Tensor]:
         return [packed(batches, shards) for shards in self.shards]
 
-    def step(self, windows: Tensor, numbers: Sequence[float]) -> Figures:
+    def step(self, windows: Tensor, numbers: Numbers) -> Figures:
         ids, targets = windows.to(self.own.arena.weights.device)
         micros = [Micro(*pair) for pair in zip(ids, targets, strict=True)]
         arena, parameter = self.own.arena, self._ddp.module.weights
         # DDP divides by the number of processes, and the sum is wanted.
-        loss = self.own.accumulate(micros, numbers[0] * self.size)
+        loss = self.own.accumulate(micros, len(micros), numbers.scale * self.size)
         if parameter.grad is not None:
             parameter.grad.zero_()
         self._ddp(arena.grad).backward()
         total = torch.tensor(loss, dtype=torch.float64)
         dist.all_reduce(total)
-        rates = arena.weights.new_tensor(numbers)
-        whole = total.to(arena.weights)
         assert parameter.grad is not None
-        return self.own.finish(parameter.grad, whole, rates)
+        return self.own.finish(Summed(float(total)), parameter.grad, numbers)
 
     def evaluation_windows(self, ids_bt: Tensor, targets_bt: Tensor) -> list[Tensor]:
         return evaluation_parts(ids_bt, targets_bt, self.size)

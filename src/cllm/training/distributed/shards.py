@@ -8,7 +8,8 @@ besides, to begin with, to write text with and to convert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from cllm.training.distributed.member import Member
 from cllm.training.distributed.shares import deal_evenly, evaluation_parts, packed
 from cllm.training.feed import MicroBatches
 from cllm.training.optimizer import OPTIMIZERS
-from cllm.training.step import Figures, TrainStep
+from cllm.training.step import Figures, Numbers, TrainStep
 
 
 class _Losses(nn.Module):
@@ -75,7 +76,7 @@ class Shards(Member):
         self._parts = {
             name: Part(
                 weights=_local(p),
-                decay=_local(p).new_tensor(float(p.dim() > 1)),
+                decays=p.dim() > 1,
                 moments={moment: torch.zeros_like(_local(p)) for moment in names},
             )
             for name, p in self.model.named_parameters()
@@ -101,28 +102,29 @@ class Shards(Member):
     def step_windows(self, batches: MicroBatches) -> list[Tensor]:
         return [packed(batches, shards) for shards in self.shards]
 
-    def step(self, windows: Tensor, numbers: Sequence[float]) -> Figures:
-        rates = next(iter(self._parts.values())).weights.new_tensor(numbers)
+    def step(self, windows: Tensor, numbers: Numbers) -> Figures:
         total = torch.zeros((), dtype=torch.float64)
         self.model.train()
         for ids, targets in zip(*windows.to(self.device), strict=True):
             loss = self._losses(ids, targets)
-            (loss * rates[0]).backward()
+            (loss * numbers.scale).backward()
             total += loss.detach().double().cpu()
         dist.all_reduce(total)
         grads = {name: _grad(p) for name, p in self.model.named_parameters()}
         square = torch.stack([g.double().square().sum() for g in grads.values()]).sum()
         dist.all_reduce(square)
-        norm = square.sqrt().to(rates) * rates[1]
-        loss = total.to(rates)
-        factor, apply = clip_factor(norm, loss, rates[1], self.train.clip).unbind()
-        for name, part in self._parts.items():
-            grad = torch.where(apply > 0, grads[name] * factor, 0.0)
-            self.optimizer.update(part, grad, rates[2:], apply)
+        norm, loss = math.sqrt(float(square)) * numbers.unscale, float(total)
+        applied = math.isfinite(norm) and math.isfinite(loss)
+        if applied:
+            factor = numbers.unscale * clip_factor(norm, self.train.clip)
+            rates = (factor, *self.optimizer.rates(numbers.lr, numbers.at))
+            for name, part in self._parts.items():
+                grad = grads[name]
+                self.optimizer.update(part, grad, grad.new_tensor(rates), torch.empty_like(grad))
         self._losses.zero_grad()
         for table in self.model.tables.values():
             table.after_step()
-        return Figures(loss, norm, apply, None)
+        return Figures(loss, norm, applied)
 
     def evaluation_windows(self, ids_bt: Tensor, targets_bt: Tensor) -> list[Tensor]:
         return evaluation_parts(ids_bt, targets_bt, self.size)

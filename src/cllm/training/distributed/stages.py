@@ -10,7 +10,8 @@ A process has an arena of its own over its stages' parameters, and the same upda
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,7 +33,6 @@ from cllm.model.embedding import Embedding
 from cllm.model.transformer import Transformer
 from cllm.training.arena import Arena
 from cllm.training.choose import arithmetic
-from cllm.training.clipping import clip_factor
 from cllm.training.distributed.check import micro_batches_of
 from cllm.training.distributed.member import Member
 from cllm.training.distributed.shares import packed, padded
@@ -40,7 +40,8 @@ from cllm.training.distributed.stage_layers import Cast, Layers, Plan
 from cllm.training.feed import MicroBatches
 from cllm.training.optimizer import OPTIMIZERS
 from cllm.training.parallel.shards import Shard
-from cllm.training.step import Figures, TrainStep
+from cllm.training.step import Figures, Numbers, TrainStep
+from cllm.training.update import Update
 
 SCHEDULES: dict[str, Callable[..., Any]] = {
     "gpipe": ScheduleGPipe,
@@ -60,11 +61,11 @@ class Stages(Member):
         self.device = torch.device(train.device)
         self.plan = Plan(config, size)
         self.mine = self.plan.stages_of(self.rank)
-        self.optimizer = OPTIMIZERS[train.optimizer](train)
         self.own = self._own_modules()
         self.arena = Arena.adopt(
             self.own, torch.get_default_dtype(), OPTIMIZERS[train.optimizer].moments
         )
+        self.update = Update(self.arena, train, compiled=False)
         self._grads = self.arena.layout.views(self.arena.grad)
         self._scale = torch.ones((), device=self.device)
         self.parts = micro_batches_of(train, size)
@@ -91,12 +92,11 @@ class Stages(Member):
         together = packed(batches, [Shard(micro, 0, rows) for micro in range(len(batches))])
         return [together] * self.size
 
-    def step(self, windows: Tensor, numbers: Sequence[float]) -> Figures:
-        rates = self.arena.weights.new_tensor(numbers)
-        self._scale.copy_(rates[0])
+    def step(self, windows: Tensor, numbers: Numbers) -> Figures:
+        self._scale.fill_(numbers.scale)
         self._set_mode(training=True)
         self.arena.grad.zero_()
-        total = self._pass(windows, self._schedule.step) / numbers[0]
+        total = self._pass(windows, self._schedule.step) / numbers.scale
         for name, view in self._grads.items():
             if self._tied and name.startswith("embedding.") and self._at_an_end:
                 dist.all_reduce(view, group=self._ends)
@@ -105,12 +105,12 @@ class Stages(Member):
             if self.plan.owner(name) == self.rank:
                 square += view.double().square().sum()
         dist.all_reduce(square)
-        norm, loss = square.sqrt().to(rates) * rates[1], total.to(rates)
-        factor, apply = clip_factor(norm, loss, rates[1], self.config.train.clip).unbind()
-        grad = torch.where(apply > 0, self.arena.grad * factor, 0.0)
-        self.optimizer.update(self.arena, grad, rates[2:], apply)
+        norm, loss = math.sqrt(float(square)) * numbers.unscale, float(total)
+        applied = math.isfinite(norm) and math.isfinite(loss)
+        if applied:
+            self.update.apply(self.arena.grad, norm, numbers.unscale, numbers.lr, numbers.at)
         self._changed()
-        return Figures(loss, norm, apply, None)
+        return Figures(loss, norm, applied)
 
     def evaluation_windows(self, ids_bt: Tensor, targets_bt: Tensor) -> list[Tensor]:
         rows = self.config.train.batch_size * self.config.train.accumulate

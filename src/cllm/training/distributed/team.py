@@ -14,6 +14,7 @@ from cllm.core.errors import UserError
 from cllm.training.distributed.group import Group, Kind, Order
 from cllm.training.distributed.member import Member
 from cllm.training.distributed.strategies import make_member
+from cllm.training.step import Numbers
 
 if TYPE_CHECKING:
     from cllm.training.step import Figures, TrainStep
@@ -39,7 +40,7 @@ class Team:
         step.refresh()
         return team
 
-    def step(self, batches: Sequence[tuple[Tensor, Tensor]], numbers: list[float]) -> Figures:
+    def step(self, batches: Sequence[tuple[Tensor, Tensor]], numbers: Numbers) -> Figures:
         """Gradient and update of all; see ``TrainStep``."""
         self._gathered = False
         windows = self.member.step_windows(list(batches))
@@ -128,7 +129,7 @@ def serve(group: Group) -> None:
 def _obey(order: Order, group: Group, member: Member) -> None:
     if order.kind == Kind.STEP:
         torch.manual_seed(order.seed + _SEED_STRIDE * group.rank)
-        member.step(group.take(order.shape), order.numbers)
+        member.step(group.take(order.shape), _numbers(order))
     elif order.kind == Kind.EVALUATE:
         member.evaluate(group.take(order.shape))
     elif order.kind == Kind.LOAD:
@@ -137,3 +138,8 @@ def _obey(order: Order, group: Group, member: Member) -> None:
         member.gather()
     elif order.kind == Kind.SAVE:
         save(group, member, None)
+
+
+def _numbers(order: Order) -> Numbers:
+    scale, unscale, lr, at = order.numbers
+    return Numbers(scale, unscale, lr, int(at))

@@ -70,7 +70,7 @@ def _serve(sock: socket.socket, memory_fd: int, number: int, facts: dict[str, ob
         try:
             torch.manual_seed(seed)
             micros = [Micro(ids, targets) for ids, targets in shared.share(shards)]
-            loss = step.accumulate(micros, scale)
+            loss = step.accumulate(micros, len(micros), scale)
         except Exception as error:
             traceback.print_exc()
             text = f"{type(error).__name__}: {error}".encode()

@@ -24,9 +24,8 @@ from cllm.core.config import Config
 from cllm.model.transformer import Transformer
 from cllm.training.arena import Arena
 from cllm.training.choose import arithmetic
-from cllm.training.gradient import Micro
+from cllm.training.gradient import Gradients, Micro
 from cllm.training.optimizer import OPTIMIZERS
-from cllm.training.step import TrainStep
 
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
 FUSED_ATTENTION = "scaled_dot_product"
@@ -212,15 +211,18 @@ def trace_step(config: Config) -> StepTrace:
     with FakeTensorMode():
         network = Transformer(model, attention=train.attention)
         arena = Arena.adopt(network, arithmetic(train), OPTIMIZERS[train.optimizer].moments)
-        step = TrainStep(network.train(), arena, train, chunk=train.loss_chunk)
+        gradients = Gradients(network.train(), arena, train.loss_chunk)
+        optimizer = OPTIMIZERS[train.optimizer](train)
         ids = torch.zeros(train.batch_size, model.context, dtype=torch.int64)
-        rates = step.optimizer.rates(train.lr, 1)
-        numbers = torch.ones(2 + len(rates), dtype=arena.weights.dtype)
+        rates = torch.ones(1 + len(optimizer.rates(train.lr, 1)), dtype=arena.weights.dtype)
         with _recorded() as first:
-            found = step.gradients.backward(Micro(ids, ids), numbers[0], {})
+            found = gradients.backward(Micro(ids, ids), rates[0], {})
             first.trace.lasting = {first.number(found.flat), first.number(found.loss)}
-        with _recorded() as last:
-            step._finish(found.flat, found.loss, numbers, [], None)
+        with _recorded() as last:  # as ``cllm.training.update`` does it compiled
+            torch.linalg.vector_norm(found.flat)
+            for part in arena.parts():
+                grad = part.of(found.flat)
+                optimizer.update(part, grad, rates, torch.empty_like(grad))
     learned = sum(p.numel() for p in network.parameters())
     return StepTrace(first.trace, last.trace, learned, arena.layout.size)
 

@@ -1,0 +1,91 @@
+"""What ends a step, over one arena and over torch's list of parameters: a part of ``cllm bench parallel``.
+
+Clipping, the non-finite check and AdamW, of given gradients, at the demo's size and at some 15 million
+parameters. The peer is what a careful loop would use: ``clip_grad_norm_(foreach=True)`` and
+``AdamW(fused=True)``.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from statistics import median
+from typing import Any
+
+from cllm.bench.harness import Claim, Contestant, contest, interleaved, ratio_of_medians
+from cllm.core.cpu import usable_threads
+from cllm.core.machine import cannot_compile
+from cllm.core.threads import spin_briefly
+
+ROUNDS = 9
+SIZES = {"tiny": (1.5, "the demo's size"), "small": (1.15, "15 M parameters")}
+"""Preset to how many times as fast as torch ours must be, and its name."""
+OURS, PLAIN, THEIRS = "arena", "arena, not compiled", "torch, fused AdamW and foreach clipping"
+
+
+def measure(quick: bool, why: str) -> tuple[list[dict[str, Any]], list[Claim], list[str]]:
+    """Rows, claims and notes; ``why`` says why nothing may be judged, if so."""
+    rows, claims, cores = [], [], usable_threads()
+    obstacle = cannot_compile()
+    for preset, (required, size) in [("nano", (1.0, "a small size"))] if quick else SIZES.items():
+        wanted = {
+            (name, threads): (who, threads)
+            for name, who in ((THEIRS, "torch"), (OURS, "compiled"), (PLAIN, "eager"))
+            for threads in sorted({1, cores}, reverse=True)
+            if not (name == OURS and obstacle)
+            and (threads == 1 if quick else threads == cores or name != PLAIN)
+        }
+        starts = [
+            partial(_start, f"{name}, threads: {threads}", who, threads, preset)
+            for (name, _), (who, threads) in wanted.items()
+        ]
+        with contest(starts) as contestants:
+            found = interleaved(contestants, 2 if quick else ROUNDS)
+            parameters = contestants[0].ready["parameters"]
+        figures = dict(zip(wanted, found.values(), strict=True))
+        seconds = {key: [r["seconds"] for r in measured] for key, measured in figures.items()}
+        peak = {key: measured[-1]["peak_rss"] for key, measured in figures.items()}
+        for name, threads in wanted:
+            own = seconds[name, threads]
+            rows.append(
+                {
+                    "contestant": f"end of a step: {name}",
+                    "parameters": parameters,
+                    "threads": threads,
+                    "µs": round(1e6 * median(own)),
+                    "÷ torch": round(ratio_of_medians(seconds[THEIRS, threads], own), 2),
+                    "peak RSS, MB": round(peak[name, threads] / 1e6),
+                }
+            )
+        threads = 1 if quick else cores
+        best = (PLAIN if obstacle else OURS, threads)
+        gain = ratio_of_medians(seconds[THEIRS, threads], seconds[best])
+        memory = peak[best] / peak[THEIRS, threads]
+        reason = why or (f"not compiled: {obstacle}" if obstacle else "")
+        for name, value, bound, higher in (
+            (f"end of a step at {size}: torch's time ÷ the arena's", gain, required, True),
+            (f"end of a step at {size}: peak RSS ÷ torch's", memory, 1.0, False),
+        ):
+            claims.append(
+                Claim(
+                    name=name,
+                    value=round(value, 3),
+                    required=bound,
+                    higher_is_better=higher,
+                    why=reason,
+                    judged=not reason,
+                )
+            )
+    notes = [
+        "The end of a step is its norm, the non-finite check, clipping at 1 and AdamW, on gradients that "
+        f"are there already; medians of {ROUNDS} interleaved rounds. Claims are on {cores} threads. Both "
+        "processes have loaded torch's compiler, as a process that trains has."
+    ]
+    return rows, claims, notes
+
+
+def _start(name: str, who: str, threads: int, preset: str) -> Contestant:
+    env = dict(os.environ)
+    spin_briefly(env)
+    call = [who, "--threads", str(threads), "--preset", preset]
+    return Contestant(name, "cllm.bench.arena_contestant", call, env)

@@ -1,0 +1,1 @@
+"""Training with a delay: forward, backward and optimizer of three batches at once."""
