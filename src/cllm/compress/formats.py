@@ -108,9 +108,7 @@ def _read_fixed(container: Container, name: str, stored: Stored) -> Tensor:
     return read_fixed(container, name).dense()
 
 
-def read_fixed(
-    container: Container, name: str, rows: Tensor | slice = slice(None)
-) -> FixedMatrix:
+def read_fixed(container: Container, name: str, rows: Tensor | slice = slice(None)) -> FixedMatrix:
     """A weight on a fixed-rate codebook, or ``rows`` of it alone: nothing is decoded for the others.
 
     Raises ``UserError`` where the file is damaged or the weight is of another kind. Rows of a rotated

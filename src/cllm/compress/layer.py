@@ -50,7 +50,9 @@ def compress_layer(layer: Layer, settings: Settings, bits: float | None = None) 
     weight = layer.linear.weight.detach().float()
     whole = checked_metric((1 - HELD_OUT) * layer.fit + HELD_OUT * layer.held)
     size = float(objective(weight, torch.zeros_like(weight), whole).sum())
-    rotation = rotation_of(settings.rotate, layer.name, (int(weight.shape[0]), int(weight.shape[1])))
+    rotation = rotation_of(
+        settings.rotate, layer.name, (int(weight.shape[0]), int(weight.shape[1]))
+    )
     fit, held, metric, original = layer.fit, layer.held, whole, weight
     if rotation is not None:
         weight, metric = rotation.apply(weight), rotation.metric(whole)
@@ -74,7 +76,10 @@ def compress_layer(layer: Layer, settings: Settings, bits: float | None = None) 
         raise UserError(f"{layer.name}: {error}") from error
     stored, parts, values = made
     if rotation is not None:
-        stored, values = replace(stored, facts=stored.facts | rotation.facts()), rotation.undo(values)
+        stored, values = (
+            replace(stored, facts=stored.facts | rotation.facts()),
+            rotation.undo(values),
+        )
     lost = float(objective(original, values, whole).sum()) / max(size, 1e-300)
     return Piece(stored, parts, values, {"error": lost, "damping": damping})
 

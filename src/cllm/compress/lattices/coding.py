@@ -16,9 +16,9 @@ from typing import Protocol
 
 import numpy as np
 
-from cllm.compress.coded import Levels, column_steps, levels_of
 from cllm.compress.codecs.entropy import decode_integers, encode_integers
 from cllm.compress.codecs.frame import Reader, pack, unpack
+from cllm.compress.coded import Levels, column_steps, levels_of
 from cllm.compress.lattices.blocks import Kind, Link, Run, chain, parities, runs, units
 from cllm.compress.lattices.stream import ReadStream, WriteStream
 

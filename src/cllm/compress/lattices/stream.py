@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from cllm.compress.bits import Bits, packed, pop_gamma, push_gamma
-from cllm.compress.coded import CLASSES, ESCAPE, SYMBOLS
 from cllm.compress.codecs.entropy import LARGEST, constriction_stream
 from cllm.compress.codecs.frame import Reader
+from cllm.compress.coded import CLASSES, ESCAPE, SYMBOLS
 from cllm.compress.lattices.residues import (
     CONTEXTS,
     COSET,
