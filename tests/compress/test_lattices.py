@@ -70,7 +70,7 @@ def test_a_chain_in_any_order_holds_the_lattice_and_nothing_else(lattice: str) -
     scale=st.sampled_from([0.0, 0.3, 2.0, 100.0, 1e5]),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_any_points_come_back(lattice: str, m: int, n: int, scale: float, seed: int) -> None:
     pytest.importorskip("constriction")
     rng = np.random.default_rng(seed)
@@ -120,7 +120,7 @@ def test_no_damage_goes_unseen_even_behind_a_right_checksum() -> None:
         try:
             assert coding.decode(frame.pack(whole.codec, whole.shape, cut)).shape == whole.shape
         except ValueError as error:
-            assert "damaged" in str(error)
+            assert "damaged" in str(error)  # noqa: PT017 - either outcome is sound
     with pytest.raises(ValueError, match="no lattice coder"):
         coding.decode(frame.pack("rows", (1, 1), b""))
 
@@ -129,7 +129,7 @@ def correlated(lattice: str, m: int = 96, n: int = 104, seed: int = 0):
     """Weights and a metric, columns in blocks."""
     rng = np.random.default_rng(seed)
     X = rng.normal(size=(900, n)) @ (np.eye(n) + rng.normal(size=(n, n)) * 0.2)
-    X *= rng.permutation(np.geomspace(2, 0.5, n))
+    X *= np.geomspace(2, 0.5, n)
     blocks = block_numbers(lattice, n)
     return problem(rng.normal(size=(m, n)), X.T @ X, dtype=torch.float32, blocks=blocks)
 
@@ -226,8 +226,8 @@ def test_codebooks_of_normal_weights_beat_a_scalar_grid(
     lattice: str, bits: int, most: float
 ) -> None:
     """The best uniform scalar quantizers of 2 and 3 bits are at 0.1188 and 0.0374 (Max 1960)."""
-    W = torch.from_numpy(np.random.default_rng(0).normal(size=(16, 120)))
-    p = problem(W, torch.eye(120), damping=0.0, blocks=block_numbers(lattice, 120))
+    W = torch.from_numpy(np.random.default_rng(0).normal(size=(10, 72)))
+    p = problem(W, torch.eye(72), damping=0.0, blocks=block_numbers(lattice, 72))
     made = fit_fixed(p, FixedSpec(lattice=lattice, bits=bits))
     assert float((made.dense() - W).square().mean() / W.square().mean()) < most
 

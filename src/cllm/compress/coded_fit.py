@@ -37,8 +37,8 @@ class CodedSpec:
         columns: ``uniform`` gives all columns one step; ``water`` scales them so that the factor's diagonal
             is flat, by which columns below the water level come out as zeros (reverse water-filling;
             WaterSIC, 2026).
-        lattice: ``z``; or ``e8`` or ``leech`` for points of these in blocks of 8 or 24 columns, whose problem
-            keeps blocks together.
+        lattice: ``z``; or ``e8`` or ``leech`` for points of these in blocks of 8 or 24 columns, which the
+            problem keeps together.
     """
 
     price: float = 0.12

@@ -27,6 +27,11 @@ def delayed(config_of: ConfigOf, corpus: Path) -> Config:
     return config_of(data__paths=(str(corpus),), **periods, **dropout, **DELAYED)
 
 
+def hold_nothing(self: Interrupt, run: Path | None = None) -> None:
+    """An interrupt without a signal, so that ``pending`` can be set instead."""
+    self._run, self._before, self._timed, self._saving = run, {}, False, False
+
+
 def test_a_stopped_run_goes_back_to_its_last_drain_and_resumes_to_the_same_bits(
     delayed: Config,
     tmp_path: Path,
@@ -45,7 +50,7 @@ def test_a_stopped_run_goes_back_to_its_last_drain_and_resumes_to_the_same_bits(
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_one_step", with_a_signal)
-        patched.setattr(Interrupt, "__init__", lambda self: setattr(self, "_before", {}))
+        patched.setattr(Interrupt, "__init__", hold_nothing)
         patched.setattr(Interrupt, "pending", 0, raising=False)
         with pytest.raises(InterruptedRunError, match="after step 9;"):
             start(delayed, told, out=stopped)

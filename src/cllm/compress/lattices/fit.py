@@ -19,7 +19,7 @@ _SIZES = 512
 
 
 class LatticeWork:
-    """Decodes one problem, whose blocks lie together, at any step; ``price`` of a bit as in ``CodedSpec``."""
+    """Decodes one problem, its blocks together, at any step; ``price`` of a bit as in ``CodedSpec``."""
 
     def __init__(self, problem: Problem, lattice: str, octaves: np.ndarray, price: float) -> None:
         self.problem, self.lattice, self.octaves, self.price = problem, lattice, octaves, price
@@ -80,10 +80,10 @@ def bits_like(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Classes (m, n), and bits (classes, magnitudes) of integers beside ``integers`` of the same parity."""
     classes = levels_of(integers).classes()
     sizes = np.minimum(np.abs(integers), _SIZES - 1)
-    counts = np.bincount(
+    found = np.bincount(
         classes.ravel() * np.int64(_SIZES) + sizes.ravel(), minlength=CLASSES * _SIZES
     )
-    counts = counts.reshape(CLASSES, _SIZES) + 24.0 * _normal()
+    counts = found.reshape(CLASSES, _SIZES) + 24.0 * _normal()
     for parity in (0, 1):
         mine = counts[:, parity::2]
         mine /= mine.sum(axis=1, keepdims=True)

@@ -1,8 +1,8 @@
 """Fixed-rate codebooks of E8 and Leech points: every block of a row is read without the others.
 
 Voronoi codes (Conway & Sloane, "A fast encoding method for lattice codes and quantizers", IEEE Trans. Inf.
-Theory 29, 1983): of the points of a lattice Λ, those around a shift a that are nearer to it than to any other
-point of a + rΛ, r = 2^bits. There are r^width of them, so that a point's coordinates on Λ's basis modulo r
+Theory 29, 1983): of a lattice Λ, the points around a shift a that are nearer to it than to any other point
+of a + rΛ, r = 2^bits. There are r^width of them, so that a point's coordinates on Λ's basis modulo r
 are its index, of exactly ``bits`` bits a weight. No table is stored, and none is searched.
 
 The shift is half a shortest vector (a codebook around 0 would lie askew), and a little more, so that no
@@ -118,15 +118,15 @@ def nearest_codes(kind: Kind, targets: Tensor, bits: int) -> Tensor:
     points = lattice.nearest(targets + shift)
     out = _inside(kind, points, bits)
     outside = ((out - points).abs() > 1e-6).any(dim=1).nonzero()[:, 0]
-    values, drawn = out - shift, targets[outside]
-    least = (values[outside] - targets[outside]).square().sum(dim=1)
-    for _ in range(_PULLS if len(outside) else 0):
-        drawn = drawn * _PULL
-        tried = _inside(kind, lattice.nearest(drawn + shift), bits) - shift
-        far = (tried - targets[outside]).square().sum(dim=1)
-        better = far < least
-        values[outside[better]] = tried[better]
-        least = torch.minimum(least, far)
+    values = out - shift
+    if len(outside):
+        far = targets[outside]
+        shares = _PULL ** torch.arange(_PULLS + 1, dtype=torch.float64)[1:, None, None]
+        drawn = (far * shares + shift).reshape(-1, kind.width)
+        tried = _inside(kind, lattice.nearest(drawn), bits).view(_PULLS, *far.shape) - shift
+        tried = torch.cat([values[outside][None], tried])
+        best = (tried - far).square().sum(dim=2).argmin(dim=0)
+        values[outside] = tried[best, torch.arange(len(far))]
     return values
 
 
