@@ -232,7 +232,7 @@ def _outlook(layer: Layer, settings: Settings) -> _Outlook:
     name = f"{layer.name}.weight"
     weight = weight.clone()
     return _Outlook(
-        name, weight, prepared, expected, metric, gain, spread, error, surplus**0.5 * shrinkage
+        name, weight, prepared, expected, metric, gain, spread, error, surplus * shrinkage
     )
 
 
