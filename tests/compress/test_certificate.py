@@ -32,7 +32,7 @@ def made(m: int = 200, n: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(rng.normal(size=(m, n)) * 0.1), torch.from_numpy(X.T @ X)
 
 
-@pytest.mark.parametrize(("bits", "near"), [(2, 0.12), (3, 0.06), (4, 0.05), (8, 0.05)])
+@pytest.mark.parametrize(("bits", "near"), [(2, 0.06), (3, 0.03), (4, 0.02), (8, 0.01)])
 def test_the_profile_foretells_the_error_of_nearest_plane(bits: int, near: float) -> None:
     W, H = made()
     p, spec = problem(W, H), GridSpec(bits=bits, symmetric=bits > 3, group=0)
@@ -40,10 +40,10 @@ def test_the_profile_foretells_the_error_of_nearest_plane(bits: int, near: float
     found = p.objective(grid.values(Decoder(method="babai")(p, grid)))
     wanted = expected_in_box(p, points_of(p, grid))
     assert float(found.sum()) == pytest.approx(float(wanted.error.sum()), rel=near)
-    _, codes = fit_grid(p, spec, Decoder(method="babai"), scales="search")
-    searched, _ = fit_grid(p, spec, Decoder(method="babai"), scales="search")
-    best = p.objective(searched.values(codes)).sum()
-    assert float(best) == pytest.approx(float(expected_on_grid(p, spec).error.sum()), rel=0.15)
+    # A search takes of each row the best that came about, which is a little better than what was likeliest.
+    searched, codes = fit_grid(p, spec, Decoder(method="babai"), scales="search")
+    best = float(p.objective(searched.values(codes)).sum())
+    assert 0.75 < best / float(expected_on_grid(p, spec).error.sum()) < 1.01
 
 
 def test_overload_is_counted_where_the_box_is_narrow() -> None:
@@ -54,7 +54,7 @@ def test_overload_is_counted_where_the_box_is_narrow() -> None:
     wanted = expected_in_box(p, points_of(p, grid))
     inside = float((p.squares.sum() * grid.scale.square() / 12).sum())
     assert found > 3 * inside
-    assert found == pytest.approx(float(wanted.error.sum()), rel=0.25)
+    assert found == pytest.approx(float(wanted.error.sum()), rel=0.03)
 
 
 @pytest.mark.parametrize("bits", [1.5, 2.5, 4.0])
@@ -106,7 +106,7 @@ def test_divergence_is_nothing_for_the_same_weights_and_counts_targets_only(
     with torch.no_grad():
         model.load_state_dict(source.weights | changed)
     after = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
-    assert float(rise.mean()) == pytest.approx(float(after - before), rel=1e-3, abs=1e-6)
+    assert float(rise.mean()) == pytest.approx(float((after - before).detach()), rel=1e-3, abs=1e-6)
 
 
 def test_what_is_predicted_comes_about_and_nothing_is_compressed_for_it(

@@ -100,6 +100,9 @@ def forecast(source: Source, settings: Settings, progress: Progress, seed: int =
             name = f"{layer.name}.weight"
             for draw in joint:
                 draw[name] = outlook.draw(generator)
+            # The next layers see what an error in this one makes of their inputs.
+            with torch.no_grad():
+                layer.linear.weight.copy_(joint[0][name])
             found.append((outlook, judge.each({name: joint[0][name]}, WINDOWS)))
             advance(1)
         tables = _tables(source, settings)
@@ -229,7 +232,7 @@ def _outlook(layer: Layer, settings: Settings) -> _Outlook:
     name = f"{layer.name}.weight"
     weight = weight.clone()
     return _Outlook(
-        name, weight, prepared, expected, metric, gain, spread, error, surplus**0.5 * shrinkage
+        name, weight, prepared, expected, metric, gain, spread, error, surplus * shrinkage
     )
 
 

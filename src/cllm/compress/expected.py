@@ -61,8 +61,8 @@ def expected_on_grid(problem: Problem, spec: GridSpec) -> Expected:
 def expected_in_box(problem: Problem, points: Points) -> Expected:
     """Of nearest plane on ``points``.
 
-    A centre is its weight plus independent errors of the columns decided before, so normal about the
-    weight with variance Σ_{j>i} (U⁻¹)_ij² E[e_j²].
+    A centre is its weight less Σ_{j>i} (U⁻¹)_ij e_j over the columns decided before. It is taken to be
+    normal, and the e_j to be independent, with the means that overload gives them.
     """
     n = problem.shape[1]
     inverse = torch.linalg.solve_triangular(
@@ -75,28 +75,39 @@ def expected_in_box(problem: Problem, points: Points) -> Expected:
     ]
     low, high = torch.minimum(*ends), torch.maximum(*ends)
     weight = problem.weight.T.double()
-    squares = torch.zeros_like(weight)
+    squares, means = torch.zeros_like(weight), torch.zeros_like(weight)
+    variances = torch.zeros_like(weight)
     for j in range(n - 1, -1, -1):
-        variance = spread[j, j + 1 :] @ squares[j + 1 :]
-        squares[j] = _in_box(weight[j], variance, step[j], low[j], high[j])
+        centre = weight[j] - inverse[j, j + 1 :] @ means[j + 1 :]
+        variance = spread[j, j + 1 :] @ variances[j + 1 :]
+        means[j], squares[j] = _in_box(centre, variance, step[j], low[j], high[j])
+        variances[j] = (squares[j] - means[j].square()).clamp_min(0)
     error = (problem.squares.double()[:, None] * squares).sum(0)
     return Expected(squares.T.float().contiguous(), error)
 
 
-def _in_box(centre: Tensor, variance: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """E[e²] of a normal centre: step²/12 within half a step of the box, beyond it that to its end."""
-    above, more = _beyond(centre - high, variance, step / 2)
-    below, less = _beyond(low - centre, variance, step / 2)
-    return (1 - above - below).clamp_min(0) * step.square() / 12 + more + less
+def _in_box(
+    centre: Tensor, variance: Tensor, step: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
+    """E[e] and E[e²] of a normal centre: 0 and step²/12 within half a step of the box, beyond it the
+    distance to its end."""
+    above, right, more = _beyond(centre - high, variance, step / 2)
+    below, left, less = _beyond(low - centre, variance, step / 2)
+    inside = (1 - above - below).clamp_min(0) * step.square() / 12
+    return right - left, inside + more + less
 
 
-def _beyond(mean: Tensor, variance: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """P(x > limit) and E[x²; x > limit] of a normal x."""
+def _beyond(mean: Tensor, variance: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """P(x > limit), E[x; x > limit] and E[x²; x > limit] of a normal x."""
     sigma = variance.clamp_min(1e-24).sqrt()
     alpha = (limit - mean) / sigma
     share = 0.5 * torch.erfc(alpha / math.sqrt(2))
-    density = torch.exp(-0.5 * alpha.square()) / math.sqrt(2 * math.pi)
-    return share, (mean.square() + variance) * share + sigma * (mean + limit) * density
+    density = sigma * torch.exp(-0.5 * alpha.square()) / math.sqrt(2 * math.pi)
+    return (
+        share,
+        mean * share + density,
+        (mean.square() + variance) * share + density * (mean + limit),
+    )
 
 
 def expected_coded(problem: Problem, bits: float) -> Expected:
