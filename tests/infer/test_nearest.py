@@ -22,3 +22,12 @@ def test_rows_that_are_not_there_are_refused() -> None:
     for row, k in ((3, 1), (-1, 1), (0, 0)):
         with pytest.raises(ValueError, match="row"):
             nearest_by_cosine(torch.ones(3, 2), row, k)
+
+
+def test_a_table_that_is_not_finite_is_refused() -> None:
+    table = torch.ones(4, 2)
+    table[2, 1] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"\(4, 2\) is not finite in row 2; take an earlier checkpoint"
+    ):
+        nearest_by_cosine(table, 0)

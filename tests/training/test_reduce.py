@@ -195,6 +195,40 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(
     assert not (isolated / "reduced").exists()
 
 
+@pytest.mark.parametrize("options", [{"rank": 8}, {"retain": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(torch.nan, "1 entries .* NaN or infinite; name an earlier"), (0, "zero")],
+)
+def test_a_table_that_is_spoiled_is_refused_and_leaves_nothing(
+    options: dict[str, Any],
+    value: float,
+    message: str,
+    trained: Path,
+    reduced: Reduce,
+    isolated: Path,
+) -> None:
+    path = isolated / "spoiled"
+    shutil.copytree(trained, path, symlinks=True)
+    saved = checkpoint.load(path)
+    table = saved.weights["embedding.weight"].clone()
+    if value == 0:
+        table.zero_()
+    table[3, 2] = value
+    checkpoint.save(
+        path,
+        saved.step,
+        weights=saved.weights | {"embedding.weight": table},
+        optimizer=saved.optimizer,
+        state=saved.state,
+        keep_last=1,
+        best=True,
+    )
+    with pytest.raises(UserError, match=message):
+        reduced(path, **options)
+    assert not (isolated / "reduced").exists()
+
+
 def test_another_kind_on_a_resume_is_refused_and_reduce_is_named(trained: Path) -> None:
     with pytest.raises(UsageError, match="`cllm reduce` makes a run with another kind"):
         session.resume(trained, ["model.embedding.kind=reduced"], Silent())

@@ -100,9 +100,9 @@ def _learned(path: Path, token: int, k: int) -> tuple[list[tuple[int, float]] | 
 
     try:
         model = load(path).model
-    except UserError as error:
+        ids, cosines = nearest_by_cosine(model.embedding.table(), token, k)
+    except (UserError, ValueError) as error:
         return None, f"no learned embedding: {error}"
-    ids, cosines = nearest_by_cosine(model.embedding.table(), token, k)
     return list(zip(ids, cosines, strict=True)), ""
 
 

@@ -14,8 +14,13 @@ if TYPE_CHECKING:
 
 
 def spectrum(table_vd: Tensor) -> np.ndarray:
-    """Eigenvalues (D,) of the uncentred covariance EᵀE / V, largest first, float64."""
+    """Eigenvalues (D,) of the uncentred covariance EᵀE / V, largest first, float64.
+
+    Raises ``ValueError`` for entries that are not finite.
+    """
     wide = table_vd.detach().double().cpu()
+    if not bool(torch.isfinite(wide).all()):
+        raise ValueError(f"the table of shape {tuple(wide.shape)} has entries not finite")
     values = torch.linalg.eigvalsh(wide.T @ wide / max(len(wide), 1))
     return np.asarray(values.flip(0).clamp_min(0).numpy())
 
@@ -30,7 +35,7 @@ def retained(table_vd: Tensor, rank: int) -> float:
 def rank_for(table_vd: Tensor, share: float) -> int:
     """The least rank that retains ``share`` of a table's energy.
 
-    Raises ``ValueError`` if ``share`` is not in (0, 1].
+    Raises ``ValueError`` if ``share`` is not in (0, 1], or for entries that are not finite.
     """
     if not 0 < share <= 1:
         raise ValueError(f"the share to retain must be above 0 and at most 1, not {share}")

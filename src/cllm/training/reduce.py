@@ -55,6 +55,7 @@ def reduce_run(
     source.load_state_dict(checkpoints.load_weights(Path(path)))
     with torch.no_grad():
         tables = {name: table.table() for name, table in source.tables.items()}
+    _check_tables(tables, path)
     keep = rank is None and retain is None
     config = _reduced(
         config, source.embedding, tables["embedding"], rank, retain, (reduction, metric)
@@ -80,6 +81,19 @@ def reduce_run(
     run.note(**first_facts(config, dataset, command, parent))
     dataset = load_prepared(run.data)
     return train_run(config, run, dataset, model, step, Standing(), progress, fit=then_train > 0)
+
+
+def _check_tables(tables: dict[str, torch.Tensor], path: Path | str) -> None:
+    """Raises ``UserError`` for tables of which no factors can be made."""
+    for name, table in tables.items():
+        spoiled = int((~torch.isfinite(table)).sum())
+        if spoiled:
+            raise UserError(
+                f"{spoiled:,} entries of the {name} of {path} are NaN or infinite; name an earlier "
+                "checkpoint of the run, or train it anew with a smaller train.lr"
+            )
+        if not table.any():
+            raise UserError(f"the {name} of {path} is zero: there is nothing to reduce")
 
 
 def _reduced(
@@ -141,5 +155,3 @@ def _say_retained(progress: Progress, model: Transformer, tables: dict[str, torc
             f"{name}: rank {rank} of {wanted.shape[1]} retains {1 - lost:.2%} of the table's energy "
             f"(the best of this rank: {retained(wanted, rank):.2%})"
         )
-        if not 0 <= lost < 1:
-            raise UserError(f"the {name} cannot be reduced: its table is zero or not finite")
