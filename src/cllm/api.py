@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,7 +22,6 @@ from cllm.infer.artifact import load_decode
 from cllm.infer.constrain import Format
 from cllm.infer.engine import Engine, EngineOptions
 from cllm.infer.harness import harness_model
-from cllm.infer.lookup.head import index_head
 from cllm.infer.measure import fastest_weights
 from cllm.infer.native import load_native
 from cllm.infer.sampling import Sampling
@@ -34,15 +33,14 @@ from cllm.store import checkpoint as checkpoints
 from cllm.store.container import Container, is_container
 from cllm.store.metrics import Columns, read_columns
 from cllm.store.run import RunDirectory
-from cllm.text.corpus import tokens_for_eval
 from cllm.text.dataset import load_prepared
 from cllm.text.packed import PackedTokens
 from cllm.text.tokenizer import Tokenizer
-from cllm.training.conclude import Outcome
-from cllm.training.evaluate import Evaluation
 from cllm.training.progress import Progress, Silent, open_progress
-from cllm.training.session import resume as resume_session
-from cllm.training.session import start
+
+if TYPE_CHECKING:  # generation begins sooner without training, text reading and look-up
+    from cllm.training.conclude import Outcome
+    from cllm.training.evaluate import Evaluation
 
 
 def train(
@@ -64,6 +62,9 @@ def train(
     ``settings``: any setting with its dots as double underscores, e.g. ``train__lr=1e-3``,
     ``model__preset="small"``. Raises ``UserError`` with one line that says what is wrong.
     """
+    from cllm.training.session import resume as resume_session
+    from cllm.training.session import start
+
     changes = {key.replace("__", "."): value for key, value in settings.items()}
     progress = open_progress(quiet=quiet)
     if resume is not None:
@@ -181,7 +182,12 @@ class Model(ABC):
             say(line)
         options = EngineOptions(slots=slots, weights=weights, cache=cache)
         if (options, index) not in self._engines:
-            made = Engine(self.model, options, head=index_head(self.model, say) if index else None)
+            head = None
+            if index:
+                from cllm.infer.lookup.head import index_head
+
+                head = index_head(self.model, say)
+            made = Engine(self.model, options, head=head)
             made.native, line = load_native(made)
             if made.native is None:
                 made.compiled, found = load_decode(made, self.compiled)
@@ -254,6 +260,8 @@ class Model(ABC):
             if split not in ("train", "validation", "test"):
                 raise UsageError(f"split {split!r} is none of train, validation, test")
             return self._score(self.split(split), progress or Silent())
+        from cllm.text.corpus import tokens_for_eval
+
         with tempfile.TemporaryDirectory() as place:
             names = [str(path) for path in paths]
             field = self.config.data.field

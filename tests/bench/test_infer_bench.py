@@ -1,4 +1,4 @@
-"""The bench of inference: it runs with the peers that are installed, and its claims compare what they say."""
+"""The bench of inference: it runs with the peers that are installed, and its claims compare figures."""
 
 from __future__ import annotations
 

@@ -53,9 +53,10 @@ def export(
 
     ``out``: the file or directory to make; none means one in the run's folder ``export``, or beside the
     compressed file. ``dtype``: how weights are stored; none means the format's default, or that of the
-    blocks which a compressed file holds and the format stores as they are. ``force``: replace an earlier export. ``checking``:
-    open the file in the program that it is for and compare. ``say`` is told of each stage. Raises
-    ``UserError`` where the run, the place or the model does not allow it; then nothing was written.
+    blocks which a compressed file holds and the format stores as they are. ``force``: replace an earlier
+    export. ``checking``: open the file in the program that it is for and compare. ``say`` is told of each
+    stage. Raises ``UserError`` where the run, the place or the model does not allow it; then nothing was
+    written.
     """
     target = find_format(to)
     chosen = find_dtype(target, dtype)

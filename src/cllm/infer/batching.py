@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from cllm.core.errors import UsageError
 from cllm.infer.engine import Engine
-from cllm.infer.lookup.head import IndexHead
 from cllm.infer.sampling import Sampling, choose_tokens, penalised, uniform
+
+if TYPE_CHECKING:  # an index brings scipy along, which generation seldom needs
+    from cllm.infer.lookup.head import IndexHead
 
 BURST = 8
 """Tokens that are written in one call where the loop is compiled: a text shows so many at once."""

@@ -6,18 +6,21 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cllm.core.errors import UsageError, UserError
 from cllm.infer.cache import Cache
-from cllm.infer.lookup.head import IndexHead
 from cllm.infer.native import Native
 from cllm.infer.network import Network
 from cllm.infer.sampling import Sampling
 from cllm.infer.weights import check_weights
 from cllm.model.transformer import Transformer
+
+if TYPE_CHECKING:  # an index brings scipy along, which generation seldom needs
+    from cllm.infer.lookup.head import IndexHead
 
 Decode = Callable[[list[Tensor]], Sequence[Tensor]]
 """``Network.decode`` or what it was compiled to: (tokens, positions, *buffers) in a list."""
@@ -177,8 +180,9 @@ class Engine:
     ) -> list[list[int]]:
         """Append a token to each slot and write ``steps`` more after it, at most ``room``, in one call.
 
-        ``draws`` and ``uniforms`` as ``Native.write`` has them. Returns the tokens written after each, up to
-        ``end_id``; the last of them is not in the cache, as after ``step``. Raises ``NonFiniteLogitsError``.
+        ``draws`` and ``uniforms`` as ``Native.write`` has them. Returns the tokens written after each, up
+        to ``end_id``; the last of them is not in the cache, as after ``step``. Raises
+        ``NonFiniteLogitsError``.
         """
         native = self._native
         assert native is not None

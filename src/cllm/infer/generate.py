@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from cllm.infer.batching import Request, serve
 from cllm.infer.engine import Engine, NonFiniteLogitsError
-from cllm.infer.lookup.head import IndexHead
 from cllm.infer.sampling import Sampling
 from cllm.model.transformer import Transformer
+
+if TYPE_CHECKING:  # an index brings scipy along, which generation seldom needs
+    from cllm.infer.lookup.head import IndexHead
 
 __all__ = ["NonFiniteLogitsError", "generate", "stream"]
 
