@@ -17,7 +17,6 @@ from cllm.core.threads import spin_briefly
 from cllm.training.plan.roofline import Rates
 from cllm.training.plan.trace import Product
 
-
 _meanwhile: dict[tuple[str, int], dict[str, Any]] = {}
 """What this process has measured, by name and threads."""
 
