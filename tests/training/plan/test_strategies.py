@@ -209,6 +209,7 @@ def test_constants_are_measured_once_and_not_kept_from_a_busy_machine(
 
     busy = ["", "busy"]
     monkeypatch.setattr(calibrate, "_ask", ask)
+    monkeypatch.setattr(calibrate, "_meanwhile", {})
     monkeypatch.setattr(calibrate, "is_busy", lambda threads: busy[0])
     one = Product(1, 2, 3, 4, "float32", (False, True))
     other = Product(2, 2, 3, 4, "float32")
@@ -220,6 +221,7 @@ def test_constants_are_measured_once_and_not_kept_from_a_busy_machine(
     assert set(constants([one, other], **how).rates.products) == {one, other}
     assert asked[-1]["constants"] is False
     assert len(asked[-1]["products"]) == 1
+    calibrate._meanwhile.clear()  # another process
     assert set(constants([one], **how).rates.products) == {one}
     assert len(asked) == 2
     constants([], **how | {"threads": 2})
@@ -235,6 +237,7 @@ def test_this_machine_has_threads_and_workers(
     two = dataclasses.replace(machine(), cores=2, quota=None, threads=2)
     monkeypatch.setattr(forecast, "machine", lambda: two)
     monkeypatch.setattr(calibrate, "_ask", answer_of)
+    monkeypatch.setattr(calibrate, "_meanwhile", {})
     monkeypatch.setenv("CLLM_CACHE", str(tmp_path))
     told: list[str] = []
     made = forecast.plan_here(config_of(model__vocab_size=300), 10**6, told.append)
@@ -250,6 +253,7 @@ def test_this_machine_has_threads_and_workers(
 
 
 def test_this_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "_meanwhile", {})
     monkeypatch.setenv("CLLM_CACHE", str(tmp_path))
     product = Product(4, 32, 16, 32, "float32", (True, False))
     found = constants([product], threads=1, dtype="fp32", compiled=False)

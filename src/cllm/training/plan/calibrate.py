@@ -17,6 +17,9 @@ from cllm.core.threads import spin_briefly
 from cllm.training.plan.roofline import Rates
 from cllm.training.plan.trace import Product
 
+_meanwhile: dict[tuple[str, int], dict[str, Any]] = {}
+"""What this process has measured, by name and threads."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
@@ -39,10 +42,10 @@ def constants(
     """The constants for a number of threads, a precision, and compiled or eager code.
 
     ``products``: the shapes that are needed; those not yet known are measured. What was measured on a busy
-    machine is used and not kept. Raises ``UserError`` where the measuring process fails.
+    machine is kept in this process only. Raises ``UserError`` where the measuring process fails.
     """
     name = f"plan 1 {dtype} {'compiled' if compiled else 'eager'}"
-    known: dict[str, Any] = recall(name, threads=threads) or {}
+    known: dict[str, Any] = recall(name, threads=threads) or _meanwhile.get((name, threads), {})
     rates = {_key(fields): rate for fields, rate in known.get("products", [])}
     missing = [p for p in dict.fromkeys(products) if _key(astuple(p)) not in rates]
     if not known or missing:
@@ -56,6 +59,7 @@ def constants(
         rates |= {_key(fields): rate for fields, rate in found}
         known = known | answer
         known["products"] = [[json.loads(key), rate] for key, rate in rates.items()]
+        _meanwhile[name, threads] = known
         if not busy:
             remember(name, known, threads=threads)
     table = {Product.of(json.loads(key)): rate for key, rate in rates.items()}

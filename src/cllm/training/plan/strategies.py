@@ -11,14 +11,16 @@ Nothing is taken to hide behind arithmetic: where it does, a step is shorter.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from cllm.core.config import Config
 from cllm.training.parallel.shards import deal
 from cllm.training.plan.calibrate import Constants
 from cllm.training.plan.machines import Devices
 from cllm.training.plan.work import MASTER, Work, with_rows, work_of
+
+Bandwidth = Callable[[float], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,10 +291,9 @@ def _tokens(config: Config) -> int:
     return _windows(config) * config.model.context
 
 
-def _compute(work: Work, micros: int, bandwidth: object) -> float:
+def _compute(work: Work, micros: int, bandwidth: Bandwidth) -> float:
     """Seconds of a step on one device: its micro-batches, which are added up where there are several,
     and the end."""
-    assert callable(bandwidth)
     layers = work.layers
     seconds = work.micro.of(layers)
     if micros > 1:
@@ -300,10 +301,9 @@ def _compute(work: Work, micros: int, bandwidth: object) -> float:
     return micros * seconds + work.end.of(layers)
 
 
-def _added(size: float, bandwidth: object) -> float:
+def _added(size: float, bandwidth: Bandwidth) -> float:
     """Seconds to add ``size`` bytes of gradient to others."""
-    assert callable(bandwidth)
-    return float(3 * size / bandwidth(3 * size))
+    return 3 * size / bandwidth(3 * size)
 
 
 def _whole(work: Work, base: float) -> Memory:
@@ -330,8 +330,6 @@ def _activations(work: Work, whole: bool) -> float:
 def _checked(estimate: Estimate, room: float | None) -> Estimate:
     if estimate.obstacle or room is None or estimate.memory.total <= room:
         return estimate
-    from dataclasses import replace
-
     need, memory = estimate.memory.total, estimate.memory
     why = f"does not fit: {need / 1e9:,.1f} GB of {room / 1e9:,.1f}"
     if memory.activations > need / 2 and estimate.micro_batch > 1:

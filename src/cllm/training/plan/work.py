@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cllm.core.config import Config
 from cllm.training.choose import DTYPES
-from cllm.training.plan.roofline import Rates, peak_bytes, step_seconds, tasks_of
+from cllm.training.plan.roofline import Rates, peak_bytes, step_seconds
 from cllm.training.plan.trace import Product, StepTrace, traced
 
 FEW, MORE = 2, 3
@@ -121,16 +121,6 @@ def work_of(config: Config, rates: Rates) -> Work:
         boundary=rows * model.d_model * width,
         compute_width=width,
     )
-
-
-def pieces_of(config: Config) -> int:
-    """Pieces of work of a step that are begun one after the other."""
-    compiled = config.train.compile == "on"
-    few, more = (
-        len(tasks_of(t.micro, compiled)) + len(tasks_of(t.end, compiled))
-        for t in (_trace(config, FEW), _trace(config, MORE))
-    )
-    return few + (config.model.n_layers - FEW) * (more - few)
 
 
 def _trace(config: Config, layers: int) -> StepTrace:
