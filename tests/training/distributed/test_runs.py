@@ -32,7 +32,10 @@ STRATEGIES = {
 END = 30
 """Seconds in which all must have ended; torchrun itself kills after as many."""
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torchrun is tested on Linux")
+pytestmark = [
+    pytest.mark.slow,  # each starts torch several times
+    pytest.mark.skipif(sys.platform != "linux", reason="torchrun is tested on Linux"),
+]
 
 
 def ours(said: str) -> list[str]:
@@ -84,7 +87,6 @@ def test_shards_are_a_run_like_any_other(
     assert losses[15] < losses[11] + 0.2 < losses[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_all_and_the_run_resumes_to_the_same_bits(
@@ -118,7 +120,6 @@ def test_a_killed_process_ends_all_and_the_run_resumes_to_the_same_bits(
     assert_same_run(run, straight)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_signal_saves_and_names_the_command_that_goes_on(
     strategy: str,
@@ -144,7 +145,6 @@ def test_a_signal_saves_and_names_the_command_that_goes_on(
     assert RunDirectory.open(run).status().state == "interrupted"
 
 
-@pytest.mark.slow
 def test_torchrun_restarts_and_the_run_goes_on_by_itself(
     torchrun: Start,
     tmp_path: Path,
