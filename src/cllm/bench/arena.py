@@ -79,7 +79,7 @@ def measure(quick: bool, why: str) -> tuple[list[dict[str, Any]], list[Claim], l
     notes = [
         "The end of a step is its norm, the non-finite check, clipping at 1 and AdamW, on gradients that "
         f"are there already; medians of {ROUNDS} interleaved rounds. Claims are on {cores} threads. Both "
-        "processes have loaded torch's compiler, as a process that trains has."
+        "processes have used torch's compiler before, as a process that trains compiled has."
     ]
     return rows, claims, notes
 

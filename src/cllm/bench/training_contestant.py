@@ -16,6 +16,7 @@ from cllm.core.memory import peak_rss
 from cllm.core.settings import merge, parse_setting
 from cllm.model.transformer import flops_per_token
 from cllm.training.choose import choose, matmul_rates
+from cllm.training.pipeline.delayed import Delayed
 
 WARM_UP = 5
 VOCABULARY = 4096
@@ -66,7 +67,20 @@ def ours(config: Config, give_memory_back: bool) -> tuple[Step, str]:
     model, step = building.build(config)
     model.train()
     rate = config.train.lr
+    if config.train.pipeline.mode == "delayed":
+        return in_pipeline(Delayed(step), rate), config.train.dtype
     return lambda ids, targets: step([(ids, targets)], rate), config.train.dtype
+
+
+def in_pipeline(delayed: Delayed, rate: float) -> Step:
+    """A batch in and, once the pipeline is full, a result out."""
+
+    def step(ids: torch.Tensor, targets: torch.Tensor) -> None:
+        delayed.submit([(ids, targets)], rate)
+        if delayed.in_flight > delayed.delay:
+            delayed.result()
+
+    return step
 
 
 def peer(config: Config, args: argparse.Namespace) -> Step:

@@ -22,3 +22,14 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+
+
+def give_back_freed_memory() -> bool:
+    """Return what is free now to the system, once; ``keep_freed_memory`` goes on to hold. False where there
+    is no glibc.
+
+    For after a large structure was rebuilt in another: its small blocks are of no use to large ones.
+    """
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    return bool(ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0)))

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from cllm.core.allocator import give_back_freed_memory
 from cllm.core.shared_memory import SharedMemory
 
 ALIGN = 32
@@ -137,6 +138,10 @@ class Arena:
             weights, compute = places[0], places[-1]
         for name, view in layout.views(weights).items():
             parameters[name].data = view
+        del (
+            tensors
+        )  # the last that holds the parameters' own memory, in blocks too small for what follows
+        give_back_freed_memory()
         return cls(
             layout=layout,
             weights=weights,
