@@ -18,12 +18,11 @@ from cllm.core.duration import parse_duration
 from cllm.core.errors import UsageError, UserError
 from cllm.core.machine import machine
 from cllm.core.settings import build, flatten, load_config, merge, read_toml, write_setting
-from cllm.infer.artifact import load_decode
 from cllm.infer.constrain import Format
 from cllm.infer.engine import Engine, EngineOptions
 from cllm.infer.harness import harness_model
 from cllm.infer.measure import fastest_weights
-from cllm.infer.native import load_native
+from cllm.infer.ready import ready_engine
 from cllm.infer.sampling import Sampling
 from cllm.infer.score import Score
 from cllm.infer.score import score as score_text
@@ -38,7 +37,7 @@ from cllm.text.packed import PackedTokens
 from cllm.text.tokenizer import Tokenizer
 from cllm.training.progress import Progress, Silent, open_progress
 
-if TYPE_CHECKING:  # generation begins sooner without training, text reading and look-up
+if TYPE_CHECKING:  # generation begins sooner without
     from cllm.training.conclude import Outcome
     from cllm.training.evaluate import Evaluation
 
@@ -62,8 +61,7 @@ def train(
     ``settings``: any setting with its dots as double underscores, e.g. ``train__lr=1e-3``,
     ``model__preset="small"``. Raises ``UserError`` with one line that says what is wrong.
     """
-    from cllm.training.session import resume as resume_session
-    from cllm.training.session import start
+    from cllm.training import session
 
     changes = {key.replace("__", "."): value for key, value in settings.items()}
     progress = open_progress(quiet=quiet)
@@ -73,13 +71,13 @@ def train(
         if extra:
             raise UsageError(f"resume goes on with a run as it is: leave out {', '.join(extra)}")
         texts = [write_setting(key, value) for key, value in changes.items()]
-        return Run(resume_session(resume, texts, progress).run)
+        return Run(session.resume(resume, texts, progress).run)
     paths = [data] if isinstance(data, str | Path) else list(data)
     if paths:
         changes["data.paths"] = tuple(str(path) for path in paths)
     whole = resolve_config(config, changes, from_run)
     seconds = parse_duration(time) if time is not None else None
-    return Run(start(whole, progress, out=out, from_run=from_run, seconds=seconds).run)
+    return Run(session.start(whole, progress, out=out, from_run=from_run, seconds=seconds).run)
 
 
 def load(path: str | Path) -> Run | CompressedModel:
@@ -174,26 +172,15 @@ class Model(ABC):
         It runs the step that ``cllm compile`` left beside the run, if there is one for it, unless
         ``compiled`` is False. ``say`` is told which, in one line. ``weights`` may be ``auto``: what was
         measured to be the fastest of fp32, bf16 and int8 on this machine (without compilation).
-        ``index``: an exact index of the output table chooses tokens (``IndexHead``), which pays where the
-        vocabulary is large.
+        ``index``: tokens are chosen by an exact index of the output table (``IndexHead``).
         """
         if weights == "auto":
             weights, line = fastest_weights(self.model, slots)
             say(line)
-        options = EngineOptions(slots=slots, weights=weights, cache=cache)
-        if (options, index) not in self._engines:
-            head = None
-            if index:
-                from cllm.infer.lookup.head import index_head
-
-                head = index_head(self.model, say)
-            made = Engine(self.model, options, head=head)
-            made.native, line = load_native(made)
-            if made.native is None:
-                made.compiled, found = load_decode(made, self.compiled)
-                line = found or line
-            self._engines[options, index] = (made, line)
-        found, line = self._engines[options, index]
+        key = EngineOptions(slots=slots, weights=weights, cache=cache), index
+        if key not in self._engines:
+            self._engines[key] = ready_engine(self.model, *key, self.compiled, say)
+        found, line = self._engines[key]
         found.use_compiled(compiled)
         if line and compiled:
             say(line)
@@ -260,11 +247,10 @@ class Model(ABC):
             if split not in ("train", "validation", "test"):
                 raise UsageError(f"split {split!r} is none of train, validation, test")
             return self._score(self.split(split), progress or Silent())
-        from cllm.text.corpus import tokens_for_eval
+        from cllm.text.corpus import tokens_for_eval  # generation begins sooner without
 
         with tempfile.TemporaryDirectory() as place:
-            names = [str(path) for path in paths]
-            field = self.config.data.field
+            names, field = [str(path) for path in paths], self.config.data.field
             tokens = tokens_for_eval(names, self.tokenizer, place, field=field)
             return self._score(tokens, progress or Silent())
 
@@ -299,7 +285,7 @@ class CompressedModel(Model):
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The weights as the file holds them, dense in float32."""
-        from cllm.compress.formats import read_state  # not for runs, which begin sooner without
+        from cllm.compress.formats import read_state  # runs begin sooner without
 
         return read_state(self.container)
 

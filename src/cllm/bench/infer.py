@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -124,7 +125,7 @@ def measured(path: Path, quick: bool, notes: list[str]) -> dict[str, dict[str, f
     env = dict(os.environ)
     spin_briefly(env)
     new = 8 if quick else 100
-    with contest([lambda who=who: contestant(who, path, new, env) for who in wanted]) as found:
+    with contest([partial(contestant, who, path, new, env) for who in wanted]) as found:
         rounds = interleaved(found, 1 if quick else ROUNDS)
         ready = {c.name: c.ready for c in found}
     for who, facts in ready.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def best_threads(make: Callable[[int], Measures], chosen: dict[str, str]) -> Mea
 def llama_cpp(path: Path, vocab: int, context: int, new: int, threads: int) -> Measures:
     """llama.cpp by its own batches: cache in float32, a stream of the cache for each text, no flash
     attention (with a float32 cache it was measured to be several times slower)."""
-    import llama_cpp as library
+    library = importlib.import_module("llama_cpp")
 
     _hush(library)
     model = library.llama_model_load_from_file(
@@ -133,7 +134,7 @@ def _llama_write(library: Any, context: Any, ids_st: np.ndarray, new: int, vocab
 
 def onnxruntime(path: Path, vocab: int, context: int, new: int, threads: int) -> Measures:
     """Our export with keys and values in ONNX Runtime, which stay in its own memory between calls."""
-    import onnxruntime as library
+    library = importlib.import_module("onnxruntime")
 
     options = library.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, threads

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ class Request:
     constraint: Constraint | None = None
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Step:
     """A token of a request, or its end (``token`` is None). ``index`` counts requests from 0.
 
     ``reason`` of an end: ``length`` (all tokens made), ``end`` (the model ended the text), ``stop`` (the

@@ -36,9 +36,11 @@ SOURCE = Path(__file__).with_name("decode.cpp")
 PANEL, ROWS = 16, 64
 """Rows of a panel of a matrix, and rows that go through the layers together."""
 TRIALS = 12
-OPTIONS = ("-O3", "-std=gnu++17", "-shared", "-fPIC", "-pthread")
 # Nobody reads exceptions of floating point, so that choices may be vectorised.
-OPTIONS += ("-fno-math-errno", "-fno-trapping-math")
+OPTIONS = (
+    *("-O3", "-std=gnu++17", "-shared", "-fPIC", "-pthread"),
+    *("-fno-math-errno", "-fno-trapping-math"),
+)
 TARGETS = (("-march=native",), ("-mcpu=native",), ())
 """Clang calls it -mcpu on Arm; an old compiler on a new machine may know neither."""
 
