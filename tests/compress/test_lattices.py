@@ -179,8 +179,8 @@ def test_blocks_of_columns_feed_errors_back_as_the_metric_asks() -> None:
         done += block.tolist()
 
 
-@pytest.mark.parametrize("lattice", ["e8", "leech"])
-def test_at_equal_bytes_blocks_come_nearer_than_integers(lattice: str) -> None:
+@pytest.mark.parametrize(("lattice", "most"), [("e8", 0.95), ("leech", 0.99)])
+def test_at_equal_bytes_blocks_come_nearer_than_integers(lattice: str, most: float) -> None:
     pytest.importorskip("constriction")
     target, errors = int(2.5 * 96 * 104 / 8), []
     for name in ("z", lattice):
@@ -190,7 +190,7 @@ def test_at_equal_bytes_blocks_come_nearer_than_integers(lattice: str) -> None:
         assert 0.95 * target <= len(data) <= target
         errors.append(float(p.objective(torch.from_numpy(made.dense())).sum()))
     assert np.array_equal(coding.decode(data), made.dense())
-    assert errors[1] < 0.95 * errors[0]
+    assert errors[1] < most * errors[0]
 
 
 def test_zeros_too_few_bytes_and_unknown_lattices() -> None:
