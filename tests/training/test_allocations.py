@@ -64,7 +64,10 @@ def test_an_eager_step_allocates_in_the_graph_only(
     batches_of: Batches,
 ) -> None:
     torch.set_num_threads(threads)
-    step, batches = step_of(dtype=dtype, train={"optimizer": optimizer}, **fields), batches_of(count)
+    step, batches = (
+        step_of(dtype=dtype, train={"optimizer": optimizer}, **fields),
+        batches_of(count),
+    )
     step(batches, 1e-3)
     outside, inside = allocations(step, batches)
     assert outside == 0
