@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import cllm
 from cllm.compress import pipeline
 from cllm.compress.calibration import calibrate, calibration_windows, layers_in_order
 from cllm.compress.command import compress_run, parse_share, parse_size
-from cllm.compress.formats import read_packed, read_state
+from cllm.compress.formats import read_fixed, read_packed, read_state
 from cllm.compress.settings import Settings
 from cllm.core.errors import UsageError, UserError
 from cllm.store.container import Container
@@ -132,6 +133,11 @@ def test_the_file_alone_is_enough(
         {"method": "bf16"},
         {"bits": 1.7, "grid": "coded", "table": "lattice"},
         {"bits": 3, "grid": "coded", "method": "babai", "columns": "water", "table": "int8"},
+        {"bits": 2.5, "grid": "coded", "lattice": "e8", "rotate": "hadamard"},
+        {"bits": 3, "grid": "coded", "lattice": "leech", "method": "babai"},
+        {"bits": 2, "grid": "e8", "method": "babai", "rotate": "hadamard", "group": "row"},
+        {"bits": 2, "grid": "leech", "method": "rtn", "group": "row"},
+        {"bits": 3, "group": "32", "rotate": "hadamard"},
     ],
     ids=str,
 )
@@ -145,6 +151,8 @@ def test_every_kind_reads_back_what_was_scored(
     assert made.bytes == made.path.stat().st_size
     if changes.get("grid") == "coded":
         assert 0.93 * changes["bits"] <= made.layer_bits <= changes["bits"]
+    elif changes.get("grid") in ("e8", "leech"):
+        assert 2 < made.layer_bits < 2.7  # a scale for each row
     elif "grid" in changes:
         assert made.layer_bits == {"gguf-q4_0": 4.5, "gguf-q8_0": 8.5}[changes["grid"]]
     container = Container.open(made.path)
@@ -156,6 +164,31 @@ def test_every_kind_reads_back_what_was_scored(
             assert torch.equal(weight, dense[name])
     half = read_state(container, torch.bfloat16)
     assert half["norm.weight"].dtype == torch.bfloat16
+
+
+def test_rows_of_a_codebook_are_read_alone(trained: Path, isolated: Path) -> None:
+    container = Container.open(make(trained, isolated / "a.cllm", bits=2, grid="e8").path)
+    name = "layers.0.mlp.out.weight"
+    rows = read_fixed(container, name, slice(3, 5)).dense()
+    assert torch.equal(rows, read_state(container)[name][3:5])
+    with pytest.raises(UserError, match="in no codebook"):
+        read_fixed(container, "norm.weight")
+
+
+@pytest.mark.parametrize("part", ["codes", "scales"])
+def test_parts_of_a_codebook_that_do_not_fit_are_refused(
+    part: str, trained: Path, isolated: Path
+) -> None:
+    container = Container.open(make(trained, isolated / "a.cllm", bits=2, grid="e8").path)
+    name = "layers.0.mlp.out.weight"
+    stored = container.header.weights[name]
+    container.header.weights[name] = replace(
+        stored,
+        shape=(stored.shape[0], stored.shape[1] + 8) if part == "codes" else stored.shape,
+        facts=stored.facts | ({} if part == "codes" else {"group": 8}),
+    )
+    with pytest.raises(UserError, match="damaged"):
+        read_state(container)
 
 
 def test_what_was_interrupted_goes_on_and_comes_to_the_same_bytes(
@@ -245,6 +278,12 @@ def test_the_command_makes_file_and_report(trained: Path, isolated: Path, cllm: 
         (["--calibration", "nowhere.txt"], "nowhere.txt"),
         (["--out", "model.bin"], ".cllm"),
         (["--group", "48"], "--group is one of"),
+        (["--lattice", "d4"], "--lattice is one of"),
+        (["--rotate", "givens"], "--rotate is one of"),
+        (["--rotate", "hadamard", "--method", "fp16"], "fp16 is read without"),
+        (["--grid", "e8", "--bits", 5], "2, 3, 4 or 8 bits a weight"),
+        (["--grid", "leech", "--method", "klein"], "--grid leech takes"),
+        (["--grid", "e8", "--order", "min-pivot"], "--order act or natural"),
     ],
     ids=str,
 )

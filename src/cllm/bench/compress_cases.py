@@ -23,10 +23,19 @@ RECOVERED_GPTQ, RECOVERED_OURS, RECOVERED_CODED = (
 )
 RECOVERY = 200
 """Steps of recovery."""
-CODED_GPTQ, CODED_OURS, CODED_WATER = (
+ROTATED = "k-best 16, rotated"
+FIXED_E8, FIXED_LEECH, FIXED_TURNED = (
+    "E8 codebook",
+    "Leech codebook",
+    "E8 codebook, rotated",
+)
+CODED_GPTQ, CODED_OURS, CODED_WATER, CODED_E8, CODED_LEECH, CODED_TURNED = (
     "GPTQ, entropy coded",
     "k-best 16, entropy coded",
     "k-best 16, entropy coded, water-filled",
+    "k-best 16 on E8, entropy coded",
+    "k-best 64 on Leech, entropy coded",
+    "k-best 16, entropy coded, rotated",
 )
 
 _GRID = {
@@ -38,12 +47,19 @@ _GRID = {
     WIDE: replace(COMMON, method="k-best", beams=64, scales="least-squares"),
     RECOVERED_GPTQ: replace(COMMON, method="babai", scales="search", recover=RECOVERY),
     RECOVERED_OURS: replace(COMMON, beams=16, recover=RECOVERY),
+    ROTATED: replace(COMMON, method="k-best", beams=16, rotate="hadamard"),
+    FIXED_E8: replace(COMMON, grid="e8", method="babai"),
+    FIXED_LEECH: replace(COMMON, grid="leech", method="babai"),
+    FIXED_TURNED: replace(COMMON, grid="e8", method="babai", rotate="hadamard"),
 }
 _CODED = {
     CODED_GPTQ: replace(COMMON, grid="coded", method="babai", price=0.0),
     CODED_OURS: replace(COMMON, grid="coded", method="k-best", beams=16),
     RECOVERED_CODED: replace(COMMON, grid="coded", beams=16, recover=RECOVERY),
     CODED_WATER: replace(COMMON, grid="coded", method="k-best", beams=16, columns="water"),
+    CODED_E8: replace(COMMON, grid="coded", lattice="e8", method="k-best", beams=16),
+    CODED_LEECH: replace(COMMON, grid="coded", lattice="leech", method="k-best", beams=64),
+    CODED_TURNED: replace(COMMON, grid="coded", method="k-best", rotate="hadamard"),
 }
 
 
@@ -87,4 +103,6 @@ def cases(quick: bool) -> list[Case]:
     found += [Case(method=method, bits=3.0) for method in (LOOP, WIDE, RTN)]
     found += [Case(method=GPTQ, bits=4.0), Case(method=OURS, bits=8.0)]
     found += [Case(method=CODED_OURS, bits=8.0), Case(method=GPTQ, bits=8.0)]
+    lattices = (CODED_E8, CODED_LEECH, CODED_TURNED, ROTATED, FIXED_E8, FIXED_TURNED, FIXED_LEECH)
+    found += [Case(method=method, bits=bits) for bits in (2.0, 3.0) for method in lattices]
     return found

@@ -30,8 +30,8 @@ def compress(
         ),
     ] = "int",
     lattice: Annotated[
-        str, typer.Option(help="Points of --grid coded: e8 or leech, in blocks, or z, integers.")
-    ] = "e8",
+        str, typer.Option(help="Points of --grid coded: z, integers, or e8 or leech, in blocks.")
+    ] = "z",
     rotate: Annotated[
         str, typer.Option(help="hadamard: round a randomly rotated matrix; or none.")
     ] = "none",

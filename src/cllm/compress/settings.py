@@ -59,7 +59,7 @@ class Settings:
     bits: float = 4.0
     method: str = "k-best"
     grid: str = "int"
-    lattice: str = "e8"
+    lattice: str = "z"
     rotate: str = "none"
     group: str = "128"
     symmetric: bool | None = None
