@@ -23,6 +23,8 @@ class Launch:
     """Processes on this machine."""
     job: str
     """The same for all processes of one ``torchrun``, and again after it has restarted them."""
+    attempt: int = 0
+    """How often it has restarted them."""
 
     @property
     def is_first(self) -> bool:
@@ -43,6 +45,7 @@ def launched(environ: Mapping[str, str] = os.environ) -> Launch | None:
         local_rank=int(environ["LOCAL_RANK"]),
         local_size=int(environ["LOCAL_WORLD_SIZE"]),
         job=job,
+        attempt=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
     )
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -159,8 +160,7 @@ def test_torchrun_restarts_and_the_run_goes_on_by_itself(
     elastic = ("--standalone", "--max-restarts", "2")
     child = torchrun(2, *command, options=elastic)  # it must find its numbered run
     folder = tmp_path / "runs"
-    wait_for(folder, child)
-    (run,) = folder.iterdir()
+    run = folder / f"{date.today().isoformat()}-corpus-1"
     wait_for(run / "checkpoints" / "step-00000010", child)
     os.kill(ranks(child)[1], signal.SIGKILL)
     said = finish(child)

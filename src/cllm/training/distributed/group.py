@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ PATIENCE = timedelta(days=7)
 JOIN_PATIENCE = timedelta(minutes=5)
 _NUMBERS = 8
 _STORE_PATIENCE = timedelta(seconds=2)
+_DYING = 1.0
+"""Seconds in which a process that closed its connections is expected to be dead."""
 _NETWORK = ("gloo", "NCCL", "Connection", "connection", "Socket", "socket", "Timed out", "store")
 """Words of what torch says when another process is not there any more."""
 
@@ -76,8 +79,15 @@ class Order:
 class Group:
     """This process among the others; made by ``join``."""
 
-    def __init__(self, launch: Launch, store: dist.Store, control: Any) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        store: dist.Store,
+        control: Any,
+        everyone: Sequence[Process | None],
+    ) -> None:
         self.launch, self._store, self._control = launch, store, control
+        self._everyone = everyone
         self.rank, self.size = launch.rank, launch.size
         self._closed = self._briefed = False
 
@@ -92,15 +102,18 @@ class Group:
             backend = "cpu:gloo,cuda:nccl"
         try:
             store, rank, size = next(rendezvous("env://", timeout=JOIN_PATIENCE))
+            # The agent's store outlives a restart, with all that the dead wrote into it.
+            store = dist.PrefixStore(f"attempt/{launch.attempt}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size)
             control = dist.new_group(backend="gloo", timeout=PATIENCE)
+            mine = dist.PrefixStore("cllm", store)
+            mine.set(str(rank), json.dumps(this_process().to_json()))
+            everyone = [Process.from_json(json.loads(mine.get(str(n)))) for n in range(size)]
         except RuntimeError as error:
             raise UserError(
                 f"the {launch.size} processes of torchrun did not find each other: {_first_line(error)}"
             ) from error
-        group = cls(launch, dist.PrefixStore("cllm", store), control)
-        group._store.set(f"process/{rank}", json.dumps(this_process().to_json()))
-        return group
+        return cls(launch, mine, control, everyone)
 
     def tell(self, order: Order) -> None:
         """The first's order to all others."""
@@ -196,17 +209,23 @@ class Group:
         self._closed = True
 
     def _who_is_lost(self, error: RuntimeError) -> str:
-        gone = []
-        with suppress(RuntimeError, ValueError):
-            self._store.set_timeout(_STORE_PATIENCE)
-            for rank in range(self.size):
-                found = Process.from_json(json.loads(self._store.get(f"process/{rank}")))
-                if found is not None and is_running(found) is False:
-                    gone.append(f"process {rank} of torchrun (pid {found.pid}) is gone")
+        gone = self._gone()
+        end = time.monotonic() + _DYING
+        while not gone and time.monotonic() < end:  # connections close before a process is dead
+            time.sleep(0.02)
+            gone = self._gone()
         what = " and ".join(gone) or f"a process of torchrun is gone ({_first_line(error)})"
         return (
             f"{what}; nothing of its step was saved: go on from the last checkpoint with --resume"
         )
+
+    def _gone(self) -> list[str]:
+        """Those of this machine that are dead."""
+        return [
+            f"process {rank} of torchrun (pid {process.pid}) is gone"
+            for rank, process in enumerate(self._everyone)
+            if process is not None and is_running(process) is False
+        ]
 
 
 def _first_line(error: Exception) -> str:
