@@ -119,7 +119,7 @@ class Kept:
             weight = source.weights[f"{layer.name}.weight"].float()
             values = rounded.weights[f"{layer.name}.weight"]
             metric = (1 - HELD_OUT) * layer.fit + HELD_OUT * layer.held
-            size = objective(weight, torch.zeros_like(weight), metric).sum()
+            size = objective(weight, torch.zeros_like(weight), metric).sum().clamp_min(1e-300)
             errors.append(float(objective(weight, values, metric).sum() / size))
             with torch.no_grad():
                 layer.linear.weight.copy_(values)

@@ -52,7 +52,8 @@ def hqq(source: Source, bits: int) -> Rounded:
 def torchao(source: Source, bits: int) -> Rounded:
     """``IntxWeightOnlyConfig``: to the nearest, by the range of each group; scale in fp16, zero in int8.
 
-    Raises ``ImportError`` without the package ``torchao``.
+    Raises ``ImportError`` without the package ``torchao``, and ``RuntimeError`` for rows that are no whole
+    groups, which it does not take.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -66,6 +67,8 @@ def torchao(source: Source, bits: int) -> Rounded:
     )
 
     def one(weight: Tensor) -> Tensor:
+        if weight.shape[1] % GROUP:
+            raise RuntimeError(f"rows of {weight.shape[1]} are no whole groups of {GROUP}")
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         layer.weight.data.copy_(weight)
         whole = nn.Sequential(layer)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from cllm.compress.compressed import Compressed
 from cllm.compress.layer import keep
-from cllm.compress.pipeline import Compressed, Source, compress
+from cllm.compress.pipeline import Source, compress
 from cllm.compress.sensitivity import sensitivities, spread_bits
 from cllm.compress.settings import Settings
 from cllm.core.errors import UserError

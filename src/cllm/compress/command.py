@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cllm.compress.allocation import allot
 from cllm.compress.certificate import check_predictable, forecast
-from cllm.compress.pipeline import Compressed, Source, compress, open_default, open_source
+from cllm.compress.compressed import Compressed
+from cllm.compress.pipeline import Source, compress, open_default, open_source
 from cllm.compress.settings import Settings
 from cllm.core.atomic import clear_errors
 from cllm.core.errors import UsageError, UserError

@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cllm.compress.calibration import calibrate, calibration_windows, layers_in_order
+from cllm.compress.compressed import Compressed
 from cllm.compress.layer import Piece, cast_layer, compress_layer, compress_table, keep
 from cllm.compress.parts import PartsFolder
 from cllm.compress.recovery import recover, recovery_windows
@@ -58,40 +59,6 @@ class Source:
         model = Transformer(self.config.model, "matmul")
         model.load_state_dict(self.weights)
         return model.eval()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compressed:
-    """What was made: the file, its bits per byte (``None`` without validation text), and figures."""
-
-    path: Path
-    bytes: int
-    settings: Settings
-    base: float | None
-    bpb: float | None
-    parameters: int
-    layer_parameters: int
-    layer_bytes: int
-    recovery: dict[str, Any] | None = None
-    """What recovery found: ``bpb_before``, ``divergence_before``, ``divergence``, ``step``."""
-    forecast: dict[str, Any] | None = None
-    """What was predicted before: ``rise``, ``low``, ``high`` and, by layer, ``layers``."""
-    layers: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of the whole file over all weights."""
-        return 8 * self.bytes / self.parameters
-
-    @property
-    def layer_bits(self) -> float:
-        """Bits a weight of the linear layers, scales and all else that is theirs included."""
-        return 8 * self.layer_bytes / max(self.layer_parameters, 1)
-
-    @property
-    def rise(self) -> float | None:
-        """Rise of the bits per byte."""
-        return None if self.bpb is None or self.base is None else self.bpb - self.base
 
 
 def open_source(

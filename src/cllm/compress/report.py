@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cllm.compress.pipeline import Compressed
+from cllm.compress.compressed import Compressed
 from cllm.core.atomic import new_file, write_text
 
 
