@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,8 +25,9 @@ from cllm.training.arena import Arena
 from cllm.training.compiled import perhaps_compiled
 from cllm.training.draws import Draws
 from cllm.training.feed import target_count
+from cllm.training.figures import Figures, Numbers, StepResult, Summed
 from cllm.training.gradient import Gradients, Micro
-from cllm.training.lazy_rows import InUse, LazyRows
+from cllm.training.lazy_rows import LazyRows
 from cllm.training.parallel.crew import Crew
 from cllm.training.update import Update
 
@@ -37,49 +37,6 @@ if TYPE_CHECKING:
 LOSS_SCALE_START = 2.0**14
 LOSS_SCALE_PATIENCE = 500
 """Steps without overflow after which fp16's loss scale is doubled."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step reports: mean loss in nats per target token (an estimate where it is trained on sampled
-    softmax), gradient norm before clipping, whether the step was applied, and the similarity loss, which
-    is no part of the loss but of the norm."""
-
-    loss: float
-    grad_norm: float
-    applied: bool
-    similarity: float | None = None
-
-
-class Numbers(NamedTuple):
-    """What changes from step to step: the factor of the loss, the inverse of its part that is fp16's, the
-    learning rate, and which step it is (from 1; skipped ones do not count)."""
-
-    scale: float
-    unscale: float
-    lr: float
-    at: int
-
-
-class Figures(NamedTuple):
-    """What a step gave: the summed loss, the norm before clipping, whether it was applied."""
-
-    loss: float
-    norm: float
-    applied: bool
-    similarity: float | None = None
-
-
-@dataclass
-class Summed:
-    """What forward and backward leave beside the arena's gradient: the summed loss, the similarity loss,
-    and of tables updated by rows what is in use, its gradients, and the sum of their squares."""
-
-    loss: float
-    similarity: float | None = None
-    used: dict[str, InUse] = field(default_factory=dict)
-    rows: dict[str, Tensor] = field(default_factory=dict)
-    square: float = 0.0
 
 
 class TrainStep:

@@ -27,13 +27,14 @@ from cllm.text.dataset import Dataset
 from cllm.training.board import Board
 from cllm.training.evaluate import Evaluation, evaluate, norm_mode_gap
 from cllm.training.feed import micro_batches, target_count
+from cllm.training.figures import StepResult
 from cllm.training.interrupt import Interrupt
 from cllm.training.pipeline.ahead import Ahead
 from cllm.training.progress import Progress, Reading
 from cllm.training.samples import sample_texts
 from cllm.training.schedule import learning_rate, similarity_weight
 from cllm.training.snapshot import Standing, environment, optimizer_of, weights_of
-from cllm.training.step import StepResult, TrainStep
+from cllm.training.step import TrainStep
 
 RISING_VALIDATIONS = 3
 """Validations in a row that rise while training falls, after which over-fitting is warned of."""

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from cllm.training.feed import MicroBatches, target_count
+from cllm.training.figures import StepResult
 from cllm.training.gradient import Micro
 from cllm.training.pipeline.delayed import Delayed
-from cllm.training.step import StepResult, TrainStep
+from cllm.training.step import TrainStep
 
 Steps = Callable[..., TrainStep]
 Batches = Callable[..., MicroBatches]

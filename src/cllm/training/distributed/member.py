@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cllm.training.feed import MicroBatches
-from cllm.training.step import Figures, Numbers
+from cllm.training.figures import Figures, Numbers
 
 
 class Member(ABC):

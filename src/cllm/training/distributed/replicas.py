@@ -18,8 +18,9 @@ from cllm.core.config import Config
 from cllm.training.distributed.member import Member
 from cllm.training.distributed.shares import deal_evenly, evaluation_parts, packed
 from cllm.training.feed import MicroBatches
+from cllm.training.figures import Figures, Numbers, Summed
 from cllm.training.gradient import Micro
-from cllm.training.step import Figures, Numbers, Summed, TrainStep
+from cllm.training.step import TrainStep
 
 
 class _Hand(torch.autograd.Function):

@@ -29,8 +29,9 @@ from cllm.training.clipping import clip_factor
 from cllm.training.distributed.member import Member
 from cllm.training.distributed.shares import deal_evenly, evaluation_parts, packed
 from cllm.training.feed import MicroBatches
+from cllm.training.figures import Figures, Numbers
 from cllm.training.optimizer import OPTIMIZERS
-from cllm.training.step import Figures, Numbers, TrainStep
+from cllm.training.step import TrainStep
 
 
 class _Losses(nn.Module):

@@ -38,9 +38,10 @@ from cllm.training.distributed.member import Member
 from cllm.training.distributed.shares import packed, padded
 from cllm.training.distributed.stage_layers import Cast, Layers, Plan
 from cllm.training.feed import MicroBatches
+from cllm.training.figures import Figures, Numbers
 from cllm.training.optimizer import OPTIMIZERS
 from cllm.training.parallel.shards import Shard
-from cllm.training.step import Figures, Numbers, TrainStep
+from cllm.training.step import TrainStep
 from cllm.training.update import Update
 
 SCHEDULES: dict[str, Callable[..., Any]] = {

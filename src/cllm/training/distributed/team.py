@@ -14,10 +14,11 @@ from cllm.core.errors import UserError
 from cllm.training.distributed.group import Group, Kind, Order
 from cllm.training.distributed.member import Member
 from cllm.training.distributed.strategies import make_member
-from cllm.training.step import Numbers
+from cllm.training.figures import Numbers
 
 if TYPE_CHECKING:
-    from cllm.training.step import Figures, TrainStep
+    from cllm.training.figures import Figures
+    from cllm.training.step import TrainStep
 
 _SEED_STRIDE = 7_919
 

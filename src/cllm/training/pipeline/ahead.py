@@ -15,10 +15,11 @@ from torch import Tensor
 
 from cllm.core.config import TrainConfig
 from cllm.training.feed import MicroBatches, target_count
+from cllm.training.figures import StepResult
 from cllm.training.pipeline.delayed import Delayed
 from cllm.training.schedule import learning_rate
 from cllm.training.snapshot import Standing
-from cllm.training.step import StepResult, TrainStep
+from cllm.training.step import TrainStep
 
 
 class Ahead:

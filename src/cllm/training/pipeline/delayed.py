@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from cllm.training.feed import target_count
+from cllm.training.figures import StepResult
 from cllm.training.gradient import Micro
 from cllm.training.pipeline.halves import Halves, Held
 from cllm.training.pipeline.line import Line, Over, Pause, Queue, Ring
-from cllm.training.step import StepResult, TrainStep
+from cllm.training.step import TrainStep
 
 DELAY = 2
 Batches = Sequence[tuple[Tensor, Tensor]]
