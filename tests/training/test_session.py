@@ -369,8 +369,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_goes_on(
 
 
 def test_divergence_ends_the_run_and_says_what_to_do(start: Start, told: Any) -> None:
-    with pytest.raises(DivergedError, match=r"^4 steps in a row .* lower train.lr \(now 1e\+30\)"):
-        start(train__lr=1e30, train__max_nonfinite=4, train__steps=30, train__eval_every=2)
+    with pytest.raises(DivergedError, match=r"^4 steps in a row .* lower train.lr \(now 1e\+38\)"):
+        start(train__lr=1e38, train__max_nonfinite=4, train__steps=30, train__eval_every=2)
     run = RunDirectory.open("run")
     status = run.status()
     assert status.state == "diverged"

@@ -107,7 +107,7 @@ class _Level:
             return
         for values in (cost, x):
             least = values[:, :, 0].gather(1, best)
-            values[:, :, 0].scatter_(1, best, values[:, :1, 0])
+            values[:, :, 0].scatter_(1, best, values[:, :1, 0].clone())
             values[:, :1, 0] = least
 
     def _offers(self, real: Tensor, i: int) -> Tensor:
