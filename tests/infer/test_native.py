@@ -168,4 +168,4 @@ def test_without_a_compiler_it_says_so_and_nothing_is_loaded(
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(UserError, match="false could not compile the decoding library: no message"):
         compile_library()
-    assert not native.library_path().exists()
+    assert not native.library().path().exists()

@@ -8,13 +8,6 @@ one step takes a quarter of a millisecond that was measured to be half of the ti
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +17,10 @@ import torch
 from torch import Tensor
 
 from cllm.core.errors import UserError
-from cllm.core.machine import cache_dir, machine
 from cllm.infer.cache import Cache
 from cllm.infer.network import InferenceBlock, Network
 from cllm.infer.sampling import Sampling
+from cllm.lattice.native import CannotCompileError, Library
 
 if TYPE_CHECKING:
     from cllm.infer.engine import Engine
@@ -36,13 +29,7 @@ SOURCE = Path(__file__).with_name("decode.cpp")
 PANEL, ROWS = 16, 64
 """Rows of a panel of a matrix, and rows that go through the layers together."""
 TRIALS = 12
-# Nobody reads exceptions of floating point, so that choices may be vectorised.
-OPTIONS = (
-    *("-O3", "-std=gnu++17", "-shared", "-fPIC", "-pthread"),
-    *("-fno-math-errno", "-fno-trapping-math"),
-)
-TARGETS = (("-march=native",), ("-mcpu=native",), ())
-"""Clang calls it -mcpu on Arm; an old compiler on a new machine may know neither."""
+OPTIONS = ("-std=gnu++17", "-pthread")
 
 
 class _Shape(ctypes.Structure):
@@ -98,13 +85,9 @@ def obstacle(network: Network, options: Any) -> str:
     return next((name for name, holds in wanted.items() if not holds), "")
 
 
-def library_path() -> Path:
-    """Where the compiled library lies, or would lie: a name for each source, compiler and processor."""
-    here = machine()
-    facts = [SOURCE.read_text(encoding="utf-8"), _compiler(), repr((OPTIONS, TARGETS))]
-    facts += [here.cpu, *here.instruction_sets, platform.machine(), sys.platform]
-    key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
-    return cache_dir() / "kernels" / f"decode-{key}.so"
+def library() -> Library:
+    """The library, compiled or not."""
+    return Library(source=SOURCE, options=OPTIONS)
 
 
 def compile_library() -> Path:
@@ -112,35 +95,10 @@ def compile_library() -> Path:
 
     Raises ``UserError`` where it cannot be compiled (no C++ compiler, Windows).
     """
-    path = library_path()
-    if path.is_file():
-        return path
-    compiler = shutil.which(_compiler())
-    if sys.platform == "win32" or compiler is None:
-        raise UserError(
-            "the decoding library is not built on Windows"
-            if sys.platform == "win32"
-            else f"there is no C++ compiler {_compiler()}; install one, or set CXX"
-        )
-    error = ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as place:
-            made = Path(place) / path.name
-            for target in TARGETS:
-                command = [compiler, *OPTIONS, *target, str(SOURCE), "-o", str(made)]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-                if done.returncode == 0:
-                    made.replace(path)  # whole at once: another process may look
-                    return path
-                error = error or (done.stderr.strip().splitlines() or ["no message"])[0]
-    except (OSError, subprocess.SubprocessError) as problem:
-        error = str(problem)
-    raise UserError(f"{_compiler()} could not compile the decoding library: {error}")
-
-
-def _compiler() -> str:
-    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        return library().compile()
+    except CannotCompileError as error:
+        raise UserError(f"the decoding library cannot be compiled: {error}") from error
 
 
 def load_native(engine: Engine) -> tuple[Native | None, str]:
@@ -148,7 +106,7 @@ def load_native(engine: Engine) -> tuple[Native | None, str]:
     runs; or none, and an empty line."""
     if obstacle(engine.network, engine.options):
         return None, ""
-    path = library_path()
+    path = library().path()
     if not path.is_file():
         return None, ""
     try:

@@ -156,7 +156,7 @@ void offer(const Arguments<T> &a, Scratch<T> &s, int64_t t, int64_t i) {
     if (!a.costs) return;
     const T *price = a.costs + int64_t(a.classes[t * a.n + i]) * a.magnitudes;
     const T most = T(a.magnitudes - 1);
-    for (int64_t c = 0; c < children * K; ++c) cost[c] += price[int64_t(std::min(std::abs(x[c]), most))];
+    for (int64_t c = 0; c < children * K; ++c) cost[c] += price[int64_t(std::min(most, std::abs(x[c])))];  // most for NaN
 }
 
 // Decide row i: beams become the best children, and their open centres of the block feel it.

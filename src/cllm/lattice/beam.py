@@ -73,12 +73,13 @@ def beam_search(
     a C++ compiler and else by passes, with a warning once (None). Both search alike; sums may be rounded
     differently. Chunks of targets are shared out among torch's number of threads.
     """
-    decide: beam_kernel.Run = beam_passes.run
+    _check(tree)
+    prepared: beam_kernel.Kernel = beam_passes.prepared
     size = max(1, beam_passes.LINES // K)
     if kernel or kernel is None:
         found = beam_kernel.load(tree.opened.dtype)
         if not isinstance(found, str):
-            decide, size = found, CHUNK
+            prepared, size = found, CHUNK
         elif kernel:
             raise ValueError(f"the kernel for K-best cannot be compiled: {found}")
         else:
@@ -86,11 +87,21 @@ def beam_search(
     m, n = tree.opened.shape
     out = empty((m, n), tree.opened.dtype)
 
-    def some(start: int) -> None:
-        decide(tree, slice(start, min(start + size, m)), K, children, keep_first, out)
-
-    for_each(some, range(0, m, size))
+    decide = prepared(tree, K, children, keep_first, out)
+    for_each(lambda start: decide(slice(start, min(start + size, m))), range(0, m, size))
     return out
+
+
+def _check(tree: Tree) -> None:
+    """The kernel trusts shapes and classes; whoever makes a tree answers for them."""
+    m, n = tree.opened.shape
+    assert tree.effects.shape == (n, n)
+    assert tree.squares.shape == (n,)
+    assert all(bound is None or bound.shape == (n,) for bound in (tree.low, tree.high))
+    assert all(t is None or t.shape == (m, n) for t in (tree.step, tree.offset, tree.base))
+    if tree.prices is not None and m:
+        assert tree.prices.classes.shape == (m, n)
+        assert int(tree.prices.classes.max()) < len(tree.prices.costs)
 
 
 def _say_once(reason: str) -> None:

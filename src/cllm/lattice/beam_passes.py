@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +16,16 @@ BLOCK = 24
 LINES = 8192
 
 
-def run(tree: Tree, part: slice, K: int, children: int, keep_first: bool, out: Tensor) -> None:
-    """Coefficients of the targets of ``part`` into ``out[part]``.
+def prepared(
+    tree: Tree, K: int, children: int, keep_first: bool, out: Tensor
+) -> Callable[[slice], None]:
+    """What decides the targets of a slice, into ``out`` of it."""
+    return lambda part: _decide(tree, part, K, children, keep_first, out)
 
-    Beams of a block of rows are lines of open centres and decided amounts; what a block decided reaches
-    the other rows by one matrix product.
+
+def _decide(tree: Tree, part: slice, K: int, children: int, keep_first: bool, out: Tensor) -> None:
+    """Beams of a block of rows are lines of open centres and decided coefficients; what a block decided
+    reaches the other rows by one matrix product.
     """
     opened = tree.opened[part].repeat_interleave(K, dim=0)
     m, n = part.stop - part.start, opened.shape[1]

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from cllm.lattice.golay import column_patterns, golay, hexacode
-from cllm.lattice.root import RootLattice, flip_worst, parity
+from cllm.lattice.root import InColumns, flip_worst, parity
 
 
-class Leech(RootLattice):
+class Leech(InColumns):
     """Unimodular, minimal norm 4, no vectors of norm 2."""
 
     name = "Leech"

@@ -47,7 +47,6 @@ class RootLattice(ABC):
     minimal_norm: float
     kissing_number: int
     second_moment: float
-    chunk: int = CHUNK
 
     def __init__(self) -> None:
         self._balls: dict[float, Codebook] = {}
@@ -63,9 +62,9 @@ class RootLattice(ABC):
     def _contains(self, integers: torch.Tensor) -> torch.Tensor:
         """Membership (m,) of integer vectors (m, n) in steps of ``unit``."""
 
-    def _decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Nearest points (n, m) to columns (n, m); may overwrite ``x``."""
-        raise NotImplementedError
+    @abstractmethod
+    def _decode_all(self, points: torch.Tensor, out: torch.Tensor) -> None:
+        """Nearest points to rows (m, n), written to rows of ``out``."""
 
     def generator(self) -> np.ndarray:
         """Basis (n, n) float64, rows are vectors."""
@@ -88,19 +87,6 @@ class RootLattice(ABC):
         out = empty(points.shape, points.dtype)
         self._decode_all(points, out)
         return back(out.reshape(x.shape) if hasattr(x, "shape") else out, x)
-
-    def _decode_all(self, points: torch.Tensor, out: torch.Tensor) -> None:
-        """Nearest points to rows (m, n), written to rows of ``out``."""
-
-        def decode(start: int) -> None:
-            # NumPy's transposition is several times as fast as torch's.
-            columns = torch.from_numpy(
-                np.array(points[start : start + self.chunk].numpy().T, order="C")
-            )
-            part = out[start : start + self.chunk].numpy()
-            np.copyto(part, self._decode(columns).numpy().T)
-
-        for_each(decode, range(0, len(points), self.chunk))
 
     def _reach(self, dtype: torch.dtype) -> float:
         """Integers of this size and their sums over all coordinates are exact."""
@@ -163,7 +149,26 @@ def parity(total: torch.Tensor) -> torch.Tensor:
     return (half - half.floor()).mul_(2)
 
 
-class Zn(RootLattice):
+class InColumns(RootLattice):
+    """A lattice whose points are decoded as columns, ``CHUNK`` of them at a time."""
+
+    @abstractmethod
+    def _decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Nearest points (n, m) to columns (n, m); may overwrite ``x``."""
+
+    def _decode_all(self, points: torch.Tensor, out: torch.Tensor) -> None:
+        """Nearest points to rows (m, n), written to rows of ``out``."""
+
+        def decode(start: int) -> None:
+            # NumPy's transposition is several times as fast as torch's.
+            columns = torch.from_numpy(np.array(points[start : start + CHUNK].numpy().T, order="C"))
+            part = out[start : start + CHUNK].numpy()
+            np.copyto(part, self._decode(columns).numpy().T)
+
+        for_each(decode, range(0, len(points), CHUNK))
+
+
+class Zn(InColumns):
     """The integer lattice."""
 
     unit = 1.0
@@ -187,7 +192,7 @@ class Zn(RootLattice):
         return x.round_()
 
 
-class Dn(RootLattice):
+class Dn(InColumns):
     """Integer vectors of even sum, n ≥ 3 (Conway & Sloane, "Fast quantizing and decoding algorithms
     for lattice quantizers and codes", IEEE Trans. Inf. Theory 28, 1982, algorithm 2)."""
 
