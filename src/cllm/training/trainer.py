@@ -299,10 +299,17 @@ class Trainer:
                     "standing": self.standing.to_json(),
                     "environment": environment(self.config.train),
                 },
-                keep_last=self.config.train.keep_last,
+                keep_last=self._kept(),
                 best=best,
             )
         self.run.note(step=self.standing.step, train_seconds=round(self.standing.train_seconds, 3))
+
+    def _kept(self) -> int:
+        """Checkpoints to keep. All, while steps are being skipped: the newest may hold the weights that
+        cannot be gone on with, and must not push out the last ones that can."""
+        if self.step.counters["in_row"]:
+            return len(self.run.steps()) + 1
+        return self.config.train.keep_last
 
     def save_once(self) -> None:
         """Save the present step unless it was saved already."""
