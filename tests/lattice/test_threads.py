@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cllm.lattice import Leech, closest
-from cllm.lattice.root import Dn
+from cllm.lattice.root import CHUNK, Dn
 from cllm.lattice.threads import for_each
 
 
@@ -23,7 +23,7 @@ def three_threads() -> Iterator[None]:
 @pytest.mark.parametrize("lattice", [Leech(), Dn(5)], ids=str)
 def test_the_same_points(lattice: Leech | Dn, three_threads: None) -> None:
     generator = torch.Generator().manual_seed(1)
-    x = 3 * torch.randn(3 * lattice.chunk + 7, lattice.dimension, generator=generator)
+    x = 3 * torch.randn(3 * CHUNK + 7, lattice.dimension, generator=generator)
     found = lattice.nearest(x)
     assert torch.get_num_threads() == 3
     torch.set_num_threads(1)

@@ -33,7 +33,6 @@ class Leech(InColumns):
     kissing_number = 196560
     # Conway & Sloane 1999, table 2.3.
     second_moment = 0.065771
-    chunk = 4096
 
     def integer_generator(self) -> np.ndarray:
         """LLL-reduced: 2c for a basis of the Golay code, 4(e_i + e_j), 8e_i and one odd vector
