@@ -167,7 +167,9 @@ def test_every_kind_reads_back_what_was_scored(
 
 
 def test_rows_of_a_codebook_are_read_alone(trained: Path, isolated: Path) -> None:
-    container = Container.open(make(trained, isolated / "a.cllm", bits=2, grid="e8").path)
+    container = Container.open(
+        make(trained, isolated / "a.cllm", bits=2, grid="e8", method="babai").path
+    )
     name = "layers.0.mlp.out.weight"
     rows = read_fixed(container, name, slice(3, 5)).dense()
     assert torch.equal(rows, read_state(container)[name][3:5])
@@ -179,7 +181,9 @@ def test_rows_of_a_codebook_are_read_alone(trained: Path, isolated: Path) -> Non
 def test_parts_of_a_codebook_that_do_not_fit_are_refused(
     part: str, trained: Path, isolated: Path
 ) -> None:
-    container = Container.open(make(trained, isolated / "a.cllm", bits=2, grid="e8").path)
+    container = Container.open(
+        make(trained, isolated / "a.cllm", bits=2, grid="e8", method="babai").path
+    )
     name = "layers.0.mlp.out.weight"
     stored = container.header.weights[name]
     container.header.weights[name] = replace(
@@ -281,9 +285,10 @@ def test_the_command_makes_file_and_report(trained: Path, isolated: Path, cllm: 
         (["--lattice", "d4"], "--lattice is one of"),
         (["--rotate", "givens"], "--rotate is one of"),
         (["--rotate", "hadamard", "--method", "fp16"], "fp16 is read without"),
-        (["--grid", "e8", "--bits", 5], "2, 3, 4 or 8 bits a weight"),
+        (["--grid", "e8", "--method", "babai", "--bits", 5], "2, 3, 4 or 8 bits a weight"),
+        (["--grid", "e8", "--bits", 2], "takes --method babai or rtn, not k-best"),
         (["--grid", "leech", "--method", "klein"], "--grid leech takes"),
-        (["--grid", "e8", "--order", "min-pivot"], "--order act or natural"),
+        (["--grid", "e8", "--method", "babai", "--order", "min-pivot"], "--order act or natural"),
     ],
     ids=str,
 )

@@ -74,11 +74,8 @@ def encode(matrix: CodedMatrix) -> bytes:
     """
     m, n = matrix.integers.shape
     levels = levels_of(matrix.integers)
-    body = struct.pack("<fhB", matrix.step, levels.base, bool(matrix.octaves.any()))
-    if matrix.octaves.any():
-        body += encode_integers(matrix.octaves[:, None])
-    body += encode_integers(np.concatenate([levels.rows, levels.columns])[:, None])
-    return pack(NAME, (m, n), body + _encode_symbols(matrix.integers, levels))
+    head = header(matrix.step, matrix.octaves, levels)
+    return pack(NAME, (m, n), head + _encode_symbols(matrix.integers, levels))
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -93,6 +90,22 @@ def decode_matrix(data: bytes) -> CodedMatrix:
         raise ValueError(f"the bytes of a matrix were written by {frame.codec!r}, not {NAME!r}")
     m, n = frame.shape
     reader = Reader(frame.body)
+    step, octaves, levels = read_header(reader, m, n)
+    integers = _decode_symbols(reader, levels)
+    reader.end()
+    return CodedMatrix(integers=integers, step=step, octaves=octaves)
+
+
+def header(step: float, octaves: np.ndarray, levels: Levels) -> bytes:
+    """What comes before the symbols: the steps, and the models' levels."""
+    head = struct.pack("<fhB", step, levels.base, bool(octaves.any()))
+    if octaves.any():
+        head += encode_integers(octaves[:, None])
+    return head + encode_integers(np.concatenate([levels.rows, levels.columns])[:, None])
+
+
+def read_header(reader: Reader, m: int, n: int) -> tuple[float, np.ndarray, Levels]:
+    """Step, octaves (n,) and levels. Raises ``ValueError`` for damaged bytes."""
     step, base, has_octaves = reader.number("<f"), reader.number("<h"), reader.number("<B")
     if not 0 < step < np.inf or has_octaves > 1:
         raise ValueError("damaged matrix: its step is out of range")
@@ -102,10 +115,7 @@ def decode_matrix(data: bytes) -> CodedMatrix:
         if np.abs(octaves).max() > 400:
             raise ValueError("damaged matrix: a column's step is out of range")
     codes = decode_integers(reader, m + n, 1)[:, 0]
-    levels = Levels(base=base, rows=codes[:m], columns=codes[m:])
-    integers = _decode_symbols(reader, levels)
-    reader.end()
-    return CodedMatrix(integers=integers, step=step, octaves=octaves)
+    return step, octaves, Levels(base=base, rows=codes[:m], columns=codes[m:])
 
 
 @dataclass(frozen=True, eq=False)

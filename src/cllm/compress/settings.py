@@ -114,8 +114,11 @@ class Settings:
                 )
             if self.method not in ("rtn", "babai", "k-best"):
                 raise UsageError(f"--grid coded takes rtn, babai or k-best, not {self.method}")
-        if self.is_fixed and self.method not in ("rtn", "babai", "k-best"):
-            raise UsageError(f"--grid {self.grid} takes rtn or babai, not {self.method}")
+        if self.is_fixed and self.method not in ("rtn", "babai"):
+            raise UsageError(
+                f"--grid {self.grid} takes --method babai or rtn, not {self.method}: "
+                "a codebook of blocks has no beams"
+            )
         if self.blocks and self.order == "min-pivot":
             raise UsageError("blocks of E8 and Leech points are decided in --order act or natural")
         try:

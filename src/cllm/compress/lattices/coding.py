@@ -9,16 +9,14 @@ counts of its residue class and of its row's and column's expected magnitude, as
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from cllm.compress.codecs.entropy import decode_integers, encode_integers
 from cllm.compress.codecs.frame import Reader, pack, unpack
-from cllm.compress.coded import Levels, column_steps, levels_of
+from cllm.compress.coded import Levels, column_steps, header, levels_of, read_header
 from cllm.compress.lattices.blocks import Kind, Link, Run, chain, parities, runs, units
 from cllm.compress.lattices.stream import ReadStream, WriteStream
 
@@ -54,14 +52,11 @@ def encode(matrix: LatticeMatrix) -> bytes:
     """
     m, n = matrix.integers.shape
     levels = levels_of(matrix.integers)
-    body = struct.pack("<fhB", matrix.step, levels.base, bool(matrix.octaves.any()))
-    if matrix.octaves.any():
-        body += encode_integers(matrix.octaves[:, None])
-    body += encode_integers(np.concatenate([levels.rows, levels.columns])[:, None])
+    head = header(matrix.step, matrix.octaves, levels)
     stream = WriteStream()
     for run in runs(matrix.lattice, n):
         _walk(stream, run, levels, matrix.integers[:, run.start : run.stop])
-    return pack(NAMES[matrix.lattice], (m, n), body + stream.bytes())
+    return pack(NAMES[matrix.lattice], (m, n), head + stream.bytes())
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -77,16 +72,7 @@ def decode_matrix(data: bytes) -> LatticeMatrix:
         raise ValueError(f"the bytes of a matrix were written by {frame.codec!r}, no lattice coder")
     m, n = frame.shape
     reader = Reader(frame.body)
-    step, base, has_octaves = reader.number("<f"), reader.number("<h"), reader.number("<B")
-    if not 0 < step < np.inf or has_octaves > 1:
-        raise ValueError("damaged matrix: its step is out of range")
-    octaves = np.zeros(n, dtype=np.int64)
-    if has_octaves:
-        octaves = decode_integers(reader, n, 1)[:, 0]
-        if np.abs(octaves).max() > 400:
-            raise ValueError("damaged matrix: a column's step is out of range")
-    codes = decode_integers(reader, m + n, 1)[:, 0]
-    levels = Levels(base=base, rows=codes[:m], columns=codes[m:])
+    step, octaves, levels = read_header(reader, m, n)
     stream = ReadStream(reader)
     integers = np.empty((m, n), dtype=np.int64)
     for run in runs(lattice, n):
