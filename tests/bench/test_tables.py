@@ -44,7 +44,7 @@ def test_quick_run_measures_all_methods_and_judges_nothing(trained, monkeypatch)
         "integer rows",
         "PCA, int8",
         "product quantization",
-        "lattice",
+        *tables.LATTICES,
     }
     by_setting = {row["setting"]: row for row in result.rows}
     assert abs(by_setting["int8"]["rise, nats a token"]) < 0.01

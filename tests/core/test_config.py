@@ -87,6 +87,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"train.loss_chunk": -1}, "train.loss_chunk = -1"),
     ({"train.seed": -1}, "train.seed = -1"),
     ({"train.optimizer": "adam"}, "train.optimizer = 'adam': input should be 'adamw' or 'sgd'"),
+    ({"model.vocab_size": 1}, "model.vocab_size = 1: input should be greater than or equal to 2"),
     ({"model.norm": "rms"}, "model.norm = 'rms': input should be 'rmsnorm', 'layernorm' or"),
     ({"model.norm_eps": -1.0}, "model.norm_eps = -1.0: input should be greater than 0"),
     ({"model.residual_dropout": 1.0}, "model.residual_dropout = 1.0: input should be less than 1"),

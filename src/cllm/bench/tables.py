@@ -32,6 +32,13 @@ RISES = (0.03, 0.1, 0.3)  # nats a token
 SHARE = 0.8  # of the bytes that the best other needs
 SCORED = 16_384  # tokens of validation text
 OURS = "lattice"
+LATTICES: dict[str, dict[str, Any]] = {
+    OURS: {},
+    f"{OURS}, integers": {"lattice": "z"},
+    f"{OURS}, E8": {"lattice": "e8"},
+    f"{OURS}, Leech, 64 beams": {"lattice": "leech", "beams": 64},
+}
+"""The codec as it is by default, and what it chooses among or leaves to the user."""
 
 Stored = tuple[int, np.ndarray]
 """Bytes of the file and the table decoded from it."""
@@ -119,8 +126,10 @@ def _contestants(
         parts = width // wide
         yield "product quantization", f"{parts} × {bits} bits", quantized(parts, bits)
     spread = float(table.std())
-    for share in (0.5, 1.0) if quick else (0.35, 0.5, 0.7, 1.0, 1.4, 1.8):
-        yield OURS, f"step {share} σ", coded(codecs.Lattice(step=share * spread))
+    shares = (0.5, 1.0) if quick else (0.35, 0.5, 0.7, 1.0, 1.4, 1.8)
+    for name, fields in LATTICES.items():
+        for share in shares:
+            yield name, f"step {share} σ", coded(codecs.Lattice(step=share * spread, **fields))
 
 
 class Measure:
@@ -189,6 +198,8 @@ def _claim(points: list[Point], rise: float, quick: bool) -> Claim:
     methods = dict.fromkeys(point.method for point in points)
     sizes = {m: bytes_at([p for p in points if p.method == m], rise) for m in methods}
     ours = sizes.pop(OURS, None)
+    for name in LATTICES:
+        sizes.pop(name, None)
     others = {m: size for m, size in sizes.items() if size is not None}
     why = "quick: too small to judge" if quick else ""
     value, name = None, f"bytes of the lattice codec at +{rise} nats, over the best other's"

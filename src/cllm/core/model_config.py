@@ -106,8 +106,8 @@ class ModelConfig(Section):
     """Inner width of the feed-forward part."""
     context: PositiveInt = 128
     """Tokens of one window."""
-    vocab_size: PositiveInt | None = None
-    """Rows of the token table; none means the tokenizer's size."""
+    vocab_size: Annotated[int, Field(ge=2)] | None = None
+    """Rows of the token table, two at least; none means the tokenizer's size."""
     norm: Literal["rmsnorm", "layernorm", "batchnorm"] = "rmsnorm"
     """Normalisation before each part (see ``docs/model.md``)."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5

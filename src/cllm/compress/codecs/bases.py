@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from cllm.compress.codecs.entropy import LARGEST, costs_like
+from cllm.compress.codecs.points import PASSES, decide_blocks, lattice_units
 from cllm.compress.codecs.quantize import nearest_plane, triangular
 
-# Times that decisions are taken anew with the costs of those before.
-PASSES = 2
 # The widest plain basis that is reduced; wider ones are decided on as they are.
 REDUCED = 256
 
@@ -21,12 +21,16 @@ Decide = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
 
 @dataclass(frozen=True)
 class Basis:
-    """Rows = factors · integers (k, D), or factors · identity where ``integers`` is ``None``."""
+    """Rows = factors · integers (k, D), or factors · identity where ``integers`` is ``None``.
+
+    Coefficients on them are the integers of points of ``lattice`` (its units are in ``factors``).
+    """
 
     factors: np.ndarray
     integers: np.ndarray | None
     decide: Decide
     """(rows under the metric, targets, price of a bit in squared distance) to coefficients (V, k)."""
+    lattice: str = "z"
 
     @property
     def rows(self) -> np.ndarray:
@@ -38,6 +42,12 @@ class Basis:
         """The basis of some of its rows."""
         assert self.integers is not None
         return replace(self, factors=self.factors[used], integers=self.integers[used])
+
+    def of(self, lattice: str, beams: int) -> Basis:
+        """The same directions for points of E8 or Leech blocks, found by K-best."""
+        units = lattice_units(lattice, len(self.factors))
+        decide = partial(decide_blocks, lattice=lattice, beams=beams)
+        return replace(self, factors=self.factors * units, decide=decide, lattice=lattice)
 
 
 def rotated_basis(

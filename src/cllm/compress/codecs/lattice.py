@@ -16,11 +16,14 @@ import numpy as np
 from cllm.compress.codecs.bases import Basis, plain_basis, rotated_basis
 from cllm.compress.codecs.entropy import LARGEST, decode_integers, encode_integers
 from cllm.compress.codecs.frame import Reader, as_table, pack
+from cllm.compress.codecs.points import BLOCK, LATTICES, WIDEST, decode_points, encode_points
 from cllm.compress.codecs.quantize import least_squares_scales
 from cllm.compress.codecs.rate import smallest_step
 from cllm.model.table_metric import as_metric, roots
 
 BASES = ("auto", "rotated", "plain")
+# What a body begins with: the original coordinates, or a rotation and the lattice on it.
+FORMS = ("plain", *LATTICES)
 # Up to so many rows a column, ``auto`` weighs the plain basis against storing a rotation.
 FEW_ROWS = 8
 # Rows' steps are whole numbers of half octaves, as factors that no machine's ``pow`` decides.
@@ -41,6 +44,8 @@ class Lattice:
         basis: ``rotated`` stores the eigenbasis of the whitened table, in integers; ``plain`` keeps the
             original coordinates, decides on an LLL-reduced basis of the metric's lattice by K-best with
             ``beams``, and stores no rotation; ``auto`` takes the better where rows are few.
+        lattice: of the points on the rotated basis: ``z``, blocks of 8 columns in ``e8`` or of 24 in
+            ``leech``, found by K-best with ``beams``; ``auto`` takes the better of ``z`` and ``e8``.
     """
 
     step: float | None = None
@@ -49,6 +54,7 @@ class Lattice:
     price: float = 0.12
     precision: float = 0.02
     basis: str = "auto"
+    lattice: str = "auto"
     beams: int = 8
 
     name = "lattice"
@@ -62,6 +68,10 @@ class Lattice:
             raise ValueError(f"target_bytes must be positive, not {self.target_bytes}")
         if self.basis not in BASES:
             raise ValueError(f"the basis must be one of {BASES}, not {self.basis!r}")
+        if self.lattice not in ("auto", *LATTICES):
+            raise ValueError(
+                f"the lattice must be auto or one of {', '.join(LATTICES)}, not {self.lattice!r}"
+            )
         if not 0 <= self.frequency_power <= 1 or not 0 <= self.price <= 1:
             raise ValueError("frequency_power and price lie between 0 and 1")
         if not 1e-6 <= self.precision <= 1 or self.beams < 1:
@@ -102,6 +112,11 @@ class _Work:
     def spread(self) -> float:
         """Root mean square of the targets; 1 for a table that is constant."""
         return float(np.sqrt((self.targets**2).mean())) or 1.0
+
+    @property
+    def longest(self) -> float:
+        """Length of the longest target: no coordinate of it is larger."""
+        return float(np.sqrt((self.targets**2).sum(axis=1).max()))
 
 
 @dataclass(frozen=True)
@@ -154,15 +169,26 @@ def row_steps(octaves: np.ndarray) -> np.ndarray:
 
 
 def _encode(codec: Lattice, work: _Work, step: float) -> _Encoded:
+    found = [_encode_on(work, basis, step, codec.price) for basis in _bases(codec, work, step)]
+    price = max(codec.price, 0.1) * step**2
+    return min(found, key=lambda e: e.distortion + price * 8 * len(e.body))
+
+
+def _bases(codec: Lattice, work: _Work, step: float) -> list[Basis]:
+    """What is tried at one step."""
     rows, width = work.table.shape
     bases = []
     if codec.basis != "plain":
-        bases.append(rotated_basis(work.targets, work.inverse, step, codec.precision, codec.price))
+        rotated = rotated_basis(work.targets, work.inverse, step, codec.precision, codec.price)
+        if codec.lattice in ("auto", "z"):
+            bases.append(rotated)
+        blocks = "e8" if codec.lattice == "auto" else codec.lattice
+        fits = len(rotated.factors) >= BLOCK and work.longest < WIDEST / 4 * step
+        if blocks != "z" and (fits or codec.lattice != "auto"):
+            bases.append(rotated.of(blocks, codec.beams))
     if codec.basis == "plain" or (codec.basis == "auto" and rows <= FEW_ROWS * width):
         bases.append(plain_basis(width, step, codec.beams))
-    found = [_encode_on(work, basis, step, codec.price) for basis in bases]
-    price = max(codec.price, 0.1) * step**2
-    return min(found, key=lambda e: e.distortion + price * 8 * len(e.body))
+    return bases
 
 
 def _encode_on(work: _Work, basis: Basis, step: float, price: float) -> _Encoded:
@@ -170,13 +196,14 @@ def _encode_on(work: _Work, basis: Basis, step: float, price: float) -> _Encoded
     chosen = basis.decide(metric_rows, work.targets, price * step**2)
     if chosen.size and np.abs(chosen).max() >= LARGEST:
         raise ValueError(f"a step of {step:.3g} is too small for this table: integers pass 30 bits")
-    if basis.integers is not None:
+    if basis.integers is not None and basis.lattice == "z":
         used = np.asarray(chosen.any(axis=0))
         chosen, basis, metric_rows = chosen[:, used], basis.only(used), metric_rows[used]
     scales = least_squares_scales(chosen, metric_rows, work.targets)
     factors = (basis.factors * scales).astype("<f4")
     error = work.targets - chosen @ (metric_rows * scales[:, None])
-    body = bytes([basis.integers is not None, work.octaves is not None])
+    form = "plain" if basis.integers is None else basis.lattice
+    body = bytes([FORMS.index(form), work.octaves is not None])
     body += len(factors).to_bytes(4, "little") + work.mean.astype("<f4").tobytes()
     body += factors.tobytes()
     if basis.integers is not None:
@@ -185,7 +212,7 @@ def _encode_on(work: _Work, basis: Basis, step: float, price: float) -> _Encoded
         middle = int(np.median(work.octaves))  # so that most are 0, which needs no sign
         body += middle.to_bytes(2, "little", signed=True)
         body += encode_integers((work.octaves - middle)[:, None])
-    body += encode_integers(chosen.astype(np.int64))
+    body += encode_points(basis.lattice, chosen.astype(np.int64))
     return _Encoded(body=body, distortion=float((error**2).sum()))
 
 
@@ -196,14 +223,14 @@ def decode(body: bytes, shape: tuple[int, int]) -> np.ndarray:
     """
     rows, width = shape
     reader = Reader(body)
-    has_rotation, has_octaves = reader.number("<B"), reader.number("<B")
+    form, has_octaves = reader.number("<B"), reader.number("<B")
     count = reader.number("<I")
-    wrong = count > width if has_rotation else count != width
-    if has_rotation > 1 or has_octaves > 1 or wrong:
+    wrong = count > width if form else count != width
+    if form >= len(FORMS) or has_octaves > 1 or wrong:
         raise ValueError(f"damaged table: {count} columns of {width}")
     mean = reader.array("<f4", width).astype(np.float64)
     factors = reader.array("<f4", count).astype(np.float64)
-    basis = decode_integers(reader, count, width) if has_rotation else np.eye(width)
+    basis = decode_integers(reader, count, width) if form else np.eye(width)
     steps = np.ones(rows)
     if has_octaves:
         middle = reader.number("<h")
@@ -211,7 +238,7 @@ def decode(body: bytes, shape: tuple[int, int]) -> np.ndarray:
         if np.abs(octaves).max() > 2000:
             raise ValueError("damaged table: a row's step is out of range")
         steps = row_steps(octaves)
-    chosen = decode_integers(reader, rows, count)
+    chosen = decode_points(reader, FORMS[form] if form else "z", rows, count)
     reader.end()
     return _assemble(chosen, basis * factors[:, None], steps, mean)
 
