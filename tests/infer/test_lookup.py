@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm.core.errors import UserError
-from cllm.infer.lookup import Nearest, TokenIndex
+from cllm.infer.lookup import Nearest, TokenIndex, kernel
 from cllm.infer.lookup.best import kth_largest_at_least
 from cllm.infer.lookup.cells import lattice_cells
 from cllm.infer.lookup.regions import block_edges
@@ -145,6 +145,63 @@ def test_approximate_queries_find_most_in_a_part_of_the_table(metric: str, least
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(less, best, strict=True)]) < np.mean(
         hits
     )
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("V", "D", "k", "budget", "cell_size"),
+    [(4000, 32, 10, 1500, 16), (3000, 7, 1, 1, 8), (500, 64, 40, 499, 8), (2000, 128, 3, 900, 64)],
+)
+def test_the_kernel_looks_at_what_the_passes_look_at(
+    metric: str, V: int, D: int, k: int, budget: int, cell_size: int
+) -> None:
+    """And at a few rows more: those of one bin of keys. So its k-th best is never worse."""
+    if isinstance(reason := kernel.load(), str):
+        pytest.skip(reason)
+    table = clustered(V, D, seed=V)
+    queries = near(table, 40, 0.3)
+    index = TokenIndex.build(table, plain=False, cell_size=cell_size)
+    ways = [index.query(queries, k, metric, budget=budget, kernel=way) for way in (True, False)]
+    fast, slow = (w.scores if metric != "l2" else -w.scores for w in ways)
+    assert (fast >= slow).all()
+    assert (ways[0].ids == ways[1].ids).mean() > 0.9
+    assert np.array_equal(fast, np.sort(fast)[:, ::-1])
+    # Whatever is found has the score that brute force gives it.
+    every = brute(table, queries, V, metric)
+    for i in range(len(queries)):
+        scores = dict(zip(every.ids[i].tolist(), every.scores[i].tolist(), strict=True))
+        named = [scores[token] for token in ways[0].ids[i].tolist()]
+        assert np.allclose(named, ways[0].scores[i], rtol=1e-6, atol=1e-9)
+
+
+@given(table_and_queries=tables(), metric=st.sampled_from(METRICS))
+@settings(max_examples=25, deadline=None)
+def test_the_kernel_takes_any_table(
+    table_and_queries: tuple[np.ndarray, np.ndarray], metric: str
+) -> None:
+    """Ties, copies, zeros and outliers: the best of what it looks at, and never a row twice."""
+    if isinstance(reason := kernel.load(), str):
+        pytest.skip(reason)
+    table, queries = table_and_queries
+    index = TokenIndex.build(table, plain=False, cell_size=8)
+    k = min(3, len(table))
+    found = index.query(queries, k, metric, budget=max(1, len(table) // 2), kernel=True)
+    assert all(len(set(ids)) == k for ids in found.ids.tolist())
+    best = brute(table, queries, k, metric).scores
+    worst = np.maximum(1e-6 * np.abs(best), 1e-9)
+    better = best - found.scores if metric == "l2" else found.scores - best
+    assert (better <= worst).all()
+
+
+def test_without_a_compiler_a_warning_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cllm.infer.lookup.index.load", lambda: "there is no C++ compiler")
+    table = clustered(500, 8)
+    index = TokenIndex.build(table, plain=False, cell_size=16)
+    with pytest.warns(RuntimeWarning, match=r"array passes.*there is no C\+\+ compiler"):
+        found = index.query(table[:2], 2, budget=200)
+    assert np.array_equal(found.ids, index.query(table[:2], 2, budget=200, kernel=False).ids)
+    with pytest.raises(ValueError, match="no kernel here: there is no"):
+        index.query(table[:2], 2, budget=200, kernel=True)
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from cllm.core.errors import nearest
 from cllm.infer.lookup.cells import lattice_cells
+from cllm.infer.lookup.kernel import Skim, load
 from cllm.infer.lookup.metric import METRICS, Nearest, Rows
 from cllm.infer.lookup.regions import Regions
 from cllm.infer.lookup.scan import scan
@@ -40,6 +42,7 @@ class TokenIndex:
         """Use ``TokenIndex.build`` or ``TokenIndex.load``."""
         self.rows, self.regions = rows, regions
         self._reach = rows.reach
+        self._skims: dict[str, Skim] = {}
 
     @classmethod
     def build(
@@ -93,6 +96,7 @@ class TokenIndex:
         *,
         exact: bool = False,
         budget: int | None = None,
+        kernel: bool | None = None,
     ) -> Nearest:
         """The k closest tokens of each of vectors (n, D) or (D,).
 
@@ -101,6 +105,10 @@ class TokenIndex:
         at; none means 24·√V for ``ip`` and 64·√V for the others. ``exact`` goes on until no other
         token can be closer: the answer is that of a scan in float64, of equals the lower ids first.
         Scores are in float64, of the table and the vectors as float32 has them.
+
+        ``kernel``: approximate queries go through a compiled kernel (True: raises ``ValueError`` where
+        none can be compiled), through array passes (False), or through the kernel where there is a C++
+        compiler and else through passes, with a warning once (None). Both look at the same cells.
 
         Raises:
             ValueError: vectors not (n, D) for the table's D or not finite or longer than 1e9, an
@@ -117,22 +125,42 @@ class TokenIndex:
             np.empty((len(queries), k)),
             np.full(len(queries), exact or rows_to_see >= V),
         )
+        skim = None if exact or rows_to_see >= V else self._skim(metric, kernel)
         for start in range(0, len(queries), 64):
             block = queries[start : start + 64]
             rotated = block @ self.regions.rotation
             promise = self.regions.promise(rotated, metric)
             for i, query in enumerate(block):
-                cells = most_promising(promise[i], self.regions.sizes, k, rows_to_see)
                 search = Search(query, self.rows, self.regions, k, metric, self._reach)
-                if exact:
-                    search.visit(cells)
-                    search.prove(rotated[i], cells)
-                elif rows_to_see < V:
-                    search.skim(rotated[i], cells)
+                if skim is not None:
+                    error = search.best.error
+                    way = skim(query, rotated[i], promise[i], k=k, budget=rows_to_see, error=error)
+                    search.best.offer_rows(*way)
                 else:
-                    search.visit(cells)
+                    cells = most_promising(promise[i], self.regions.sizes, k, rows_to_see)
+                    search.go(rotated[i], cells, exact=exact, skim=rows_to_see < V)
                 out.ids[start + i], out.scores[start + i] = search.best.answer()
         return out
+
+    def _skim(self, metric: str, kernel: bool | None) -> Skim | None:
+        """The compiled way of approximate queries, or none."""
+        if kernel is False:
+            return None
+        assert self.regions is not None
+        if metric not in self._skims:
+            function = load()
+            if isinstance(function, str):
+                if kernel:
+                    raise ValueError(f"approximate queries have no kernel here: {function}")
+                # Python shows a warning of one place and text once.
+                warnings.warn(
+                    f"approximate queries run as array passes, about half as fast: {function}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+                return None
+            self._skims[metric] = Skim(function, self.rows, self.regions, metric)
+        return self._skims[metric]
 
     def vector(self, token: int) -> np.ndarray:
         """The row (D,) float32 of a token.

@@ -12,10 +12,9 @@ _FIRST = 1 << 13
 """Rows looked at between two looks at the k-th best key; doubled each time."""
 _TELLS = 0.25
 """Where bounds leave more rows than this share, computing the keys of all is cheaper."""
-
-
-_SKIMMED = 32
-"""One row in so many is looked at in full, of those whose leading coordinates are."""
+SKIMMED = 32
+"""One row in so many is looked at in full, of those whose leading coordinates are, and so many times k
+at least."""
 
 
 class Search:
@@ -31,6 +30,16 @@ class Search:
         own = float(query @ query) if metric == "l2" else 0.0
         self.slack = 8 * self.best.error + 2.0**-20 * (len(query) + 16) * own
 
+    def go(self, q: np.ndarray, cells: np.ndarray, *, exact: bool, skim: bool) -> None:
+        """Look at ``cells`` (ascending): at what promises most of them, at all, or exactly, on until no
+        other row can be among the best. ``q`` is the rotated query."""
+        if exact or not skim:
+            self.visit(cells)
+        else:
+            self.skim(q, cells)
+        if exact:
+            self.prove(q, cells)
+
     def visit(self, cells: np.ndarray) -> None:
         """Look at all rows of ``cells`` (ascending)."""
         pieces = runs(self.regions.starts, cells)
@@ -44,13 +53,11 @@ class Search:
         self.best.offer(keys, pieces)
 
     def skim(self, q: np.ndarray, cells: np.ndarray) -> None:
-        """Look at the rows of ``cells`` (ascending) whose leading coordinates promise most: with two
-        standard deviations for the others, were their directions random."""
+        """Look at the rows of ``cells`` (ascending) whose leading coordinates promise most."""
         pieces = runs(self.regions.starts, cells)
-        others = len(q) - self.regions.head.shape[1]
-        share = 2 / max(others, 4) ** 0.5
+        share = likely_share(len(q) - self.regions.head.shape[1])
         keys = self.regions.row_keys(q, cells, pieces, self.rows, self.metric, share)
-        count = max(len(keys) // _SKIMMED, 32 * self.best.k)
+        count = max(len(keys) // SKIMMED, SKIMMED * self.best.k)
         if count >= len(keys) // 2:
             self.visit(cells)
             return
@@ -94,6 +101,12 @@ class Search:
     def _offer_rows(self, numbers: np.ndarray) -> None:
         products = self.rows.vectors[numbers] @ self.query
         self.best.offer_rows(keys_in_place(products, self.rows, numbers, self.metric), numbers)
+
+
+def likely_share(others: int) -> float:
+    """Two standard deviations of what coordinates other than the leading ones add to a key, as a share of
+    the most that they can, were their directions random."""
+    return 2 / max(others, 4) ** 0.5
 
 
 def runs(starts: np.ndarray, cells: np.ndarray) -> list[slice]:
