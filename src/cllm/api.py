@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cllm.core.config import Config
+from cllm.core.cpu import team_threads
 from cllm.core.duration import parse_duration
 from cllm.core.errors import UsageError, UserError
-from cllm.core.machine import machine
 from cllm.core.settings import build, flatten, load_config, merge, read_toml, write_setting
 from cllm.infer.constrain import Format
 from cllm.infer.engine import Engine, EngineOptions
@@ -147,7 +147,7 @@ class Model(ABC):
     @cached_property
     def model(self) -> Transformer:
         """The model with its weights, in eval mode."""
-        torch.set_num_threads(machine().threads)  # a container's quota may be less than its cores
+        torch.set_num_threads(team_threads())  # a container's quota may be less than its cores
         attention = self.config.train.attention
         model = Transformer(self.config.model, "matmul" if attention == "auto" else attention)
         model.load_state_dict(self.weights())

@@ -69,6 +69,20 @@ def test_usable_threads(
     assert cpu.usable_threads() == threads
 
 
+@pytest.mark.parametrize(
+    ("asked", "threads"),
+    [("", 4), ("1", 1), ("3,2", 3), ("16", 4), ("0", 4), ("many", 4), ("-1", 4)],
+)
+def test_a_team_is_no_larger_than_openmp_is_told(
+    monkeypatch: pytest.MonkeyPatch, asked: str, threads: int
+) -> None:
+    monkeypatch.setattr(cpu, "usable_threads", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert cpu.team_threads() == threads
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert cpu.team_threads() == 4
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")
 def test_cores_follow_the_affinity() -> None:
     code = (

@@ -52,6 +52,14 @@ def test_everything_is_resolved_with_a_reason(machine: Machine) -> None:
     assert (again.config, again.reasons) == (choices.config, {})
 
 
+def test_openmp_says_how_many_threads(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("cllm.core.cpu.usable_threads", lambda: 3)
+    choices = choose(build(AUTO | {"train.threads": "auto"}))
+    assert choices.config.train.threads == 1
+    assert choose(build(AUTO | {"train.threads": 2})).config.train.threads == 2
+
+
 @pytest.mark.parametrize(
     ("gain", "dtype"), [(0.2, "fp32"), (1.4, "fp32"), (1.6, "bf16"), (8.0, "bf16")]
 )

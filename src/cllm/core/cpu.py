@@ -50,6 +50,15 @@ def usable_threads() -> int:
     return cores() if quota is None else max(1, min(cores(), math.ceil(quota)))
 
 
+def team_threads() -> int:
+    """Threads of a team where no setting says how many: the usable ones, or fewer if ``OMP_NUM_THREADS``
+    (its first number, where it lists one for each level) is less."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return (
+        min(usable_threads(), int(asked)) if asked.isdecimal() and int(asked) else usable_threads()
+    )
+
+
 @cache
 def cpu_model() -> str:
     """The processor's name as its maker gives it."""

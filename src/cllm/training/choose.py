@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cllm.core.config import Config, TrainConfig
-from cllm.core.cpu import is_busy
+from cllm.core.cpu import is_busy, team_threads
 from cllm.core.errors import UsageError, UserError
 from cllm.core.machine import cannot_compile, machine
 from cllm.core.measurements import recall, remember
@@ -94,7 +94,10 @@ def choose(config: Config, *, seconds: float | None = None) -> Choices:
             share = max(here.threads // launch.local_size, 1)
             choices.settle("threads", share, f"{launch.local_size} processes share the {why}")
         elif choices.config.train.parallel.workers == 1:
-            choices.settle("threads", here.threads, why)
+            threads = team_threads()
+            if threads < here.threads:
+                why = f"OMP_NUM_THREADS = {threads}"
+            choices.settle("threads", threads, why)
         else:
             choices.settle("threads", 1, "the workers share the cores")
     assert isinstance(choices.config.train.threads, int)
