@@ -10,9 +10,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
+from cllm.bench import embed_speed
 from cllm.bench.embed_cases import (
     BUDGETS,
     COMPOSED,
@@ -31,6 +32,7 @@ from cllm.bench.embed_cases import (
 )
 from cllm.bench.harness import Claim, Options, Result, load_now
 from cllm.bench.reference import is_kept, reference_run
+from cllm.core.cpu import is_busy
 
 TAKES = frozenset({"data", "minutes"})
 UNMEASURED = "not all of it is measured yet: call the bench again"
@@ -79,7 +81,7 @@ class Trainings:
 
 def run(options: Options) -> Result:
     """Train what is not kept, and compare; ``quick`` trains next to nothing and judges nothing."""
-    load = load_now()
+    load, busy = load_now(), is_busy()
     until = time.monotonic() + 60 * options.minutes if options.minutes is not None else None
     corpora = list(options.data) if options.quick else ["", *options.data]
     trainings = Trainings(quick=options.quick, until=until, tuned_on=corpora[0])
@@ -95,6 +97,12 @@ def run(options: Options) -> Result:
     if not options.quick:
         judge = _Judge(trainings, corpora[0], budgets[0])
         rows += [judge.row(case) for case in other_cases()]
+    in_time = until is None or time.monotonic() < until
+    speeds = embed_speed.rates(quick=options.quick) if in_time else {}
+    for row in rows:
+        rates = speeds.get(row["table"])
+        row["tokens/s"] = round(median(rates)) if rates else None
+    claims += embed_speed.claims(speeds, busy)
     if options.quick:
         claims = [replace(claim, judged=False, why="quick: too short to judge") for claim in claims]
     return Result(
@@ -104,6 +112,7 @@ def run(options: Options) -> Result:
         notes=[
             "Bits per byte of validation text at the end of training, mean and standard deviation over the "
             "seeds; `steps` is the share of the budget's steps, with a schedule of that length.",
+            "`tokens/s`: tables of this kind and width in turns, at the end of this call.",
         ],
         load_before=load,
     )
@@ -141,7 +150,6 @@ class _Judge:
             "steps": case.share,
             "lr": lr,
             "table numbers": table.get("numbers"),
-            "tokens/s": facts.get("tokens_per_second"),
             "bits per byte": mean(found) if found else None,
             "sd": stdev(found) if len(found) > 1 else None,
             "seeds": len(found),
@@ -178,7 +186,6 @@ class _Judge:
             self._above(f"rank 32 over dense random: {where}", RANK32, self.budget.required_rank32),
             # Either answer will do, if the error bars say which.
             replace(composed, required=None, why="shown, not required"),
-            self._speed(f"rank 64's tokens/s over dense's: {where}"),
         ]
 
     def _above(self, name: str, case: Case, allowed: float, peer: Case = NORMAL) -> Claim:
@@ -194,19 +201,3 @@ class _Judge:
             judged=measured,
             why="" if measured else UNMEASURED,
         )
-
-    def _speed(self, name: str) -> Claim:
-        """Trained at different times, on a machine that may have been busy: a hint and no judgement."""
-        ours, theirs = self._rate(RANK64), self._rate(CORPUS)
-        return Claim(
-            name=name,
-            value=ours / theirs if ours and theirs else None,
-            required=1.0,
-            judged=False,
-            why="not interleaved",
-        )
-
-    def _rate(self, case: Case) -> float | None:
-        lr = self.trainings.rate(case)
-        facts = self.trainings.facts(case, self.corpus, self.budget, lr, SEEDS[0]) or {}
-        return facts.get("tokens_per_second")
