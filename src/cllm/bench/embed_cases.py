@@ -64,7 +64,8 @@ class Case:
         """The configuration of one training; evaluations only at the end, as they cost time."""
         base: dict[str, Any] = {"model.preset": "nano" if quick else "tiny"}
         if quick:
-            base |= {"tokenizer.vocab_size": 300, "train.compile": "off", "model.d_model": 64}
+            base |= {"tokenizer.vocab_size": 300, "model.d_model": 64}
+            base |= {"train.compile": "off", "train.dtype": "fp32", "train.attention": "matmul"}
         whole = build(base)
         a_step = whole.train.batch_size * whole.model.context
         steps = max(round(self.share * budget.tokens / a_step), 1)

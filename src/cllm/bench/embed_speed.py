@@ -21,7 +21,7 @@ def rates(*, quick: bool) -> Rates:
     rounds, steps = (2, 2) if quick else (ROUNDS, STEPS)
     shape = ["--steps", str(steps)]
     if quick:
-        shape += ["--small", "--set", "train.compile=off"]
+        shape += ["--small", "--set", "train.compile=off", "--set", "train.dtype=fp32"]
     cases = TABLES[:1] if quick else TABLES
     with contest([partial(_start, case, shape) for case in cases]) as contestants:
         figures = interleaved(contestants, rounds)
