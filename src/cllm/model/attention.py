@@ -15,9 +15,13 @@ from cllm.core.model_config import ModelConfig
 
 
 def rotary_tables(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (length, head_dim), of rotary positions (Su et al. 2021), in float32."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    """cos and sin, each (length, head_dim), of rotary positions (Su et al. 2021), in float32 on the CPU."""
+    # Whatever the default device: on "meta", where models are only counted, arithmetic costs torch seconds
+    # of imports.
+    frequency = theta ** (
+        -torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
+    )
+    angle = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequency
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos().float(), angle.sin().float()
 
