@@ -28,7 +28,7 @@ from cllm.core.machine import cache_dir
 from cllm.store.run import RunDirectory
 from cllm.training.progress import Silent
 
-FORMAT = 2
+FORMAT = 3
 """Raised when compression changes so that kept figures no longer stand for it."""
 
 Figures = dict[str, Any]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cllm.compress.output_metric import OutputMetric
+from cllm.compress.output_metric import OutputMetric, drawn_to
 from cllm.core.errors import UserError
 from cllm.model.norms import wide
 from cllm.model.transformer import Block, Transformer
@@ -134,17 +134,20 @@ def _moment(
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Means of xxᵀ (n, n) of the inputs of ``linear`` for ``hidden`` (windows, T, D) before the block: by
-    ``weights`` (windows, T), and with all tokens alike."""
+    ``weights`` (windows, T) as well as the tokens tell it, and with all tokens alike."""
     plain = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
     heavy = torch.zeros_like(plain)
+    fourth = 0.0
     begin = 0
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal fourth
         rows = inputs[0].flatten(0, -2).double()
         plain.addmm_(rows.T, rows)
         if weights is not None:
             mine = weights[begin : begin + WINDOWS_AT_ONCE].flatten().double()
             heavy.addmm_((rows * mine[:, None]).T, rows)
+            fourth += float((mine * rows.square().sum(dim=1)).square().sum())
         raise _Seen
 
     handle = linear.register_forward_pre_hook(add)
@@ -156,9 +159,14 @@ def _moment(
                 continue
     finally:
         handle.remove()
-    plain /= hidden.shape[0] * hidden.shape[1]
-    total = 0.0 if weights is None else float(weights.double().sum())
-    heavy = heavy / total if total > 0 else plain
+    count = hidden.shape[0] * hidden.shape[1]
+    plain /= count
+    mean = 0.0 if weights is None else float(weights.double().mean())
+    if mean > 0:
+        # Where few tokens weigh most, chance is in it: as far as it may be, tokens are alike.
+        heavy = drawn_to(heavy / (count * mean), plain, fourth / (count * mean**2), count)
+    else:
+        heavy = plain
     if not bool(torch.isfinite(plain).all() & torch.isfinite(heavy).all()):
         raise UserError(
             f"the inputs of {name} on the calibration text hold NaN or infinity: the run's weights or "

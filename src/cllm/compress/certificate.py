@@ -22,7 +22,6 @@ from cllm.compress.damping import choose_damping
 from cllm.compress.divergence import Judge
 from cllm.compress.expected import Expected, expected_coded, expected_on_grid
 from cllm.compress.grids import GridSpec
-from cllm.compress.output_metric import output_metrics
 from cllm.compress.pipeline import Source, round_table
 from cllm.compress.problem import Problem, objective, problem
 from cllm.compress.scales import fit_grid
@@ -95,9 +94,7 @@ def forecast(source: Source, settings: Settings, progress: Progress, seed: int =
     generator = torch.Generator().manual_seed(seed)
     joint: list[dict[str, Tensor]] = [{} for _ in range(DRAWS)]
     found: list[tuple[_Outlook, float, Tensor]] = []
-    outputs = None
-    if settings.by_model:
-        outputs = output_metrics(source.model(), source.windows, progress)
+    outputs = source.output_metrics(progress) if settings.by_model else None
     with progress.stage("predicting the rise", len(layers_in_order(model))) as advance:
         for layer in calibrate(model, source.windows, outputs=outputs):
             outlook = _outlook(layer, settings, generator)

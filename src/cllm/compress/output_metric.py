@@ -24,7 +24,7 @@ from cllm.training.progress import Progress
 
 @dataclass(frozen=True, eq=False)
 class OutputMetric:
-    """Of one layer: ``outer`` (m, m) float32, the mean of ggᵀ over tokens, and ``saliency`` (W, T)
+    """Of one layer: ``outer`` (m, m) float32, E[ggᵀ] as well as the tokens tell it, and ``saliency`` (W, T)
     float32, ‖g‖² of each."""
 
     outer: Tensor
@@ -37,8 +37,9 @@ def output_metrics(
     """Of every linear layer of the blocks, by module name, on ``windows`` (W, T).
 
     The next tokens are drawn from what ``model`` predicts, by ``seed``: of the text's own, gradients would
-    not have the Fisher information as their second moment. ``model`` loses its parameters' gradients. All
-    layers' metrics are in memory together.
+    not have the Fisher information as their second moment. What is seen of ggᵀ is drawn to a multiple of
+    the identity as far as chance is in it. ``model`` loses its parameters' gradients. All layers' metrics
+    are in memory together.
     """
     model = model.eval().requires_grad_(False)
     linear = {
@@ -76,6 +77,20 @@ def output_metrics(
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        name: OutputMetric(outer[name] / ids.numel(), torch.cat(saliency[name])) for name in linear
-    }
+    found = {}
+    for name, total in outer.items():
+        mean, sizes = total / ids.numel(), torch.cat(saliency[name])
+        level = torch.eye(len(mean)) * (torch.trace(mean) / len(mean))
+        fourth = float(sizes.double().square().mean())
+        found[name] = OutputMetric(drawn_to(mean, level, fourth, sizes.numel()), sizes)
+    return found
+
+
+def drawn_to(mean: Tensor, target: Tensor, fourth: float, count: int) -> Tensor:
+    """The second moment ``mean`` of ``count`` vectors, whose fourth powers of length are ``fourth`` on
+    average, drawn to ``target`` as far as its distance from that may be chance (Ledoit & Wolf, "A
+    well-conditioned estimator for large-dimensional covariance matrices", 2004)."""
+    distance = float((mean - target).double().square().sum())
+    chance = max(fourth - float(mean.double().square().sum()), 0.0) / count
+    share = min(1.0, chance / distance) if distance > 0 else 1.0
+    return (1 - share) * mean + share * target

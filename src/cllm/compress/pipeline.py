@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,20 @@ class Source:
     """(windows, context): text to recover on, none where no recovery was asked for."""
     digest: str
     base: float | None
+    outputs: dict[str, OutputMetric] = field(default_factory=dict)
+    """What errors in layers' outputs cost, once that was asked for."""
 
     def model(self) -> Transformer:
         """A fresh model with the run's weights, in eval mode."""
         model = Transformer(self.config.model, "matmul")
         model.load_state_dict(self.weights)
         return model.eval()
+
+    def output_metrics(self, progress: Progress) -> Mapping[str, OutputMetric]:
+        """By layer (see ``cllm.compress.output_metric``), measured once."""
+        if not self.outputs:
+            self.outputs.update(output_metrics(self.model(), self.windows, progress))
+        return self.outputs
 
 
 def open_source(
@@ -212,7 +220,7 @@ def _pieces(
     done = {name: piece for name in linear if (piece := folder.load(name)) is not None}
     outputs = None
     if settings.by_model and len(done) < len(linear):
-        outputs = output_metrics(source.model(), source.windows, progress)
+        outputs = source.output_metrics(progress)
     with progress.stage("compressing", sum(state[name].numel() for name in linear)) as advance:
         for name in state:
             if name in tables:
