@@ -125,24 +125,31 @@ def _blocks(
     """Blocks (m, blocks, width), all coordinates of one link after the other."""
     m = np.zeros(classes.shape[:2], dtype=np.int32)
     if kind.modulus > 1:
-        middle = (classes.sum(axis=2, dtype=np.int64) // kind.width).astype(np.uint8)
+        middle = (classes.sum(axis=2, dtype=np.uint16) // kind.width).astype(np.uint8)
         m = stream.cosets(middle, None if known is None else known[..., 0] % 2)
     out = np.empty(classes.shape, dtype=np.int32)
     word, total = np.zeros_like(m), np.zeros_like(m)
     for links in _alike(chain(kind, tuple(range(kind.width)))):
-        places = [link.position for link in links]
+        places = _together([link.position for link in links])
         residues = np.empty((*m.shape, len(links)), dtype=np.uint8)
         for i, link in enumerate(links):
             residues[..., i] = _residue(kind, link, m, word, total)
         here = None if known is None else known[..., places]
         found = stream.values(links[0].spacing, residues, classes[..., places], here)
         out[..., places] = found
-        total += found.sum(axis=2, dtype=np.int32)
+        for i in range(len(links)):  # numpy sums short axes slowly
+            total += found[..., i]
         if kind.width == 24:
             for i, link in enumerate(links):
                 if link.bit >= 0:
                     word |= ((found[..., i] - m) >> 1 & 1) << link.bit
     return out
+
+
+def _together(places: list[int]) -> list[int] | slice:
+    """``places`` as a slice, which is faster, where they are side by side."""
+    begin, end = places[0], places[-1] + 1
+    return slice(begin, end) if places == list(range(begin, end)) else places
 
 
 def _alike(links: tuple[Link, ...]) -> list[list[Link]]:

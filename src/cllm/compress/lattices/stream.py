@@ -42,9 +42,11 @@ class _Models:
         counts = self._counts[model][: 2 if model // CLASSES == COSET else None]
         return counts.astype(np.float64)
 
-    def see(self, model: int, symbols: np.ndarray) -> None:
-        """Take note of symbols."""
-        self._seen.append((model, np.bincount(symbols, minlength=SYMBOLS)))
+    def see(self, model: int, symbols: np.ndarray) -> bool:
+        """Take note of symbols; returns whether any says that more follows."""
+        found = np.bincount(symbols, minlength=SYMBOLS)
+        self._seen.append((model, found))
+        return bool(found[ESCAPE])
 
     def learn(self) -> None:
         """Count what was seen."""
@@ -182,7 +184,7 @@ class ReadStream:
         found = np.empty(classes.size, dtype=np.int32)
         groups = _groups(COSET * CLASSES + classes.ravel().astype(np.uint16))
         for model, part in groups:
-            found[groups.order[part]] = self._pop(model, part.stop - part.start)
+            found[groups.order[part]], _ = self._pop(model, part.stop - part.start)
         return found.reshape(classes.shape)
 
     def values(
@@ -198,7 +200,7 @@ class ReadStream:
         places = groups.models // CLASSES
         if here.max(initial=0) < SYMBOLS:
             here += np.repeat((places * SYMBOLS).astype(np.int32), groups.counts)
-            here = np.take(_VALUES.ravel(), here)
+            here = np.take(_VALUES.ravel(), here, mode="clip")  # faster, and in range
         else:
             for place, (_, part) in zip(places.tolist(), groups, strict=True):
                 here[part] = values_of(here[part], *CONTEXTS[place])
@@ -214,16 +216,16 @@ class ReadStream:
             found *= fold
         return found.reshape(classes.shape)
 
-    def _pop(self, model: int, count: int) -> np.ndarray:
+    def _pop(self, model: int, count: int) -> tuple[np.ndarray, bool]:
+        """Symbols, and whether any says that more follows."""
         table = self._models.table(model)
         family = self._stream.model.Categorical(table, perfect=False, lazy=False)
         symbols: np.ndarray = self._coder.decode(family, count)
-        self._models.see(model, symbols)
-        return symbols
+        return symbols, self._models.see(model, symbols)
 
     def _ranks(self, model: int, count: int) -> np.ndarray:
-        found, shift = self._pop(model, count), _shift(model)
-        if not shift and found.max(initial=0) < ESCAPE:
+        (found, more), shift = self._pop(model, count), _shift(model)
+        if not shift and not more:
             return found
         wide = found.astype(np.int64)
         for i in np.flatnonzero(wide == ESCAPE):
