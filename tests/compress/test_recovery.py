@@ -49,7 +49,7 @@ def grid_piece(spec: GridSpec, m: int = 6, n: int = 96) -> Piece:
 )
 def test_on_a_grid_what_is_trained_is_what_is_stored(spec: GridSpec) -> None:
     piece = grid_piece(spec)
-    weight = OnGrid(piece, rounding=True)
+    weight = OnGrid(piece, piece.values, rounding=True)
     assert torch.equal(weight.values(), piece.values)
     assert {k: v.tolist() for k, v in weight.piece().parts.items()} == {
         k: v.tolist() for k, v in piece.parts.items()
@@ -63,13 +63,28 @@ def test_on_a_grid_what_is_trained_is_what_is_stored(spec: GridSpec) -> None:
     assert torch.equal(weight.values(), moved.values)
     assert not torch.equal(moved.values, piece.values)
     assert 0 < moved.figures["moved"] <= 1
-    grid, codes = OnGrid(moved, rounding=True).grid, OnGrid(moved, rounding=True).codes
+    again = OnGrid(moved, moved.values, rounding=True)
+    grid, codes = again.grid, again.codes
     assert int(codes.max()) == spec.high
     assert torch.equal(as_stored(grid.scale), grid.scale)
     kinds = weight.parameters()
     weight.values().square().sum().backward()
     assert all(bool(leaf.grad.any()) for leaves in kinds.values() for leaf in leaves)
-    assert list(OnGrid(piece, rounding=False).parameters()) == ["scale"]
+    assert list(OnGrid(piece, piece.values, rounding=False).parameters()) == ["scale"]
+
+
+def test_codes_begin_on_the_way_to_the_weight_and_inside_their_cells() -> None:
+    piece = grid_piece(GridSpec(bits=2, symmetric=False, group=64))
+    start = OnGrid(piece, piece.values, rounding=True)
+    step = start.grid.steps().float()
+    lean = torch.linspace(-2, 2, step.numel()).view(step.shape)
+    weight = OnGrid(piece, piece.values + lean * step, rounding=True)
+    # The file's codes are those of before, whatever the weight was.
+    assert torch.equal(weight.values(), piece.values)
+    wanted = (weight.codes + (0.5 * lean).clamp(-0.45, 0.45)).clamp(-2, 1)
+    torch.testing.assert_close(weight.real.detach(), wanted, rtol=0, atol=1e-3)
+    weight.values().sum().backward()
+    assert bool((weight.real.grad != 0).all())
 
 
 def coded_piece(room: int = 0) -> tuple[Piece, np.ndarray]:
@@ -113,15 +128,16 @@ def test_coded_integers_move_as_far_as_there_is_room(room: int) -> None:
 
 def test_vectors_are_trained_in_the_precision_of_the_file_and_tables_are_not() -> None:
     stored, parts = store_plain(torch.tensor([1.0, 0.5]), "fp16")
-    weight = learned(Piece(stored, parts, parts[""].float()), rounding=True)
+    weight = learned(Piece(stored, parts, parts[""].float()), parts[""], rounding=True)
     assert isinstance(weight, Vector)
     with torch.no_grad():
         weight.real += 1e-5
     assert torch.equal(weight.values(), torch.tensor([1.0, 0.5]))
     table, parts = store_plain(torch.ones(4, 2), "fp16")
-    assert learned(Piece(table, parts, parts[""].float()), rounding=True) is None
+    assert learned(Piece(table, parts, parts[""].float()), parts[""], rounding=True) is None
     buffer = Stored(kind="plain", shape=(2,), facts={"buffer": "float32"})
-    assert learned(Piece(buffer, {"": torch.ones(2)}, torch.ones(2)), rounding=True) is None
+    ones = torch.ones(2)
+    assert learned(Piece(buffer, {"": ones}, ones), ones, rounding=True) is None
 
 
 def made_weights(made: Any) -> dict[str, Stored]:

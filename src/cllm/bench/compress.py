@@ -40,10 +40,14 @@ def run(options: Options) -> Result:
     changes = {"tokens": 512, "recover": QUICK_RECOVERY} if options.quick else {}
     peers: list[dict[Case, Figures]] = [{} for _ in runs]
     said: set[str] = set()
-    for found, others, place in zip(measured, peers, runs, strict=True):
-        kept = Kept(place.path, changes, until)
-        _measure(kept, wanted, found)
-        said |= set() if options.quick else _measure_peers(kept, others)
+    keeps = [Kept(place.path, changes, until) for place in runs]
+    # Case after case over all runs, so that claims are judged as early as can be.
+    for case in wanted:
+        for kept, found in zip(keeps, measured, strict=True):
+            _measure(kept, case, found)
+    if not options.quick:
+        for kept, others in zip(keeps, peers, strict=True):
+            said |= _measure_peers(kept, others)
     rows = [row for case in wanted if (row := _row(case, measured)) is not None]
     rivals = list(dict.fromkeys(case for found in peers for case in found))
     rows += [row for case in rivals if (row := _row(case, peers)) is not None]
@@ -55,7 +59,9 @@ def run(options: Options) -> Result:
         "offsets and all else of theirs counted; entropy-coded layers get the bytes that GPTQ's grid "
         "takes, and tables are fp16 throughout.",
         "GPTQ: act-order, scales of least error under H of those searched, damping by held-out error, "
-        "sequential calibration; all methods share these.",
+        "sequential calibration; all methods share these. Errors cost what they do to a layer's outputs; "
+        "with k-best, what they do to the model's predictions (--metric auto). GPTQ under that metric "
+        "and k-best without it have rows of their own.",
     ]
     notes += sorted(said)
     if missing:
@@ -93,15 +99,14 @@ def _runs(options: Options) -> list[RunDirectory]:
     return found
 
 
-def _measure(kept: Kept, wanted: list[Case], found: dict[Case, Figures]) -> None:
-    """Fill in what is kept, and what there is time to measure."""
-    for case in wanted:
-        grid = found.get(Case(method=known.GPTQ, bits=case.bits))
-        if case.coded and case.bits == int(case.bits) and grid is None and case.bits < 4:
-            continue
-        figures = kept.figures(case.settings(None if grid is None else grid["bits"]))
-        if figures is not None:
-            found[case] = figures
+def _measure(kept: Kept, case: Case, found: dict[Case, Figures]) -> None:
+    """Fill in what is kept, or what there is time to measure."""
+    grid = found.get(Case(method=known.GPTQ, bits=case.bits))
+    if case.coded and case.bits == int(case.bits) and grid is None and case.bits < 4:
+        return
+    figures = kept.figures(case.settings(None if grid is None else grid["bits"]))
+    if figures is not None:
+        found[case] = figures
 
 
 def _measure_peers(kept: Kept, found: dict[Case, Figures]) -> set[str]:

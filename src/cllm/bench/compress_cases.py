@@ -9,11 +9,13 @@ from cllm.compress.settings import Settings
 COMMON = Settings(table="fp16", group="128", symmetric=False, sweeps=1)
 """Tables are stored in fp16 by all, so that what differs is the linear layers."""
 
-RTN, GPTQ, LOOP, OURS, WIDE = (
+RTN, GPTQ, LOOP, AWARE, OURS, INPUTS, WIDE = (
     "rtn",
     "GPTQ",
     "GPTQ, scales in the loop",
+    "GPTQ, the model's metric",
     "k-best 16",
+    "k-best 16, the inputs' metric",
     "k-best 64",
 )
 RECOVERED_GPTQ, RECOVERED_OURS, RECOVERED_CODED = (
@@ -44,6 +46,8 @@ _GRID = {
     GPTQ: replace(COMMON, method="babai", scales="search"),
     LOOP: replace(COMMON, method="babai", scales="least-squares"),
     OURS: replace(COMMON, method="k-best", beams=16, scales="least-squares"),
+    AWARE: replace(COMMON, method="babai", scales="search", metric="model"),
+    INPUTS: replace(COMMON, method="k-best", beams=16, metric="inputs"),
     WIDE: replace(COMMON, method="k-best", beams=64, scales="least-squares"),
     RECOVERED_GPTQ: replace(COMMON, method="babai", scales="search", recover=RECOVERY),
     RECOVERED_OURS: replace(COMMON, beams=16, recover=RECOVERY),
@@ -93,14 +97,15 @@ def cases(quick: bool) -> list[Case]:
         for bits in (2.0, 3.0)
         for method in (GPTQ, OURS, CODED_GPTQ, CODED_OURS)
     ]
-    recovered = (RECOVERED_GPTQ, RECOVERED_CODED, RECOVERED_OURS)
-    found += [Case(method=method, bits=2.0) for method in recovered]
+    recovered = (RECOVERED_GPTQ, RECOVERED_OURS, RECOVERED_CODED)
     found += [Case(method=OURS, bits=4.0), Case(method=CODED_OURS, bits=4.0)]
-    found += [Case(method=method, bits=2.0) for method in (LOOP, WIDE, RTN, CODED_WATER)]
+    found += [Case(method=method, bits=2.0) for method in recovered]
+    found += [Case(method=method, bits=2.0) for method in (AWARE, INPUTS, LOOP, WIDE, RTN)]
+    found += [Case(method=CODED_WATER, bits=2.0)]
     found += [
         Case(method=method, bits=b) for b in (2.5, 1.5) for method in (CODED_GPTQ, CODED_OURS)
     ]
-    found += [Case(method=method, bits=3.0) for method in (LOOP, WIDE, RTN)]
+    found += [Case(method=method, bits=3.0) for method in (AWARE, INPUTS, LOOP, WIDE, RTN)]
     found += [Case(method=GPTQ, bits=4.0), Case(method=OURS, bits=8.0)]
     found += [Case(method=CODED_OURS, bits=8.0), Case(method=GPTQ, bits=8.0)]
     lattices = (CODED_E8, CODED_LEECH, CODED_TURNED, ROTATED, FIXED_E8, FIXED_TURNED, FIXED_LEECH)

@@ -17,7 +17,7 @@ import torch
 
 from cllm.bench.compress_cases import RECOVERY
 from cllm.bench.compress_peers import Rounded
-from cllm.compress.calibration import HELD_OUT, calibrate
+from cllm.compress.calibration import calibrate
 from cllm.compress.certificate import forecast
 from cllm.compress.pipeline import Source, compress, open_source, score_on_validation
 from cllm.compress.problem import objective
@@ -28,7 +28,7 @@ from cllm.core.machine import cache_dir
 from cllm.store.run import RunDirectory
 from cllm.training.progress import Silent
 
-FORMAT = 2
+FORMAT = 3
 """Raised when compression changes so that kept figures no longer stand for it."""
 
 Figures = dict[str, Any]
@@ -118,9 +118,8 @@ class Kept:
         for layer in calibrate(model, source.windows):
             weight = source.weights[f"{layer.name}.weight"].float()
             values = rounded.weights[f"{layer.name}.weight"]
-            metric = (1 - HELD_OUT) * layer.fit + HELD_OUT * layer.held
-            size = objective(weight, torch.zeros_like(weight), metric).sum().clamp_min(1e-300)
-            errors.append(float(objective(weight, values, metric).sum() / size))
+            size = objective(weight, torch.zeros_like(weight), layer.seen).sum().clamp_min(1e-300)
+            errors.append(float(objective(weight, values, layer.seen).sum() / size))
             with torch.no_grad():
                 layer.linear.weight.copy_(values)
         bpb = score_on_validation(source, model, Silent(), "")

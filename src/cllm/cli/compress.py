@@ -44,6 +44,13 @@ def compress(
     ] = None,
     beams: Annotated[int, typer.Option(min=1, help="Beams of k-best.")] = 16,
     scales: Annotated[str, typer.Option(help="range, search or least-squares.")] = "least-squares",
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="What errors cost: inputs (the layer's outputs), model (its predictions), or auto: model "
+            "for k-best on integers."
+        ),
+    ] = "auto",
     order: Annotated[str, typer.Option(help="natural, act or min-pivot.")] = "act",
     calibration: Annotated[
         list[str] | None,
@@ -120,6 +127,7 @@ def compress(
         symmetric=symmetric,
         beams=beams,
         scales=scales,
+        metric=metric,
         order=order,
         tokens=tokens,
         prune=prune,

@@ -7,7 +7,7 @@ the layer at hand has statistics in memory, beside the hidden vectors between tw
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cllm.compress.output_metric import OutputMetric, drawn_to
 from cllm.core.errors import UserError
 from cllm.model.norms import wide
 from cllm.model.transformer import Block, Transformer
@@ -31,14 +32,22 @@ class Layer:
     """A linear layer in its turn.
 
     ``fit`` and ``held`` (n, n) float64: Σ xxᵀ over the windows for fitting and those held out, each over
-    its number of tokens. ``linear`` is the layer itself, whose weight (m, n) may be replaced now.
+    its number of tokens, or with each token as heavy as it is salient. ``seen``: of all windows, tokens
+    alike. ``outer`` (m, m): what errors in the outputs cost, where that is known. ``linear`` is the layer
+    itself, whose weight (m, n) may be replaced now.
     """
 
     name: str
     linear: nn.Linear
     fit: Tensor
     held: Tensor
-    tokens: int
+    seen: Tensor
+    outer: Tensor | None
+
+    @property
+    def whole(self) -> Tensor:
+        """(n, n): of both parts."""
+        return (1 - HELD_OUT) * self.fit + HELD_OUT * self.held
 
 
 def calibration_windows(
@@ -64,12 +73,17 @@ def layers_in_order(model: Transformer) -> list[str]:
 
 
 def calibrate(
-    model: Transformer, windows: np.ndarray, *, skip: Collection[str] = ()
+    model: Transformer,
+    windows: np.ndarray,
+    *,
+    skip: Collection[str] = (),
+    outputs: Mapping[str, OutputMetric] | None = None,
 ) -> Iterator[Layer]:
     """Each linear layer of ``model`` in turn, with the statistics of its inputs on ``windows``.
 
     Layers named in ``skip`` are taken as they are. The caller may replace a layer's weight before it takes
-    the next one. Raises ``UserError`` where an input is not finite, and for fewer than two windows.
+    the next one. ``outputs``: by layer, on the same windows (see ``output_metrics``). Raises ``UserError``
+    where an input is not finite, and for fewer than two windows.
     """
     if len(windows) < 2:
         raise UserError("calibration needs two windows of text at least; give more (--calibration)")
@@ -92,9 +106,15 @@ def calibrate(
                 full = f"layers.{number}.{name}"
                 if full in skip:
                     continue
-                judging = _moment(block, linear, hidden[:held], rotary, full)
-                fitting = _moment(block, linear, hidden[held:], rotary, full)
-                yield Layer(full, linear, fitting, judging, (len(ids) - held) * length)
+                known = None if outputs is None else outputs[full]
+                parts = []
+                for some in (slice(held, None), slice(held)):
+                    weights = None if known is None else known.saliency[some]
+                    parts.append(_moment(block, linear, hidden[some], rotary, full, weights))
+                (fit, fit_seen), (judging, held_seen) = parts
+                seen = (1 - HELD_OUT) * fit_seen + HELD_OUT * held_seen
+                outer = None if known is None else known.outer
+                yield Layer(full, linear, fit, judging, seen, outer)
             # In place: the inputs of the next block take the room of this one's.
             for start in range(0, len(hidden), WINDOWS_AT_ONCE):
                 part = hidden[start : start + WINDOWS_AT_ONCE]
@@ -111,27 +131,45 @@ def _moment(
     hidden: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     name: str,
-) -> Tensor:
-    """Mean of xxᵀ (n, n) of the inputs of ``linear`` for ``hidden`` (windows, T, D) before the block."""
-    total = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
+    weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Means of xxᵀ (n, n) of the inputs of ``linear`` for ``hidden`` (windows, T, D) before the block: by
+    ``weights`` (windows, T) as well as the tokens tell it, and with all tokens alike."""
+    plain = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
+    heavy = torch.zeros_like(plain)
+    fourth = 0.0
+    begin = 0
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal fourth
         rows = inputs[0].flatten(0, -2).double()
-        total.addmm_(rows.T, rows)
+        plain.addmm_(rows.T, rows)
+        if weights is not None:
+            mine = weights[begin : begin + WINDOWS_AT_ONCE].flatten().double()
+            heavy.addmm_((rows * mine[:, None]).T, rows)
+            fourth += float((mine * rows.square().sum(dim=1)).square().sum())
         raise _Seen
 
     handle = linear.register_forward_pre_hook(add)
     try:
-        for start in range(0, len(hidden), WINDOWS_AT_ONCE):
+        for begin in range(0, len(hidden), WINDOWS_AT_ONCE):
             try:
-                block(hidden[start : start + WINDOWS_AT_ONCE], rotary, None, None)
+                block(hidden[begin : begin + WINDOWS_AT_ONCE], rotary, None, None)
             except _Seen:
                 continue
     finally:
         handle.remove()
-    if not bool(torch.isfinite(total).all()):
+    count = hidden.shape[0] * hidden.shape[1]
+    plain /= count
+    mean = 0.0 if weights is None else float(weights.double().mean())
+    if mean > 0:
+        # Where few tokens weigh most, chance is in it: as far as it may be, tokens are alike.
+        heavy = drawn_to(heavy / (count * mean), plain, fourth / (count * mean**2), count)
+    else:
+        heavy = plain
+    if not bool(torch.isfinite(plain).all() & torch.isfinite(heavy).all()):
         raise UserError(
             f"the inputs of {name} on the calibration text hold NaN or infinity: the run's weights or "
             "a layer compressed before are damaged"
         )
-    return total / (hidden.shape[0] * hidden.shape[1])
+    return heavy, plain

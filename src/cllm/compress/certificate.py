@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cllm.compress.calibration import HELD_OUT, Layer, calibrate, layers_in_order
+from cllm.compress.calibration import Layer, calibrate, layers_in_order
 from cllm.compress.coded import bits_like
 from cllm.compress.coded_fit import fit_coded
 from cllm.compress.damping import choose_damping
@@ -93,17 +93,19 @@ def forecast(source: Source, settings: Settings, progress: Progress, seed: int =
     judge = Judge(source.model(), source.model(), ids)
     generator = torch.Generator().manual_seed(seed)
     joint: list[dict[str, Tensor]] = [{} for _ in range(DRAWS)]
-    found: list[tuple[_Outlook, Tensor]] = []
+    found: list[tuple[_Outlook, float, Tensor]] = []
+    outputs = source.output_metrics(progress) if settings.by_model else None
     with progress.stage("predicting the rise", len(layers_in_order(model))) as advance:
-        for layer in calibrate(model, source.windows):
-            outlook = _outlook(layer, settings)
+        for layer in calibrate(model, source.windows, outputs=outputs):
+            outlook = _outlook(layer, settings, generator)
             name = f"{layer.name}.weight"
             for draw in joint:
                 draw[name] = outlook.draw(generator)
             # The next layers see what an error in this one makes of their inputs.
             with torch.no_grad():
                 layer.linear.weight.copy_(joint[0][name])
-            found.append((outlook, judge.each({name: joint[0][name]}, WINDOWS)))
+            error = outlook.share([draw[name] for draw in joint], layer.seen)
+            found.append((outlook, error, judge.each({name: joint[0][name]}, WINDOWS)))
             advance(1)
         tables = _tables(source, settings)
         alone = judge.each(tables, WINDOWS)
@@ -116,15 +118,15 @@ def forecast(source: Source, settings: Settings, progress: Progress, seed: int =
     layers = [
         LayerForecast(
             name=outlook.name,
-            error=outlook.error,
+            error=error,
             gain=outlook.gain,
             rise=price * float(each.mean()),
             sigma=_sigma(each, outlook.spread, price, rate, tokens),
         )
-        for outlook, each in found
+        for outlook, error, each in found
     ]
-    costs = [float(each.mean()) for _, each in found]
-    gains = math.hypot(*(c * o.spread for c, (o, _) in zip(costs, found, strict=True)))
+    costs = [float(each.mean()) for *_, each in found]
+    gains = math.hypot(*(c * o.spread for c, (o, *_) in zip(costs, found, strict=True)))
     drawn = float(losses.mean(dim=1).std()) * (1 + 1 / DRAWS) ** 0.5
     sigma = math.hypot(mean * gains / max(sum(costs), 1e-300), drawn, _noise(divergence, tokens))
     return Forecast(
@@ -169,8 +171,9 @@ def _noise(cost: float, tokens: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class _Outlook:
-    """What is expected of a layer: ``error`` over its outputs' size, ``shrinkage``, the share of the
-    weights that the error takes from them, and ``spread``, the relative standard error of the gain."""
+    """What is expected of a layer: ``error`` of rows, each beside what it should be, over the outputs' size
+    under ``metric``, ``shrinkage``, the share of the weights that the error takes from them, and
+    ``spread``, the relative standard error of the gain."""
 
     name: str
     weight: Tensor
@@ -193,21 +196,43 @@ class _Outlook:
         size = float(objective(drawn, none, self.metric).sum())
         whole = float(objective(self.weight, none, self.metric).sum())
         wanted = max(self.error - self.shrinkage**2, 0.0) * whole
-        return (1 - self.shrinkage) * self.weight - drawn * (wanted / max(size, 1e-300)) ** 0.5
+        errors = self.shrinkage * self.weight + drawn * (wanted / max(size, 1e-300)) ** 0.5
+        rows = self.problem.rows
+        return self.weight - (errors if rows is None else rows.carried(errors))
+
+    def share(self, draws: list[Tensor], seen: Tensor) -> float:
+        """Squared error of the outputs of ``draws`` over their squared size, as the report has it."""
+        whole = float(objective(self.weight, torch.zeros_like(self.weight), seen).sum())
+        made = [float(objective(self.weight, draw, seen).sum()) for draw in draws]
+        return sum(made) / len(made) / max(whole, 1e-300)
 
 
-def _outlook(layer: Layer, settings: Settings) -> _Outlook:
+def _outlook(layer: Layer, settings: Settings, generator: torch.Generator) -> _Outlook:
     weight = layer.linear.weight.detach().float()
-    metric = (1 - HELD_OUT) * layer.fit + HELD_OUT * layer.held
+    metric = layer.whole
     spec = GridSpec(bits=3, group=0) if settings.is_coded else settings.grid_spec
     count = min(len(weight), 2 * ROWS if settings.is_coded else ROWS)
     rows = torch.linspace(0, len(weight) - 1, count).round().long()
-    picked = weight[rows]
-    damping = choose_damping(picked, layer.fit, layer.held, spec, order=settings.order)
-    prepared = problem(weight, metric, damping=damping, order=settings.order, dtype=torch.float32)
-    some, surplus = prepared.with_weight(picked), 1.0
+    damping = choose_damping(weight[rows], layer.fit, layer.held, spec, order=settings.order)
+    prepared = problem(
+        weight,
+        metric,
+        damping=damping,
+        order=settings.order,
+        dtype=torch.float32,
+        outer=layer.outer,
+    )
     if settings.is_coded:
         expected = expected_coded(prepared, settings.bits)
+    else:
+        expected = expected_on_grid(prepared, spec)
+    wished = weight
+    if prepared.rows is not None:  # rows make up for errors in those before, as they may turn out
+        drawn = expected.draw(prepared, generator)
+        wished = weight + drawn - prepared.rows.carried(drawn)
+    picked = wished[rows]
+    some, surplus = prepared.with_weight(picked), 1.0
+    if settings.is_coded:
         target = int(settings.bits * picked.numel() / 8)
         matrix, _ = fit_coded(some, target, settings.decoder, settings.coded_spec)
         classes, table = bits_like(matrix.integers)
@@ -216,7 +241,6 @@ def _outlook(layer: Layer, settings: Settings) -> _Outlook:
         surplus = 4.0 ** (float(table[classes, sizes].mean()) - settings.bits)
         values = torch.from_numpy(matrix.dense())
     else:
-        expected = expected_on_grid(prepared, spec)
         grid, codes = fit_grid(some, spec, settings.decoder, scales=settings.scales)
         values = grid.values(codes)
     # What the damping adds to the metric is no error of the outputs.

@@ -128,8 +128,13 @@ class Levels:
 
     def classes(self, part: slice = slice(None)) -> np.ndarray:
         """(m, columns of ``part``) uint8: the model of each entry."""
-        total = self.base + self.rows[:, None] + self.columns[None, part]
-        return np.clip(total, 0, CLASSES - 1).astype(np.uint8)
+        # A level is below 2^12 in magnitude: 16 bits hold the sum.
+        rows, columns = (
+            np.clip(levels, -4096, 4095).astype(np.int16)
+            for levels in (self.base + self.rows, self.columns[part])
+        )
+        total = rows[:, None] + columns[None]
+        return np.clip(total, 0, CLASSES - 1, out=total).astype(np.uint8)
 
 
 def levels_of(integers: np.ndarray) -> Levels:

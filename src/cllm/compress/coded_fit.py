@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from cllm.compress.lattices.fit import LatticeWork
 from cllm.compress.problem import Problem
 from cllm.lattice.beam import Prices
 
+_Decide = Callable[[Problem, Points], Tensor]
 COLUMNS = ("uniform", "water")
 Matrix = CodedMatrix | LatticeMatrix
 # Integers stay well inside what the coder takes and float32 holds.
@@ -168,38 +170,59 @@ class _Work:
     def decode(self, decoder: Decoder, step: float) -> CodedMatrix:
         """The integers at one step, in the original order."""
         step = float(np.float32(step))
-        problem, order = self.problem, self.problem.order
-        columns = torch.from_numpy(column_steps(step, self.octaves)).float()
-        row = columns[order].to(problem.weight.dtype)
-        points = Points(
-            row.expand(problem.shape), torch.zeros_like(problem.weight), -_LIMIT, _LIMIT
-        )
-        codes = self._decide(decoder, points)
-        self.last = problem.back(codes).long().numpy()
+        steps = torch.from_numpy(column_steps(step, self.octaves)).float()
+        K = decoder.K if decoder.method == "k-best" else 1
+        if decoder.method == "rtn":
+            self.last = self._integers(steps, rtn)
+        elif not self.price:
+            plain = babai if K == 1 else lambda problem, points: k_best(problem, points, K)
+            self.last = self._integers(steps, plain)
+        else:
+            if self.last is None:
+                self.last = self._integers(steps, babai)
+            self.last = self._priced(steps, K)
         return CodedMatrix(self.last, step, self.octaves)
 
-    def _decide(self, decoder: Decoder, points: Points) -> Tensor:
-        if decoder.method == "rtn":
-            return rtn(self.problem, points)
-        K = 1 if decoder.method == "babai" else decoder.K
-        if not self.price:
-            return babai(self.problem, points) if K == 1 else k_best(self.problem, points, K)
-        if self.last is None:
-            self.last = self.problem.back(babai(self.problem, points)).long().numpy()
-        prices = self._prices(points)
-        return k_best(self.problem, points, K, children=3 if K < 4 else 2, prices=prices)
+    def _integers(self, steps: Tensor, decide: _Decide) -> np.ndarray:
+        return self._each(steps, lambda problem, points, rows: decide(problem, points))
 
-    def _prices(self, points: Points) -> Prices:
-        """Bits as the entropy coder would count them beside the integers of before."""
+    def _priced(self, steps: Tensor, K: int) -> np.ndarray:
+        """K-best that weighs bits as the entropy coder would count them beside the integers of before."""
         assert self.last is not None
         found, table = bits_like(self.last)
-        sizes = self.problem.squares.double() * points.step[0].double().square()
+        order = self.problem.order
+        classes = torch.from_numpy(found)[:, order]
+        sizes = self.problem.squares.double() * steps[order].double().square()
         # Where the diagonal is not flat, the mean is that of what one more bit gains on the whole.
         unit = self.price * float(sizes.log().mean().exp())
-        return Prices(
-            classes=torch.from_numpy(found)[:, self.problem.order].contiguous(),
-            costs=torch.from_numpy(table * unit).to(points.step.dtype),
-        )
+        costs = torch.from_numpy(table * unit).to(self.problem.weight.dtype)
+
+        def decide(problem: Problem, points: Points, rows: Tensor) -> Tensor:
+            prices = Prices(classes=classes[rows].contiguous(), costs=costs)
+            return k_best(problem, points, K, children=3 if K < 4 else 2, prices=prices)
+
+        return self._each(steps, decide)
+
+    def _each(
+        self, steps: Tensor, decide: Callable[[Problem, Points, Tensor], Tensor]
+    ) -> np.ndarray:
+        """Integers (m, n), original order, as ``decide`` makes them of rows; block by block where rows are
+        not alone."""
+        whole, out = self.problem, torch.empty(self.problem.shape, dtype=torch.int64)
+        line = steps[whole.order].to(whole.weight.dtype)
+
+        def rows_of(problem: Problem, rows: Tensor) -> Tensor:
+            zeros = torch.zeros_like(problem.weight)
+            points = Points(line.expand(problem.shape), zeros, -_LIMIT, _LIMIT)
+            out[rows] = problem.back(decide(problem, points, rows)).long()
+            return out[rows] * steps
+
+        if whole.rows is None:
+            rows_of(whole, torch.arange(len(out)))
+        else:
+            weight = whole.original()
+            whole.rows.each(weight, lambda rows, wanted: rows_of(whole.with_weight(wanted), rows))
+        return out.numpy()
 
 
 def _octaves(problem: Problem, columns: str) -> np.ndarray:

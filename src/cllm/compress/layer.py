@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cllm.compress import codecs
-from cllm.compress.calibration import HELD_OUT, Layer
+from cllm.compress.calibration import Layer
 from cllm.compress.coded_fit import fit_coded
 from cllm.compress.damping import choose_damping
 from cllm.compress.formats import CASTS, Parts, store_fixed, store_grid, store_plain
@@ -53,8 +53,8 @@ def compress_layer(layer: Layer, settings: Settings, bits: float | None = None) 
     Raises ``UserError`` for a matrix that the grid's blocks do not fit and a rate below what is possible.
     """
     weight = layer.linear.weight.detach().float()
-    whole = checked_metric((1 - HELD_OUT) * layer.fit + HELD_OUT * layer.held)
-    size = float(objective(weight, torch.zeros_like(weight), whole).sum())
+    whole, seen = checked_metric(layer.whole), checked_metric(layer.seen)
+    size = float(objective(weight, torch.zeros_like(weight), seen).sum())
     rotation = rotation_of(
         settings.rotate, layer.name, (int(weight.shape[0]), int(weight.shape[1]))
     )
@@ -73,12 +73,12 @@ def compress_layer(layer: Layer, settings: Settings, bits: float | None = None) 
                 made = _fixed(weight, metric, damping, settings)
             else:
                 rate = settings.bits if bits is None else bits
-                made = _coded(weight, metric, damping, settings, rate)
+                made = _coded(weight, metric, damping, settings, rate, layer.outer)
         else:
             spec = settings.grid_spec
             spec.check_shape((int(weight.shape[0]), int(weight.shape[1])))
             damping = choose_damping(weight, fit, held, spec, order=settings.order)
-            made = _on_grid(weight, metric, damping, settings, spec)
+            made = _on_grid(weight, metric, damping, settings, spec, layer.outer)
     except ValueError as error:
         raise UserError(f"{layer.name}: {error}") from error
     stored, parts, values = made
@@ -87,7 +87,7 @@ def compress_layer(layer: Layer, settings: Settings, bits: float | None = None) 
             replace(stored, facts=stored.facts | rotation.facts()),
             rotation.undo(values),
         )
-    lost = float(objective(original, values, whole).sum()) / max(size, 1e-300)
+    lost = float(objective(original, values, seen).sum()) / max(size, 1e-300)
     figures: dict[str, Any] = {"error": lost, "damping": damping}
     if stored.kind == "coded":
         figures["room"] = int((settings.bits if bits is None else bits) * weight.numel() / 8)
@@ -95,9 +95,14 @@ def compress_layer(layer: Layer, settings: Settings, bits: float | None = None) 
 
 
 def _on_grid(
-    weight: Tensor, metric: Tensor, damping: float, settings: Settings, spec: GridSpec
+    weight: Tensor,
+    metric: Tensor,
+    damping: float,
+    settings: Settings,
+    spec: GridSpec,
+    outer: Tensor | None,
 ) -> tuple[Stored, Parts, Tensor]:
-    prepared = problem(weight, metric, damping=damping, order=settings.order, dtype=torch.float32)
+    prepared = _prepared(weight, metric, damping, settings, outer)
     grid, codes = fit_grid(prepared, spec, settings.decoder, scales=settings.scales)
     stored, parts = store_grid(grid, codes)
     return stored, parts, grid.values(codes)
@@ -119,9 +124,14 @@ def _pruned(
 
 
 def _coded(
-    weight: Tensor, metric: Tensor, damping: float, settings: Settings, bits: float
+    weight: Tensor,
+    metric: Tensor,
+    damping: float,
+    settings: Settings,
+    bits: float,
+    outer: Tensor | None,
 ) -> tuple[Stored, Parts, Tensor]:
-    prepared = _prepared(weight, metric, damping, settings)
+    prepared = _prepared(weight, metric, damping, settings, outer)
     target = int(bits * weight.numel() / 8)
     if settings.recover and settings.recover_codes:
         target = int(BEFORE_RECOVERY * target)
@@ -139,11 +149,22 @@ def _fixed(
     return stored, parts, matrix.dense()
 
 
-def _prepared(weight: Tensor, metric: Tensor, damping: float, settings: Settings) -> Problem:
+def _prepared(
+    weight: Tensor,
+    metric: Tensor,
+    damping: float,
+    settings: Settings,
+    outer: Tensor | None = None,
+) -> Problem:
     """The problem, the columns of a block together."""
-    blocks = block_numbers(settings.blocks, weight.shape[1]) if settings.blocks else None
     return problem(
-        weight, metric, damping=damping, order=settings.order, dtype=torch.float32, blocks=blocks
+        weight,
+        metric,
+        damping=damping,
+        order=settings.order,
+        dtype=torch.float32,
+        blocks=block_numbers(settings.blocks, weight.shape[1]) if settings.blocks else None,
+        outer=outer,
     )
 
 

@@ -18,6 +18,8 @@ from cllm.compress.grids import Grid, as_stored
 from cllm.compress.layer import Piece, as_bytes
 
 _TRIES = 6
+# Integers begin so far on the way to the weight that was rounded, and inside their cell.
+_LEAN, _EDGE = 0.5, 0.45
 RATES = {"scale": 0.015, "norm": 0.01, "code": 0.02}
 """Step of Adam at its largest: scales and offsets in shares of the scale, codes in codes."""
 
@@ -35,14 +37,15 @@ class Learned(Protocol):
         """What the file holds of it now."""
 
 
-def learned(piece: Piece, *, rounding: bool) -> Learned | None:
-    """``piece`` to be trained, ``None`` if nothing of it can be: its kind has no scale of its own.
+def learned(piece: Piece, weight: Tensor, *, rounding: bool) -> Learned | None:
+    """``piece`` of ``weight`` to be trained, ``None`` if nothing of it can be: its kind has no scale of its
+    own.
 
     ``rounding``: codes on a grid are trained, too.
     """
     stored = piece.stored
     if stored.kind == "grid" or stored.kind.startswith("gguf-"):
-        return OnGrid(piece, rounding=rounding)
+        return OnGrid(piece, weight, rounding=rounding)
     if stored.kind == "coded":
         return Coded(piece, rounding=rounding)
     if stored.kind == "plain" and len(stored.shape) == 1 and "buffer" not in stored.facts:
@@ -57,24 +60,36 @@ def straight_through(real: Tensor, rounded: Tensor) -> Tensor:
 
 class OnGrid:
     """Codes on a grid: scales and offsets as shares of the scale at the start, codes as real numbers that
-    are rounded and clipped to the box."""
+    are rounded and clipped to the box.
 
-    def __init__(self, piece: Piece, *, rounding: bool) -> None:
+    A real number begins halfway from its code to the weight, within the code's cell: codes that were a
+    near thing need little to move.
+    """
+
+    def __init__(self, piece: Piece, weight: Tensor, *, rounding: bool) -> None:
         self.start = piece
         self.grid, self.codes = grid_of(piece.stored, piece.parts)
         self.shift = torch.zeros_like(self.grid.scale, dtype=torch.float32).requires_grad_()
         self.move: Tensor | None = None
         if self.grid.offset is not None:
             self.move = torch.zeros_like(self.shift).requires_grad_()
+        self.group = self.grid.spec.group_of(self.grid.columns)
         self.real = self.codes.float()
         if rounding:
-            self.real.requires_grad_()
-        self.group = self.grid.spec.group_of(self.grid.columns)
+            lean = _LEAN * (self._exact(weight) - self.real).nan_to_num()
+            real = self.real + lean.clamp(-_EDGE, _EDGE)
+            # Beyond the box no gradient would reach it.
+            self.real = real.clamp(self.grid.spec.low, self.grid.spec.high).requires_grad_()
 
     def parameters(self) -> dict[str, list[Tensor]]:
         """See ``Learned``."""
         found = {"scale": [self.shift] if self.move is None else [self.shift, self.move]}
         return found | ({"code": [self.real]} if self.real.requires_grad else {})
+
+    def _exact(self, weight: Tensor) -> Tensor:
+        """Codes (m, n) that would be ``weight``, not finite where a scale is 0."""
+        offset = 0.0 if self.grid.offset is None else self.grid.offset.float()[:, self.group]
+        return (weight.float() - offset) / self.grid.scale.float()[:, self.group]
 
     def _scale(self) -> Tensor:
         real = self.grid.scale.float() * (1 + self.shift)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cllm.compress.calibration import calibrate, calibration_windows, layers_in_order
 from cllm.compress.compressed import Compressed
 from cllm.compress.layer import Piece, cast_layer, compress_layer, compress_table, keep
+from cllm.compress.output_metric import OutputMetric, output_metrics
 from cllm.compress.parts import PartsFolder
 from cllm.compress.recovery import recover, recovery_windows
 from cllm.compress.score import score
@@ -53,12 +54,20 @@ class Source:
     """(windows, context): text to recover on, none where no recovery was asked for."""
     digest: str
     base: float | None
+    outputs: dict[str, OutputMetric] = field(default_factory=dict)
+    """What errors in layers' outputs cost, once that was asked for."""
 
     def model(self) -> Transformer:
         """A fresh model with the run's weights, in eval mode."""
         model = Transformer(self.config.model, "matmul")
         model.load_state_dict(self.weights)
         return model.eval()
+
+    def output_metrics(self, progress: Progress) -> Mapping[str, OutputMetric]:
+        """By layer (see ``cllm.compress.output_metric``), measured once."""
+        if not self.outputs:
+            self.outputs.update(output_metrics(self.model(), self.windows, progress))
+        return self.outputs
 
 
 def open_source(
@@ -208,6 +217,10 @@ def _pieces(
     tables = {f"{name}.weight" for name in model.tables}
     learned = {name for name, _ in model.named_parameters()}
     pieces: dict[str, Piece] = {}
+    done = {name: piece for name in linear if (piece := folder.load(name)) is not None}
+    outputs = None
+    if settings.by_model and len(done) < len(linear):
+        outputs = source.output_metrics(progress)
     with progress.stage("compressing", sum(state[name].numel() for name in linear)) as advance:
         for name in state:
             if name in tables:
@@ -218,11 +231,10 @@ def _pieces(
             elif name not in linear:
                 pieces[name] = keep(state[name], settings, buffer=name not in learned)
         _put(model, pieces)
-        done = {name: piece for name in linear if (piece := folder.load(name)) is not None}
         pieces |= done
         _put(model, done)
         advance(sum(state[name].numel() for name in done))
-        for name, piece in _layers(source, model, settings, set(done), rates):
+        for name, piece in _layers(source, model, settings, set(done), rates, outputs):
             folder.save(name, piece)
             pieces[name] = piece
             advance(piece.values.numel())
@@ -230,7 +242,12 @@ def _pieces(
 
 
 def _layers(
-    source: Source, model: Transformer, settings: Settings, done: set[str], rates: dict[str, float]
+    source: Source,
+    model: Transformer,
+    settings: Settings,
+    done: set[str],
+    rates: dict[str, float],
+    outputs: Mapping[str, OutputMetric] | None,
 ) -> Iterable[tuple[str, Piece]]:
     if settings.is_cast:
         for name in layers_in_order(model):
@@ -238,7 +255,8 @@ def _layers(
             assert isinstance(linear, nn.Linear)
             yield f"{name}.weight", cast_layer(linear.weight.detach().float(), settings)
         return
-    for layer in calibrate(model, source.windows, skip={name[: -len(".weight")] for name in done}):
+    skip = {name.removesuffix(".weight") for name in done}
+    for layer in calibrate(model, source.windows, skip=skip, outputs=outputs):
         name = f"{layer.name}.weight"
         piece = compress_layer(layer, settings, rates.get(name))
         with torch.no_grad():

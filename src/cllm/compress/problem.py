@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ORDERS = ("natural", "act", "min-pivot")
-"""Orders of decision: the columns as they are, largest diagonal of H first (GPTQ's act-order), and the
-least diagonal of the Schur complement last (Chen et al., "The Geometry of LLM Quantization", 2025)."""
+from cllm.compress.factor import ORDERS, damp, decision_order, factor
+from cllm.compress.rows import RowFactor, row_factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +27,8 @@ class Problem:
     order: Tensor
     H: Tensor
     """(n, n) float64, damped, in the original order."""
+    rows: RowFactor | None = None
+    """Where rows are not alone: the objective is then tr(G E H Eᵀ) of E = W − Ŵ."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -49,7 +50,7 @@ class Problem:
         return objective(self.original(), values, self.H)
 
     def with_weight(self, weight: Tensor) -> Problem:
-        """The same metric for other rows (m', n), columns in the original order."""
+        """The same metric for other rows (m', n), each alone, columns in the original order."""
         rows = weight[:, self.order].to(self.weight.dtype).contiguous()
         return Problem(rows, self.U, self.squares, self.order, self.H)
 
@@ -62,6 +63,7 @@ def problem(
     order: str = "act",
     dtype: torch.dtype = torch.float64,
     blocks: Any = None,
+    outer: Tensor | None = None,
 ) -> Problem:
     """Prepare ``weight`` (m, n) under the metric ``H`` (n, n) for the decoders.
 
@@ -70,7 +72,7 @@ def problem(
     its weights are rounded to the nearest. A metric of zeros counts as the identity. Where the factor
     fails in float64 (rank deficiency without damping), damping grows tenfold until it does not.
     ``blocks`` (n,), a number for each column: columns of one number are decided together, blocks in the
-    order of their mean place.
+    order of their mean place. ``outer`` (m, m): what errors of the outputs cost, G of ``rows``.
 
     Raises ``ValueError`` naming the shape for what is no such pair, NaN, infinity, an H that is not
     symmetric or has a negative diagonal, and an unknown order.
@@ -91,7 +93,7 @@ def problem(
     places = decision_order(damped, order)
     if blocks is not None:
         places = _together(places, torch.as_tensor(blocks))
-    R, damped = _factor(damped, places)
+    R, damped = factor(damped, places)
     diagonal = torch.diagonal(R)
     return Problem(
         weight=W[:, places].to(dtype).contiguous(),
@@ -99,6 +101,7 @@ def problem(
         squares=(diagonal**2).to(dtype).contiguous(),
         order=places,
         H=damped,
+        rows=None if outer is None else row_factor(outer),
     )
 
 
@@ -117,40 +120,6 @@ def checked_metric(H: Any) -> Tensor:
     return (metric + metric.T) / 2
 
 
-def damp(H: Tensor, damping: float) -> Tensor:
-    """``H`` with ``damping`` · mean diagonal on its diagonal, dead inputs apart (see ``problem``)."""
-    diagonal = torch.diagonal(H)
-    dead = diagonal == 0
-    if bool(dead.all()):
-        return torch.eye(len(H), dtype=H.dtype)
-    mean = diagonal[~dead].mean()
-    out = H.clone()
-    out[dead, :] = 0
-    out[:, dead] = 0
-    out.diagonal().add_(damping * mean)
-    out.diagonal()[dead] = mean * (1 + damping)
-    return out
-
-
-def decision_order(H: Tensor, order: str) -> Tensor:
-    """(n,) columns so that the last is decided first."""
-    n = len(H)
-    if order == "natural":  # the first column is decided first, as in GPTQ
-        return torch.arange(n - 1, -1, -1)
-    if order == "act":
-        return torch.argsort(torch.diagonal(H), stable=True)
-    left, places = H.clone(), []
-    open_columns = torch.ones(n, dtype=torch.bool)
-    for _ in range(n):
-        pivots = torch.where(open_columns, torch.diagonal(left), torch.inf)
-        j = int(pivots.argmin())
-        places.append(j)
-        open_columns[j] = False
-        pivot = left[j, j].clamp_min(1e-300)
-        left = left - torch.outer(left[:, j], left[j]) / pivot
-    return torch.tensor(places)
-
-
 def _together(places: Tensor, blocks: Tensor) -> Tensor:
     """``places`` with the columns of each block side by side, in the order that they have."""
     mine = blocks[places]
@@ -160,18 +129,6 @@ def _together(places: Tensor, blocks: Tensor) -> Tensor:
     # By the mean, then by the block (two may have one mean); what is stable keeps the rest.
     by_block = torch.argsort(mine, stable=True)
     return places[by_block[torch.argsort(mean[mine[by_block]], stable=True)]]
-
-
-def _factor(H: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Upper triangular R with RᵀR = H in the order of ``places``, and H as it was factored."""
-    extra, mean = 0.0, float(torch.diagonal(H).mean())
-    while True:
-        whole = H.clone()
-        whole.diagonal().add_(extra * mean)
-        R, failed = torch.linalg.cholesky_ex(whole[places][:, places], upper=True)
-        if not int(failed) and float(torch.diagonal(R).min()) > 0:
-            return R, whole
-        extra = max(extra * 10, 1e-12)
 
 
 def objective(weight: Tensor, values: Tensor, H: Tensor) -> Tensor:

@@ -79,10 +79,11 @@ def recover(
     fixed grids may move. The same input gives the same bits on the same machine and threads.
     """
     full, model = full.eval(), model.eval()
+    weights = full.state_dict()
     trained = {
         name: found
         for name, piece in pieces.items()
-        if (found := learned(piece, rounding=rounding)) is not None
+        if (found := learned(piece, weights[name], rounding=rounding)) is not None
     }
     held = min(HELD, max(1, len(windows) // 5))
     judging = Judge(full, model, torch.as_tensor(windows[:held]))

@@ -26,10 +26,13 @@ def fit_grid(
     decoded row is nearest under H, row by row. ``least-squares``: from there, ``rounds`` of alternating
     least squares: scales (and offsets) that are best for the codes, then codes for the scales; each row
     keeps the best it has seen. Early rounds decide by Babai's nearest plane where the decoder is a
-    beam, the last ones by the decoder itself.
+    beam, the last ones by the decoder itself. Where rows are not alone, blocks of them come one after
+    the other, each with what it should be given the errors of those before.
     """
     if scales not in SCALES:
         raise ValueError(f"scales must be one of {', '.join(SCALES)}, not {scales!r}")
+    if problem.rows is not None:
+        return _by_rows(problem, spec, decoder, scales, rounds)
     weight = problem.original()
     if scales == "range":
         grid = range_grid(weight, spec)
@@ -47,6 +50,28 @@ def fit_grid(
         for _ in range(rounds):
             best.offer(least_squares_grid(problem, best.grid, best.codes), decoder)
     return best.grid, best.codes
+
+
+def _by_rows(
+    problem: Problem, spec: GridSpec, decoder: Decoder, scales: str, rounds: int
+) -> tuple[Grid, Tensor]:
+    m, n = problem.shape
+    codes = torch.empty(m, n, dtype=torch.int64)
+    scale = torch.empty(m, spec.groups(n), dtype=torch.float64)
+    offset = None if spec.symmetric else torch.empty_like(scale)
+
+    def decide(rows: Tensor, wanted: Tensor) -> Tensor:
+        grid, codes[rows] = fit_grid(
+            problem.with_weight(wanted), spec, decoder, scales=scales, rounds=rounds
+        )
+        scale[rows] = grid.scale.double()
+        if offset is not None and grid.offset is not None:
+            offset[rows] = grid.offset.double()
+        return grid.values(codes[rows])
+
+    assert problem.rows is not None
+    problem.rows.each(problem.original(), decide)
+    return Grid(spec, n, scale, offset), codes
 
 
 class _Best:

@@ -22,6 +22,7 @@ CASTS = (*FLOATS, "int8")
 GRIDS = ("int", "gguf-q4_0", "gguf-q8_0", "coded", "e8", "leech")
 TABLES = ("lattice", *CASTS)
 GROUPS = ("32", "64", "128", "row")
+METRICS = ("auto", "inputs", "model")
 RANGE = (0.1, 12.0)
 """Bits a weight of entropy-coded matrices."""
 
@@ -44,6 +45,9 @@ class Settings:
         beams: of K-best; trials of Klein's.
         sweeps: of coordinate descent after the decoder.
         scales: ``range``, ``search``, ``least-squares`` (see ``cllm.compress.scales``).
+        metric: what an error costs: that of the layer's ``inputs`` (H = Σ xxᵀ), or of the ``model``'s
+            predictions, too (see ``cllm.compress.output_metric``); ``auto`` is ``model`` for K-best on
+            integers that are not rotated, and ``inputs`` for all else.
         order: of decision (see ``cllm.compress.problem``).
         columns: steps of columns with ``coded`` (see ``cllm.compress.coded_fit``).
         price: of a bit with ``coded``.
@@ -66,6 +70,7 @@ class Settings:
     beams: int = 16
     sweeps: int = 1
     scales: str = "least-squares"
+    metric: str = "auto"
     order: str = "act"
     columns: str = "uniform"
     price: float = 0.12
@@ -89,6 +94,7 @@ class Settings:
             ("rotate", ROTATIONS),
             ("group", GROUPS),
             ("scales", SCALES),
+            ("metric", METRICS),
             ("order", ORDERS),
             ("table", TABLES),
         ):
@@ -105,6 +111,11 @@ class Settings:
         if self.rotate != "none" and (self.is_cast or self.grid.startswith("gguf")):
             what = self.method if self.is_cast else self.grid
             raise UsageError(f"--rotate turns what cllm reads back; {what} is read without")
+        if self.metric == "model" and not self._knows_rows:
+            raise UsageError(
+                "--metric model decides integers, errors fed back: leave out --prune, --rotate, --lattice, "
+                "codebooks, casts and rtn"
+            )
         if self.is_cast or (self.prune and self.method in FLOATS):
             return
         if self.is_coded:
@@ -157,6 +168,19 @@ class Settings:
     def is_cast(self) -> bool:
         """Whether the layers are only cast."""
         return self.method in CASTS and not self.prune
+
+    @property
+    def _knows_rows(self) -> bool:
+        """Whether rows can be decided one after the other."""
+        plain = self.rotate == "none" and not self.blocks and not self.prune
+        return plain and not self.is_cast and self.method != "rtn"
+
+    @property
+    def by_model(self) -> bool:
+        """Whether errors are weighed by what they do to the model's predictions."""
+        if self.metric != "auto":
+            return self.metric == "model"
+        return self._knows_rows and self.method.startswith("k-best")
 
     @property
     def table_as(self) -> str:

@@ -74,7 +74,7 @@ def decode_matrix(data: bytes) -> LatticeMatrix:
     reader = Reader(frame.body)
     step, octaves, levels = read_header(reader, m, n)
     stream = ReadStream(reader)
-    integers = np.empty((m, n), dtype=np.int64)
+    integers = np.empty((m, n), dtype=np.int32)
     for run in runs(lattice, n):
         integers[:, run.start : run.stop] = _walk(stream, run, levels, None)
     stream.end()
@@ -100,7 +100,7 @@ class Stream(Protocol):
 def _walk(stream: Stream, run: Run, levels: Levels, known: np.ndarray | None) -> np.ndarray:
     """Integers (m, columns of ``run``) through ``stream``: the one order that both sides keep."""
     kind, m = run.kind, len(levels.rows)
-    out = np.empty((m, run.blocks, kind.width), dtype=np.int64)
+    out = np.empty((m, run.blocks, kind.width), dtype=np.int32)
     given = None if known is None else known.reshape(out.shape)
     for part in _parts(run.blocks):
         columns = slice(run.start + part.start * kind.width, run.start + part.stop * kind.width)
@@ -123,23 +123,33 @@ def _blocks(
     stream: Stream, kind: Kind, classes: np.ndarray, known: np.ndarray | None
 ) -> np.ndarray:
     """Blocks (m, blocks, width), all coordinates of one link after the other."""
-    m = np.zeros(classes.shape[:2], dtype=np.int64)
+    m = np.zeros(classes.shape[:2], dtype=np.int32)
     if kind.modulus > 1:
-        middle = (classes.sum(axis=2, dtype=np.int64) // kind.width).astype(np.uint8)
+        middle = (classes.sum(axis=2, dtype=np.uint16) // kind.width).astype(np.uint8)
         m = stream.cosets(middle, None if known is None else known[..., 0] % 2)
-    out = np.empty(classes.shape, dtype=np.int64)
-    word = np.zeros_like(m)
+    out = np.empty(classes.shape, dtype=np.int32)
+    word, total = np.zeros_like(m), np.zeros_like(m)
     for links in _alike(chain(kind, tuple(range(kind.width)))):
-        places = [link.position for link in links]
-        residues = np.stack([_residue(kind, link, m, word, out) for link in links], axis=2)
+        places = _together([link.position for link in links])
+        residues = np.empty((*m.shape, len(links)), dtype=np.uint8)
+        for i, link in enumerate(links):
+            residues[..., i] = _residue(kind, link, m, word, total)
         here = None if known is None else known[..., places]
         found = stream.values(links[0].spacing, residues, classes[..., places], here)
         out[..., places] = found
+        for i in range(len(links)):  # numpy sums short axes slowly
+            total += found[..., i]
         if kind.width == 24:
             for i, link in enumerate(links):
                 if link.bit >= 0:
-                    word |= ((found[..., i] - m) // 2 % 2) << link.bit
+                    word |= ((found[..., i] - m) >> 1 & 1) << link.bit
     return out
+
+
+def _together(places: list[int]) -> list[int] | slice:
+    """``places`` as a slice, which is faster, where they are side by side."""
+    begin, end = places[0], places[-1] + 1
+    return slice(begin, end) if places == list(range(begin, end)) else places
 
 
 def _alike(links: tuple[Link, ...]) -> list[list[Link]]:
@@ -149,12 +159,12 @@ def _alike(links: tuple[Link, ...]) -> list[list[Link]]:
 
 
 def _residue(
-    kind: Kind, link: Link, m: np.ndarray, word: np.ndarray, out: np.ndarray
+    kind: Kind, link: Link, m: np.ndarray, word: np.ndarray, total: np.ndarray
 ) -> np.ndarray:
-    """What is known of a coordinate modulo ``link.spacing``."""
+    """What is known of a coordinate modulo ``link.spacing``; ``total`` is the sum of the others where that
+    decides."""
     if link.spacing == kind.modulus and kind.modulus > 1:
-        others = np.delete(out, link.position, axis=2).sum(axis=2)
-        return ((4 * m if kind.modulus == 8 else 0) - others) % kind.modulus
+        return ((4 * m if kind.modulus == 8 else 0) - total) % kind.modulus
     if link.spacing == 4:
-        return m + 2 * parities()[word & link.mask].astype(np.int64)
+        return m + 2 * parities()[word & link.mask]
     return m

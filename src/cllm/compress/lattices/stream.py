@@ -16,6 +16,7 @@ from cllm.compress.coded import CLASSES, ESCAPE, SYMBOLS
 from cllm.compress.lattices.residues import (
     CONTEXTS,
     COSET,
+    SPACINGS,
     UNIT,
     context,
     is_even,
@@ -41,9 +42,11 @@ class _Models:
         counts = self._counts[model][: 2 if model // CLASSES == COSET else None]
         return counts.astype(np.float64)
 
-    def see(self, model: int, symbols: np.ndarray) -> None:
-        """Take note of symbols."""
-        self._seen.append((model, np.bincount(symbols, minlength=SYMBOLS)))
+    def see(self, model: int, symbols: np.ndarray) -> bool:
+        """Take note of symbols; returns whether any says that more follows."""
+        found = np.bincount(symbols, minlength=SYMBOLS)
+        self._seen.append((model, found))
+        return bool(found[ESCAPE])
 
     def learn(self) -> None:
         """Count what was seen."""
@@ -52,38 +55,58 @@ class _Models:
         self._seen.clear()
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Flat entries of one model: ``where`` they are, the model, and what their values are folded from."""
+@dataclass(frozen=True, eq=False)
+class _Groups:
+    """Flat entries by model: the order that brings those of one together, the models that occur, by their
+    numbers, and how many entries each has."""
 
-    where: np.ndarray
-    model: int
+    order: np.ndarray
+    models: np.ndarray
+    counts: np.ndarray
 
-    @property
-    def shift(self) -> int:
-        """Low bits stored as they are."""
-        return shift_of(self.model % CLASSES, self.model // CLASSES)
-
-
-def _groups(models: np.ndarray) -> Iterator[_Group]:
-    """Entries by model, in the order of the models' numbers."""
-    order = np.argsort(models, kind="stable")
-    present, begins = np.unique(models[order], return_index=True)
-    for model, where in zip(present.tolist(), np.split(order, begins[1:]), strict=True):
-        yield _Group(where, model)
+    def __iter__(self) -> Iterator[tuple[int, slice]]:
+        """Each model, and where its entries are in the order."""
+        ends = np.cumsum(self.counts)
+        for model, count, end in zip(
+            self.models.tolist(), self.counts.tolist(), ends.tolist(), strict=True
+        ):
+            yield model, slice(end - count, end)
 
 
-_PLACES = {s: np.array([context(s, min(r, s - r)) for r in range(s)]) for s in (1, 2, 4, 8)}
-"""Spacing to the context of each residue."""
+def _groups(models: np.ndarray) -> _Groups:
+    counts = np.bincount(models)
+    present = np.flatnonzero(counts)
+    # Few models: their places fit a byte, which is sorted in one pass.
+    place = np.zeros(len(counts), dtype=np.uint8 if len(present) <= 256 else np.uint16)
+    place[present] = np.arange(len(present))
+    return _Groups(np.argsort(place[models], kind="stable"), present, counts[present])
+
+
+_PLACES = {
+    s: np.array([CLASSES * context(s, min(r, s - r)) for r in range(s)], dtype=np.uint16)
+    for s in SPACINGS
+}
+"""Spacing to the first model of each residue's context."""
+_FOLDS = {s: np.array([-1 if 2 * r > s else 1 for r in range(s)], dtype=np.int32) for s in SPACINGS}
+"""Spacing to the sign by which each residue class is folded."""
+_EVEN = np.array([is_even(s, r) for s, r in CONTEXTS])
+_VALUES = np.array([values_of(np.arange(SYMBOLS), s, r) for s, r in CONTEXTS], dtype=np.int32)
+"""(contexts, ranks): what ``values_of`` makes of small ranks."""
 
 
 def _folded(
     spacing: int, residues: np.ndarray, classes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Models (uint16), and the sign by which each residue class is folded, both flat."""
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Models (uint16) and the sign by which each residue class is folded, both flat; no signs where no
+    class is."""
     flat = residues.ravel()
-    models = _PLACES[spacing][flat] * CLASSES + classes.ravel()
-    return models.astype(np.uint16), np.where(2 * flat > spacing, -1, 1)
+    models = _PLACES[spacing][flat] + classes.ravel()
+    return models, _FOLDS[spacing][flat] if spacing > 2 else None
+
+
+def _shift(model: int) -> int:
+    """Low bits of a model's ranks, stored as they are."""
+    return shift_of(model % CLASSES, model // CLASSES)
 
 
 class WriteStream:
@@ -99,9 +122,9 @@ class WriteStream:
     def cosets(self, classes: np.ndarray, known: np.ndarray | None) -> np.ndarray:
         """Write parities."""
         assert known is not None
-        flat = known.ravel()
-        for group in _groups(COSET * CLASSES + classes.ravel().astype(np.uint16)):
-            self._push(group.model, flat[group.where])
+        flat, groups = known.ravel(), _groups(COSET * CLASSES + classes.ravel().astype(np.uint16))
+        for model, part in groups:
+            self._push(model, flat[groups.order[part]])
         return known
 
     def values(
@@ -110,12 +133,13 @@ class WriteStream:
         """Write integers."""
         assert known is not None
         models, fold = _folded(spacing, residues, classes)
-        flat = known.ravel() * fold
-        for group in _groups(models):
-            here, shift = flat[group.where], group.shift
-            s, r = CONTEXTS[group.model // CLASSES]
+        flat = known.ravel() if fold is None else known.ravel() * fold
+        groups = _groups(models)
+        for model, part in groups:
+            here, shift = flat[groups.order[part]], _shift(model)
+            s, r = CONTEXTS[model // CLASSES]
             rank = ranks(here, s, r)
-            self._push(group.model, rank >> shift)
+            self._push(model, rank >> shift)
             if is_even(s, r):
                 self._signs.append(here[here != 0] < 0)
             if shift:
@@ -157,9 +181,10 @@ class ReadStream:
 
     def cosets(self, classes: np.ndarray, known: np.ndarray | None) -> np.ndarray:
         """The next parities."""
-        found = np.empty(classes.size, dtype=np.int64)
-        for group in _groups(COSET * CLASSES + classes.ravel().astype(np.uint16)):
-            found[group.where] = self._pop(group)
+        found = np.empty(classes.size, dtype=np.int32)
+        groups = _groups(COSET * CLASSES + classes.ravel().astype(np.uint16))
+        for model, part in groups:
+            found[groups.order[part]], _ = self._pop(model, part.stop - part.start)
         return found.reshape(classes.shape)
 
     def values(
@@ -167,34 +192,50 @@ class ReadStream:
     ) -> np.ndarray:
         """The next integers."""
         models, fold = _folded(spacing, residues, classes)
-        found = np.empty(classes.size, dtype=np.int64)
-        for group in _groups(models):
-            s, r = CONTEXTS[group.model // CLASSES]
-            here = values_of(self._ranks(group), s, r)
-            if is_even(s, r):
-                there = np.flatnonzero(here)
-                negative = there[self._signs.take(len(there)).view(bool)]
-                here[negative] = -here[negative]
-            found[group.where] = here
-        return (found * fold).reshape(classes.shape)
+        groups = _groups(models)
+        here = np.empty(classes.size, dtype=np.int32)
+        for model, part in groups:
+            here[part] = self._ranks(model, part.stop - part.start)
+        # What follows is the same for all models, and done at once.
+        places = groups.models // CLASSES
+        if here.max(initial=0) < SYMBOLS:
+            here += np.repeat((places * SYMBOLS).astype(np.int32), groups.counts)
+            here = np.take(_VALUES.ravel(), here, mode="clip")  # faster, and in range
+        else:
+            for place, (_, part) in zip(places.tolist(), groups, strict=True):
+                here[part] = values_of(here[part], *CONTEXTS[place])
+        signed = here != 0
+        if not _EVEN[places].all():
+            signed &= np.repeat(_EVEN[places], groups.counts)
+        there = np.flatnonzero(signed)
+        negative = there[self._signs.take(len(there)).view(bool)]
+        here[negative] *= -1
+        found = np.empty_like(here)
+        found[groups.order] = here
+        if fold is not None:
+            found *= fold
+        return found.reshape(classes.shape)
 
-    def _pop(self, group: _Group) -> np.ndarray:
-        table = self._models.table(group.model)
+    def _pop(self, model: int, count: int) -> tuple[np.ndarray, bool]:
+        """Symbols, and whether any says that more follows."""
+        table = self._models.table(model)
         family = self._stream.model.Categorical(table, perfect=False, lazy=False)
-        symbols: np.ndarray = self._coder.decode(family, len(group.where))
-        self._models.see(group.model, symbols)
-        return symbols
+        symbols: np.ndarray = self._coder.decode(family, count)
+        return symbols, self._models.see(model, symbols)
 
-    def _ranks(self, group: _Group) -> np.ndarray:
-        found, shift = self._pop(group).astype(np.int64), group.shift
-        for i in np.flatnonzero(found == ESCAPE):
-            found[i] += pop_gamma(self._stream, self._coder) - 1
-        if found.max(initial=0) >= LARGEST >> shift:
+    def _ranks(self, model: int, count: int) -> np.ndarray:
+        (found, more), shift = self._pop(model, count), _shift(model)
+        if not shift and not more:
+            return found
+        wide = found.astype(np.int64)
+        for i in np.flatnonzero(wide == ESCAPE):
+            wide[i] += pop_gamma(self._stream, self._coder) - 1
+        if wide.max(initial=0) >= LARGEST >> shift:
             raise ValueError("damaged matrix: an integer is out of range")
         if shift:
-            low = self._lows.take(len(found) * shift).reshape(-1, shift).astype(np.int64)
-            found = found << shift | low @ (1 << np.arange(shift))
-        return found
+            low = self._lows.take(count * shift).reshape(-1, shift).astype(np.int64)
+            wide = wide << shift | low @ (1 << np.arange(shift))
+        return wide
 
     def end(self) -> None:
         """Refuse what is left over."""
