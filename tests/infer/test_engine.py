@@ -10,9 +10,10 @@ from torch import Tensor
 
 from cllm.core.errors import UsageError, UserError
 from cllm.infer.cache import Cache, encode
-from cllm.infer.engine import Engine, EngineOptions, NonFiniteLogitsError
+from cllm.infer.engine import Engine, EngineOptions
 from cllm.infer.generate import generate
 from cllm.infer.measure import CHOICES, fastest_weights
+from cllm.infer.request import NonFiniteLogitsError
 from cllm.infer.sampling import Sampling
 from cllm.infer.weights import GROUP, WEIGHTS, Int8, pack
 from cllm.model.norms import BatchNorm

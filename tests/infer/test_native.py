@@ -11,9 +11,10 @@ import torch
 
 from cllm.core.errors import UserError
 from cllm.infer import native
-from cllm.infer.batching import BURST, Request, serve
-from cllm.infer.engine import Engine, EngineOptions, NonFiniteLogitsError
+from cllm.infer.batching import Request, serve
+from cllm.infer.engine import Engine, EngineOptions
 from cllm.infer.native import compile_library, load_native, obstacle
+from cllm.infer.request import BURST, NonFiniteLogitsError
 from cllm.infer.sampling import Sampling
 from cllm.model.transformer import Transformer
 

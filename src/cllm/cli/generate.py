@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from cllm.api import Model
     from cllm.infer.constrain import Format
     from cllm.infer.engine import Engine
-    from cllm.infer.sampling import Sampling
+    from cllm.infer.request import Sampling
+    from cllm.text.tokenizer import Tokenizer
 
 BATCH_SLOTS = 8
 
@@ -98,10 +99,7 @@ def generate(
         raise UsageError("--logprobs and --slots are for --prompts FILE --out FILE")
     if prompts is not None and prompt:
         raise UsageError("--prompt and --prompts exclude each other; leave one out")
-    spin_briefly()  # before torch is loaded
-
-    from cllm.api import load
-    from cllm.infer.sampling import Sampling
+    from cllm.infer.request import Sampling
 
     sampling = Sampling(
         max_tokens=max_tokens,
@@ -114,6 +112,14 @@ def generate(
         stop=tuple(stop or ()),
         logprobs=logprobs,
     )
+    plain = prompts is None and regex is None and json_schema is None
+    usual = (weights, cache, compiled, index) == ("fp32", "fp32", True, False)
+    if plain and usual and _write_directly(run, prompt, sampling, quiet):
+        return
+    spin_briefly()  # before torch is loaded
+
+    from cllm.api import load
+
     form, loaded = _format(regex, json_schema), load(run)
     count = 1 if prompts is None else slots or BATCH_SLOTS
     engine = loaded.engine(
@@ -127,7 +133,8 @@ def generate(
     if prompts is not None and out is not None:
         _answer(loaded, engine, prompts, out, sampling, form, quiet)
     else:
-        _write(loaded, engine, prompt, sampling, form, quiet)
+        pieces = loaded.stream(prompt, sampling, form=form, engine=engine)
+        _write(pieces, loaded.tokenizer, engine.capacity, prompt, quiet)
 
 
 def compile_run(
@@ -163,16 +170,28 @@ def compile_run(
     typer.echo(str(path))
 
 
+def _write_directly(run: Path, prompt: str, sampling: Sampling, quiet: bool) -> bool:
+    """Write by the compiled loop alone, without torch; False where that is not for this run."""
+    from cllm.infer.direct import fits, load_direct
+
+    direct = load_direct(run) if fits(sampling) else None
+    if direct is None:
+        return False
+    _teller(quiet)(direct.line)
+    pieces = direct.write(prompt, sampling)
+    _write(pieces, direct.tokenizer, direct.capacity, prompt, quiet)
+    return True
+
+
 def _write(
-    model: Model, engine: Engine, prompt: str, sampling: Sampling, form: Format | None, quiet: bool
+    pieces: Iterator[str], tokenizer: Tokenizer, capacity: int, prompt: str, quiet: bool
 ) -> None:
-    pieces = model.stream(prompt, sampling, form=form, engine=engine)
     first = next(pieces, "")  # what is wrong shows before the prompt is echoed
-    length = 1 + len(model.tokenizer.encode(prompt))
-    if length > engine.capacity:
+    length = 1 + len(tokenizer.encode(prompt))
+    if length > capacity:
         _teller(quiet)(
-            f"the prompt has {length} tokens and the model's context {engine.capacity}: its last "
-            f"{engine.capacity} are read"
+            f"the prompt has {length} tokens and the model's context {capacity}: its last "
+            f"{capacity} are read"
         )
     typer.echo(printable(prompt + first), nl=False)
     for piece in pieces:

@@ -12,13 +12,11 @@ from torch import Tensor
 
 from cllm.core.errors import UsageError
 from cllm.infer.engine import Engine
-from cllm.infer.sampling import Sampling, choose_tokens, penalised, uniform
+from cllm.infer.request import BURST, Sampling
+from cllm.infer.sampling import choose_tokens, penalised, uniform
 
 if TYPE_CHECKING:  # an index brings scipy along, which generation seldom needs
     from cllm.infer.lookup.head import IndexHead
-
-BURST = 8
-"""Tokens that are written in one call where the loop is compiled: a text shows so many at once."""
 
 
 class Constraint(Protocol):

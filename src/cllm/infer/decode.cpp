@@ -32,9 +32,9 @@ inline void pause() {
 #endif
 }
 
-// e^x by 2^n e^r, |r| <= ln 2 / 2, and Taylor's series: an error of some units in the last place.
-inline float exponential(float x) {
-    x = std::min(std::max(x, -87.0f), 88.0f);
+// e^x by 2^n e^r, |r| <= ln 2 / 2, and Taylor's series: an error of some units in the last place. NaN stays.
+inline float exponential(float given) {
+    const float x = given == given ? std::min(std::max(given, -87.0f), 88.0f) : 0;
     const int n = static_cast<int>(x * 1.44269504f + (x < 0 ? -0.5f : 0.5f));
     const float m = static_cast<float>(n);
     const float r = (x - m * 0.693145752f) - m * 1.42860677e-6f;
@@ -49,7 +49,7 @@ inline float exponential(float x) {
     const int32_t bits = (n + 127) << 23;
     float power;
     std::memcpy(&power, &bits, 4);
-    return y * power;
+    return given == given ? y * power : given;
 }
 
 // Values (seen, K) weighted by their shares: 8 W of the K numbers.
@@ -239,7 +239,10 @@ class Model {
         }
         wake.notify_all();
         job(0, count);
-        while (running.load(std::memory_order_acquire)) pause();
+        for (int spins = 0; running.load(std::memory_order_acquire); ++spins) {
+            if (spins < 4000) pause();
+            else std::this_thread::yield();
+        }
     }
 
     int64_t draw(int64_t row, const Draw &how, double uniform) const;
@@ -376,7 +379,8 @@ class Model {
 
     void likeliest(int64_t row) {
         const float *logits = s.logits + row * padded;
-        v8 tops = load(logits), nothing = {};
+        v8 tops = {}, nothing = {};
+        for (int i = 0; i < 8; ++i) tops[i] = logits[0];  // of fewer than 8 no padding counts
         int64_t v = 0;
         for (; v + 8 <= s.vocab; v += 8) {
             const v8 one = load(logits + v);
@@ -386,8 +390,8 @@ class Model {
         float top = tops[0], sum = nothing[0];
         for (int i = 1; i < 8; ++i) top = std::max(top, tops[i]), sum += nothing[i];
         for (; v < s.vocab; ++v) top = std::max(top, logits[v]), sum += logits[v] * 0.0f;
-        best[row] = std::find(logits, logits + s.vocab, top) - logits;
         finite[row] = sum == 0;
+        best[row] = finite[row] ? std::find(logits, logits + s.vocab, top) - logits : 0;
     }
 
     std::vector<float> x, normed, qkv, mixed, act, scores;
@@ -408,7 +412,8 @@ class Model {
 
 // As cllm.infer.sampling: the inverse of the cumulative distribution at `uniform`.
 int64_t Model::draw(int64_t row, const Draw &how, double uniform) const {
-    if (how.temperature == 0) return best[row];
+    // What is not finite has no order: sorting it would leave the array.
+    if (how.temperature == 0 || !finite[row]) return best[row];
     const float *logits = s.logits + row * padded;
     std::vector<int32_t> ids(s.vocab);
     std::iota(ids.begin(), ids.end(), 0);
@@ -474,23 +479,26 @@ void *cllm_open(const Shape *shape) { return new Model(*shape); }
 
 void cllm_close(void *handle) { delete static_cast<Model *>(handle); }
 
-// Read n rows; logits of the `scored` ones (ascending row numbers) are left in the buffer, in order.
-// Rows of a slot stand in the order of their places. Returns 0, or 1 if a logit is not finite.
+// Read n rows of one slot in the order of their places; logits of the last are left in the buffer. Returns 0,
+// or 1 if one of them is not finite.
 int64_t cllm_read(void *handle, int64_t threads, int64_t n, const int64_t *token, const int64_t *slot,
-                  const int64_t *place, int64_t last, int64_t *best) {
+                  const int64_t *place, int64_t *best) {
     Model &model = *static_cast<Model *>(handle);
-    const int64_t most = model.s.rows, none = 0;
+    const int64_t most = model.s.rows;
     model.together(static_cast<int>(threads), [&](int me, int count) {
         for (int64_t begin = 0; begin < n; begin += most) {
             const int64_t rows = std::min(most, n - begin), which = rows - 1;
-            const bool scored = last && begin + rows == n;
             model.pass(me, count, rows, token + begin, slot + begin, place + begin, false,
-                       scored ? 1 : none, &which);
+                       begin + rows == n ? 1 : 0, &which);
         }
     });
-    if (!last) return 0;
     *best = model.best[0];
     return !model.finite[0];
+}
+
+// A token by the logits that `cllm_read` left.
+int64_t cllm_draw(void *handle, const Draw *how, double uniform) {
+    return static_cast<Model *>(handle)->draw(0, *how, uniform);
 }
 
 // `steps` tokens after each of n slots: out[step][row], -1 from the row's end token on. Logits of the last

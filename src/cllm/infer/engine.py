@@ -15,7 +15,7 @@ from cllm.core.errors import UsageError, UserError
 from cllm.infer.cache import Cache
 from cllm.infer.native import Native
 from cllm.infer.network import Network
-from cllm.infer.sampling import Sampling
+from cllm.infer.request import Sampling, refuse_unless
 from cllm.infer.weights import check_weights
 from cllm.model.transformer import Transformer
 
@@ -24,10 +24,6 @@ if TYPE_CHECKING:  # an index brings scipy along, which generation seldom needs
 
 Decode = Callable[[list[Tensor]], Sequence[Tensor]]
 """``Network.decode`` or what it was compiled to: (tokens, positions, *buffers) in a list."""
-
-
-class NonFiniteLogitsError(UserError):
-    """The model's logits are not finite: its weights are damaged, or its training diverged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +185,7 @@ class Engine:
         assert 1 <= steps <= self.room(tokens)
         places = [self._lengths[slot] for slot in tokens]
         made, _, finite = native.write(dict(tokens), places, steps, draws, uniforms, end_id)
-        _refuse_unless(finite)
+        refuse_unless(finite)
         for (slot, token), following in zip(tokens.items(), made, strict=True):
             self._seen[slot] += [token, *following[:-1]]
             self._lengths[slot] += len(following)
@@ -201,8 +197,8 @@ class Engine:
         assert self._native is not None
         given = {slot: tokens[slot] for slot in going}
         places = [self._lengths[slot] for slot in going]
-        made, rows, finite = self._native.write(given, places)
-        _refuse_unless(finite)
+        made, rows, finite = self._native.step(given, places)
+        refuse_unless(finite)
         best, logits = [0] * self.options.slots, rows.new_zeros(self.options.slots, rows.shape[1])
         logits[list(going)] = rows
         for slot, (token,) in zip(going, made, strict=True):
@@ -219,8 +215,8 @@ class Engine:
         self._lengths[slot] = len(ids)
         del self._seen[slot][: -self.capacity]
         if self._native is not None:
-            logits, best, finite = self._native.read(slot, ids)
-            _refuse_unless(finite)
+            logits, best, finite = self._native.scores_of(slot, ids)
+            refuse_unless(finite)
             return Scores(logits, [best])
         given = torch.tensor(ids, device=self.device)
         logits = self.network.logits(self.network.read(given, slot, *self.cache.buffers)[-1:])
@@ -233,9 +229,4 @@ class Engine:
 
 
 def _refuse_damaged(sums: Iterable[float]) -> None:
-    _refuse_unless(all(map(math.isfinite, sums)))
-
-
-def _refuse_unless(finite: bool) -> None:
-    if not finite:
-        raise NonFiniteLogitsError("the model's logits are not finite; its weights are damaged")
+    refuse_unless(all(map(math.isfinite, sums)))

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cllm.infer.batching import Request, serve
-from cllm.infer.engine import Engine, NonFiniteLogitsError
+from cllm.infer.engine import Engine
+from cllm.infer.request import NonFiniteLogitsError
 from cllm.infer.sampling import Sampling
 from cllm.model.transformer import Transformer
 

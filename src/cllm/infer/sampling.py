@@ -8,67 +8,13 @@ is generated at the same time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cllm.core.errors import UsageError
+from cllm.infer.request import Sampling
 
-MOST_LOGPROBS = 100
-"""Alternatives that may be asked for at each token."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are drawn.
-
-    ``temperature`` 0 takes the likeliest; ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty``
-    1 are off. ``stop``: texts before which the output ends. ``logprobs``: alternatives to report with
-    each token's log-probability; none reports nothing.
-    """
-
-    max_tokens: int = 200
-    temperature: float = 0.8
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        checks = {
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "in 0 (off) … 1"),
-            "repetition_penalty": (
-                0 < self.repetition_penalty < float("inf"),
-                "above 0; 1 is off",
-            ),
-            "seed": (0 <= self.seed < 2**63, "in 0 … 2⁶³ − 1"),
-            "stop": (all(self.stop), "texts that are not empty"),
-            "logprobs": (
-                self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
-                f"in 0 … {MOST_LOGPROBS}",
-            ),
-        }
-        for name, (holds, wanted) in checks.items():
-            if not holds:
-                raise UsageError(f"{name} = {getattr(self, name)} must be {wanted}")
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether nothing is drawn."""
-        return self.temperature == 0
-
-    @property
-    def takes_likeliest(self) -> bool:
-        """Whether the token of the highest logit is all that there is to find."""
-        return self.is_greedy and self.repetition_penalty == 1 and self.logprobs is None
+__all__ = ["Sampling", "candidates", "choose_token", "choose_tokens", "penalised", "uniform"]
 
 
 def choose_token(

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from cllm.core.errors import UserError
-from cllm.infer.engine import Engine, NonFiniteLogitsError
+from cllm.infer.engine import Engine
+from cllm.infer.request import NonFiniteLogitsError
 from cllm.infer.writing import prompt_ids
 from cllm.text.tokenizer import Tokenizer
 

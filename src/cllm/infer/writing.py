@@ -6,11 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from cllm.core.errors import UserError
 from cllm.infer.batching import Request, Step, serve
 from cllm.infer.constrain import Format, constraint_of
 from cllm.infer.engine import Engine
-from cllm.infer.sampling import Sampling
+from cllm.infer.request import Sampling, prompt_ids
 from cllm.infer.streaming import TextStream
 from cllm.text.tokenizer import Tokenizer
 
@@ -64,20 +63,6 @@ class Completion:
                 for token, (logprob, top) in zip(self.tokens, self.logprobs, strict=True)
             ]
         return body
-
-
-def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A prompt's tokens behind an end token, which begins a text, as in training.
-
-    Raises ``UserError`` for text that has no UTF-8 form (half a surrogate pair: bytes that were not UTF-8).
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            "the prompt is not valid UTF-8 text; save or pass it in that encoding"
-        ) from error
-    return [tokenizer.end_id, *map(int, tokenizer.encode(text))]
 
 
 def write(engine: Engine, tokenizer: Tokenizer, prompt: Prompt) -> Iterator[str]:
