@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,26 @@ def test_a_wrong_weight_in_either_graph_fails_the_check(
         (path / name).write_bytes((path / name).read_bytes()[:-2000])
         with pytest.raises(UserError, match=rf"onnxruntime cannot load .*{name}"):
             open_runtime(path)
+
+
+def test_the_tokenizer_beside_the_graphs_is_checked(
+    lively: tuple[Source, Path, Any], tmp_path: Path
+) -> None:
+    source, whole, model = lively
+    path = shutil.copytree(whole, tmp_path / "x")
+    assert check(open_runtime(path), model, source, shapes=2).texts > 0
+    file = path / "tokenizer.json"
+    description = json.loads(file.read_text(encoding="utf-8"))
+    del description["model"]["merges"][3]
+    file.write_text(json.dumps(description), encoding="utf-8")
+    with pytest.raises(CheckFailedError, match="the tokens of"):
+        check(open_runtime(path), model, source, shapes=2)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"tokenizer.json is no tokenizer: it was cut short"):
+        open_runtime(path)
+    file.unlink()
+    with pytest.raises(UserError, match=r"cannot read .*tokenizer.json"):
+        open_runtime(path)
 
 
 def test_what_one_file_cannot_hold_is_refused(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cllm.core.errors import UserError
 from cllm.core.machine import cannot_compile
@@ -32,8 +33,6 @@ def holds(source: Source, exported: Exported, to: str) -> None:
     with closing(FORMATS[to].load().open_runtime(path)) as runtime:
         assert "without cllm" in runtime.name
         assert check(runtime, source.model, source, shapes=12).difference <= 1e-4
-        if to == "aoti":  # does not check lengths, and `cllm export` says so
-            return
         # More tokens than there are positions end in an error, not in numbers.
         ids = np.zeros((1, source.config.context + 1), np.int64)
         with pytest.raises(UserError, match="gives no logits for ids of shape"):
@@ -67,13 +66,37 @@ def test_another_models_file_fails_the_check(source_of: SourceOf, exported: Expo
         check(runtime, other.model, other)
 
 
-def test_a_truncated_file_is_one_line(source_of: SourceOf, exported: Exported) -> None:
-    path, _ = exported(source_of(n_layers=1), "torchscript")
+@pytest.mark.parametrize("to", [*TRACED, pytest.param("aoti", marks=pytest.mark.slow)])
+def test_a_truncated_file_is_one_line(to: str, source_of: SourceOf, exported: Exported) -> None:
+    if to == "aoti" and cannot_compile():
+        pytest.skip(str(cannot_compile()))
+    path, _ = exported(source_of(n_layers=1), to)
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(UserError, match="is broken or cut short"):
         format_of(path)
-    with pytest.raises(UserError, match="cannot be loaded without cllm"):
-        FORMATS["torchscript"].load().open_runtime(path)
+    with pytest.raises(UserError, match="cannot be loaded without cllm") as caught:
+        FORMATS[to].load().open_runtime(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_compiled_package_looks_at_lengths(source_of: SourceOf, exported: Exported) -> None:
+    if cannot_compile():
+        pytest.skip(str(cannot_compile()))
+    source = source_of("learned", n_layers=1)
+    path, _ = exported(source, "aoti")
+    context, rng = source.config.context, np.random.default_rng(3)
+    for batch in (1, 2, 7):
+        for length in (1, 2, context - 1, context, context + 1, 2 * context, 40 * context):
+            ids = rng.integers(0, source.tokenizer.vocab_size, (batch, length))
+            with closing(FORMATS["aoti"].load().open_runtime(path)) as runtime:  # a process each
+                if length > context:
+                    with pytest.raises(UserError, match="gives no logits for ids of shape"):
+                        runtime.logits(ids)
+                    continue
+                with torch.no_grad():
+                    wanted = source.model(torch.from_numpy(ids)).numpy()
+                np.testing.assert_allclose(runtime.logits(ids), wanted, atol=1e-4)
 
 
 def test_the_outside_program_does_not_import_cllm() -> None:

@@ -104,6 +104,12 @@ def test_a_stream_of_text_shows_whole_characters_only() -> None:
     assert "".join(pieces) + shown.end() == text
     assert "" in pieces, "some token held a part of a character"
     assert not any("\ufffd" in piece for piece in pieces)
+    ids = torch.randint(0, 270, (400,), generator=torch.Generator().manual_seed(3)).tolist()
+    wild, parts = TextStream(tokenizer), []
+    for token in ids:  # halves of characters that nothing completes, too
+        parts.append(wild.feed(token))
+    whole = b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", errors="replace")
+    assert "".join(parts) + wild.end() == whole
     cut = TextStream(tokenizer)
     fox = [int(token) for token in tokenizer.encode("🦊")]
     assert "".join(map(cut.feed, fox[:-1])) == ""

@@ -18,7 +18,7 @@ from cllm.core.atomic import (
     new_directory,
     temporary_beside,
 )
-from cllm.core.errors import UsageError, UserError
+from cllm.core.errors import UsageError, UserError, require
 from cllm.export.check import Checked, CheckFailedError, check
 from cllm.export.formats import Format, FormatModule, find_dtype, find_format, format_of
 from cllm.export.source import Source, open_source
@@ -63,6 +63,8 @@ def export(
     place = Path(out) if out is not None else None
     if place is not None:
         _refuse_place(place, target, force)
+    if checking and target.checked_by:  # before minutes of writing, not after them
+        require(target.checked_by, target.name, f"checking an export to {target.name} (--check)")
     source = open_source(Path(run))
     kinds = sorted({kind for kind, _ in source.blocks.values()} & set(target.dtypes))
     if kinds:

@@ -44,6 +44,8 @@ class Format:
     """What a file's name must end in, where its program goes by that."""
     note: str = ""
     """What one should know before choosing it."""
+    checked_by: str = ""
+    """The package that a check needs, of the extra that is called as the format is."""
 
     def load(self) -> FormatModule:
         """The module that writes and opens it."""
@@ -52,19 +54,28 @@ class Format:
 
 TORCHSCRIPT = "torch 2.13 calls TorchScript deprecated: prefer torch-export where you can"
 
-AOTI = (
-    "the package does not check lengths: above the model's context it reads beyond its tables, "
-    "so give it no more tokens than that"
-)
-
 FORMATS = {
     made.name: made
     for made in (
-        Format("hf", "hf", "-hf", ("fp32", "bf16", "fp16"), directory=True),
-        Format("gguf", "gguf", ".gguf", ("f32", "f16", "bf16", "q8_0", "q4_0")),
-        Format("onnx", "onnx", "-onnx", ("fp32", "int8", "int4"), directory=True),
+        Format(
+            "hf",
+            "hf",
+            "-hf",
+            ("fp32", "bf16", "fp16"),
+            directory=True,
+            checked_by="transformers",
+        ),
+        Format("gguf", "gguf", ".gguf", ("f32", "f16", "bf16", "q8_0", "q4_0"), checked_by="gguf"),
+        Format(
+            "onnx",
+            "onnx",
+            "-onnx",
+            ("fp32", "int8", "int4"),
+            directory=True,
+            checked_by="onnxruntime",
+        ),
         Format("torch-export", "torch_program", ".pt2", ("fp32",), ending=".pt2"),
-        Format("aoti", "aoti", "-aoti.pt2", ("fp32",), ending=".pt2", note=AOTI),
+        Format("aoti", "aoti", "-aoti.pt2", ("fp32",), ending=".pt2"),
         Format("torchscript", "torchscript", ".pt", ("fp32",), note=TORCHSCRIPT),
     )
 }
@@ -97,6 +108,8 @@ def format_of(path: Path) -> Format:
         return _directory_format(path)
     with clear_errors(path, "read"), path.open("rb") as file:
         head = file.read(4)
+    if not head:
+        raise UserError(f"{path} is empty; export anew")
     if head == b"GGUF":
         return FORMATS["gguf"]
     if head == b"PK\x03\x04":

@@ -21,6 +21,15 @@ from cllm.export.gguf_blocks import gguf_package
 from cllm.export.runtime import Runtime
 
 
+class ForeignError(Exception):
+    """A whole GGUF file, but of something that cllm does not export."""
+
+
+def broken(path: Path) -> str:
+    """What to tell of a file that the package ``gguf`` cannot read."""
+    return f"{path} is no whole GGUF file of a Llama: it was cut short or altered; export anew"
+
+
 def read_back(path: Path) -> Runtime:
     """The file at ``path``. Raises ``UserError`` if it is no whole GGUF file of a Llama."""
     gguf = gguf_package()
@@ -35,8 +44,10 @@ def read_back(path: Path) -> Runtime:
         }
         encode = _Words(facts)
         llama = _Llama(facts, weights)
-    except Exception as error:  # numpy's and struct's, and a ValueError of its own
-        raise UserError(f"{path} is no whole GGUF file of a Llama: {error}") from error
+    except ForeignError as error:
+        raise UserError(f"{path} is no GGUF file that cllm exports: {error}") from error
+    except Exception as error:  # numpy's and struct's, which tell of reshaping and offsets
+        raise UserError(broken(path)) from error
     name = (
         f"the gguf package {_version()} (not in llama.cpp, which pip install 'cllm[llama]' builds)"
     )
@@ -49,7 +60,7 @@ class _Words:
     def __init__(self, facts: dict[str, Any]) -> None:
         tokens, types = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
         if facts["tokenizer.ggml.pre"] != "gpt-2" or facts["tokenizer.ggml.model"] != "gpt2":
-            raise ValueError(f"unknown tokenizer {facts['tokenizer.ggml.pre']!r}")
+            raise ForeignError(f"unknown tokenizer {facts['tokenizer.ggml.pre']!r}")
         merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
         normal = {token: i for i, token in enumerate(tokens) if types[i] == 1}
         self.backend = tokenizers.Tokenizer(models.BPE(vocab=normal, merges=merges))
@@ -58,7 +69,7 @@ class _Words:
         if not facts["tokenizer.ggml.add_bos_token"]:
             self.first = []
         if 4 in types:
-            raise ValueError("its added tokens cannot be read back")
+            raise ForeignError("its added tokens cannot be read back")
 
     def ids(self, text: str) -> list[int]:
         return self.first + list(self.backend.encode(text, add_special_tokens=False).ids)
@@ -69,7 +80,7 @@ class _Llama:
 
     def __init__(self, facts: dict[str, Any], weights: dict[str, Tensor]) -> None:
         if facts["general.architecture"] != "llama":
-            raise ValueError(f"its architecture is {facts['general.architecture']}")
+            raise ForeignError(f"its architecture is {facts['general.architecture']}")
         self.weights = weights
         self.layers = facts["llama.block_count"]
         self.heads = facts["llama.attention.head_count"]
@@ -78,7 +89,7 @@ class _Llama:
         self.turned = facts["llama.rope.dimension_count"]
         self.base = facts["llama.rope.freq_base"]
         if weights["token_embd.weight"].shape[0] != len(facts["tokenizer.ggml.tokens"]):
-            raise ValueError("the table and the vocabulary have different sizes")
+            raise ForeignError("the table and the vocabulary have different sizes")
 
     def logits(self, ids_bt: np.ndarray) -> np.ndarray:
         x = self.weights["token_embd.weight"][torch.from_numpy(ids_bt)]

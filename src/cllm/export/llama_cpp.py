@@ -11,6 +11,7 @@ import numpy as np
 
 from cllm.core.errors import UserError
 from cllm.export.gguf_blocks import gguf_package
+from cllm.export.gguf_reading import broken
 from cllm.export.runtime import Runtime
 
 F32 = 0
@@ -86,5 +87,5 @@ def _facts(path: Path) -> tuple[str, int]:
         fields = gguf.GGUFReader(path).fields
         kind = gguf.LlamaFileType(fields["general.file_type"].contents()).name
         return kind, int(fields["llama.context_length"].contents())
-    except Exception as error:  # numpy's and struct's, and a ValueError of its own
-        raise UserError(f"{path} is no whole GGUF file of a Llama: {error}") from error
+    except Exception as error:  # numpy's and struct's, which tell of reshaping and offsets
+        raise UserError(broken(path)) from error

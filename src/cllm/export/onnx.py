@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 from torch import nn
 
+from cllm.core.atomic import clear_errors
 from cllm.core.errors import UserError, require
 from cllm.export.graph import Cached, Whole, cache_names, graph_model
 from cllm.export.hf import tokenizer_json
@@ -34,7 +36,7 @@ BITS = {"fp32": 0, "int8": 8, "int4": 4}
 OPSET = 20
 LIMIT = 2**31 - 2**20
 """Bytes of one file: protobuf's limit, with room for the graph."""
-WHOLE, CACHED = "model.onnx", "model-cached.onnx"
+WHOLE, CACHED, TOKENIZER = "model.onnx", "model-cached.onnx", "tokenizer.json"
 
 
 def write(source: Source, dtype: str, path: Path) -> Transformer:
@@ -61,7 +63,7 @@ def write(source: Source, dtype: str, path: Path) -> Transformer:
         onnx.checker.check_model(graph)
         (path / name).write_bytes(graph.SerializeToString())
     words = json.dumps(tokenizer_json(source.tokenizer), indent=2, ensure_ascii=False)
-    (path / "tokenizer.json").write_text(words + "\n", encoding="utf-8")
+    (path / TOKENIZER).write_text(words + "\n", encoding="utf-8")
     return model
 
 
@@ -177,7 +179,26 @@ def open_runtime(path: Path) -> Runtime:
             made.append(scores)
         return made
 
-    return Runtime(f"onnxruntime {ort.__version__}", logits, stepwise=stepwise)
+    name = f"onnxruntime {ort.__version__}"
+    return Runtime(name, logits, _encoder(path / TOKENIZER), stepwise=stepwise)
+
+
+def _encoder(path: Path) -> Callable[[str], list[int]]:
+    """The tokenizer that lies beside the graphs, in Hugging Face's library."""
+    with clear_errors(path, "read"):
+        text = path.read_bytes()
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(text)
+    except Exception as error:  # the library raises nothing more specific
+        raise UserError(
+            f"{path} is no tokenizer: it was cut short or altered; export anew"
+        ) from error
+    backend.encode_special_tokens = True  # text that looks like a special token stays text
+
+    def encode(text: str) -> list[int]:
+        return list(backend.encode(text).ids)
+
+    return encode
 
 
 def _session(ort: ModuleType, path: Path) -> Any:

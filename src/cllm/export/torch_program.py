@@ -20,18 +20,19 @@ def write(source: Source, dtype: str, path: Path) -> Transformer:
     model = graph_model(source.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about suffixes and shapes of constants
-        torch.export.save(program(model), path)
+        torch.export.save(program(Whole(model)), path)
     return model
 
 
-def program(model: Transformer) -> ExportedProgram:
+def program(module: Whole) -> ExportedProgram:
     """The graph of ids (batch, time) -> logits, for any batch and up to ``context`` tokens."""
+    model = module.model
     time = Dim("time", min=1, max=model.config.context)
     shapes = {"input_ids": {0: Dim("batch", min=1), 1: time}}
     length = min(3, model.config.context)
     example = torch.zeros(2, length, dtype=torch.long)
     with torch.no_grad():
-        return torch.export.export(Whole(model), (example,), dynamic_shapes=shapes)
+        return torch.export.export(module, (example,), dynamic_shapes=shapes)
 
 
 def open_runtime(path: Path) -> Runtime:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -74,10 +75,10 @@ def verify(
     """Score the exported file at ``path`` in its own program, and its run, on the same text.
 
     ``run`` may be a compressed file. ``data``: files, directories or globs; none means the run's
-    validation split. Where the file holds a
-    tokenizer, it must make the run's tokens of that text. Raises ``UserError`` for a file that cannot be
-    opened, for other tokens, and where there is no held-out text; a rise past ``threshold`` is for the
-    caller to judge (``Verified.holds``).
+    validation split. Where the file holds a tokenizer, it must make the run's tokens of that text. Raises
+    ``UserError`` for a file that cannot be opened or whose logits are not finite, for other tokens, and
+    where there is no held-out text. A rise past ``threshold`` is for the caller to judge:
+    ``Verified.holds``.
     """
     source = open_source(Path(run))
     module = format_of(Path(path)).load()
@@ -97,6 +98,11 @@ def verify(
             tokens = held_out
         _compare_tokens(runtime, source, tokens)
         file = _score(_by_runtime(runtime), tokens, source, advance)
+        if not math.isfinite(file.bpb):
+            raise CheckFailedError(
+                f"{path} gives logits that are not finite in {runtime.name}: its weights were altered; "
+                "export anew"
+            )
         own = _score(_by_model(source.model), tokens, source, lambda windows: None)
     return Verified(Path(path), runtime.name, file, own, threshold)
 

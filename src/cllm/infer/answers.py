@@ -38,9 +38,10 @@ def answers(path: Path, keys: list[str]) -> Iterator[Answers]:
     one that was killed, wrote for the same requests are kept, and half a line at the end is dropped. Raises
     ``UsageError`` if the file holds anything else.
     """
+    fresh = not path.exists()
     with clear_errors(path):
-        file = open(path, "r+b") if path.exists() else open(path, "x+b")  # noqa: SIM115
-    with file:
+        file = open(path, "x+b" if fresh else "r+b")  # noqa: SIM115
+    with _removed_if_empty(path if fresh else None), file:
         done, size = _finished(file, path, keys)
         file.truncate(size)
         file.seek(size)
@@ -60,6 +61,17 @@ def answers(path: Path, keys: list[str]) -> Iterator[Answers]:
         yield Answers(done, write)
         with clear_errors(path):
             os.fsync(file.fileno())
+
+
+@contextmanager
+def _removed_if_empty(made: Path | None) -> Iterator[None]:
+    """Leave no file where the body fails before the one that was ``made`` for it holds an answer."""
+    try:
+        yield
+    except BaseException:
+        if made is not None and not made.stat().st_size:
+            made.unlink()
+        raise
 
 
 def _finished(file: IO[bytes], path: Path, keys: list[str]) -> tuple[int, int]:
