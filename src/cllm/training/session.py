@@ -210,10 +210,12 @@ def train_run(
             board=board,
             progress=progress,
         )
+        stack.callback(trainer.close)
         run.write_config(to_toml(config))  # here, where nothing can refuse it any more
         discard_after(run.path, standing.step)
         if standing.step == 0:
             trainer.save(best=False)  # so that a kill at any moment leaves something to resume
+            trainer.background.wait()
         state = "finished"
         try:
             with Interrupt(run.path) as interrupt:
