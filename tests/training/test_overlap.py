@@ -1,4 +1,4 @@
-"""Work beside the steps: batches prepared ahead, log and checkpoints written behind; the bits are the same."""
+"""Work beside the steps: batches prepared ahead, log and checkpoints written behind; bits are the same."""
 
 from __future__ import annotations
 
