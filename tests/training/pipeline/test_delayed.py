@@ -82,7 +82,7 @@ def simulated(
     segment: int = 0,
     compiled: bool = False,
 ) -> list[float]:
-    """The recurrence on one thread, with the plain loop's gradient (``compiled``: that of the compiled halves)
+    """The recurrence on one thread, with the plain loop's gradient (``compiled``: the compiled halves')
     and a list of past weights."""
     arena, update = step.arena, step.update
     halves = Halves(step.gradients, compiled=True) if compiled else None
