@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cllm.bench import arena, overlap, parallel
+from cllm.bench import arena, parallel
 from cllm.bench.harness import Options, render
 from cllm.core.cpu import usable_threads
 from cllm.core.errors import UserError
@@ -24,8 +24,8 @@ def quick_rounds(isolated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @two_cores
-def test_a_quick_run_measures_all_and_judges_nothing() -> None:
-    result = parallel.run(Options(quick=True))
+def test_a_quick_run_measures_all_and_judges_nothing(corpus: Path) -> None:
+    result = parallel.run(Options(quick=True, data=(str(corpus),)))
     rows = {(row.get("machine"), row["contestant"]): row for row in result.rows}
     for machine in ("idle", "beside another program"):
         for name in (parallel.ONE, parallel.DELAYED):
@@ -35,6 +35,7 @@ def test_a_quick_run_measures_all_and_judges_nothing() -> None:
         f"end of a step: {name}" for name in (arena.PLAIN, arena.THEIRS)
     }
     assert all(row["µs"] > 0 for row in ends)
+    assert sum("bits per byte" in row for row in result.rows) == 2
     assert sum("ms waited" in row for row in result.rows) == 6
     assert result.claims
     assert all(claim.holds is None and claim.why for claim in result.claims)
@@ -69,10 +70,3 @@ def test_claims_compare_workers_with_a_thread_a_team_and_the_fair_share(
     assert claims[names[0]].aim == 1.95
     assert claims[f"{parallel.DELAYED} ÷ team"].required is None
     assert claims["team, beside another program: of the fair share"].holds is None
-
-
-def test_what_a_step_waits_for_is_measured_with_and_without_overlap() -> None:
-    rows, (note,) = overlap.measure(quick=True)
-    assert len(rows) == 6
-    assert all(row["ms waited"] >= 0 for row in rows)
-    assert "train.overlap" in note
