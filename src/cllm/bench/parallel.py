@@ -3,8 +3,8 @@
 The demo's model and batch, each contestant in a process of its own, first on an idle machine, then beside
 another program that wants one core. One worker on one core beside a team of threads that waits for its
 slowest member at every operation: that is what the comparison is about. Then what ends a step, over one
-arena (``cllm.bench.arena``), what is done beside the steps (``cllm.bench.overlap``), and what the delay costs
-(``cllm.bench.delay``; its text may be given with ``--data``).
+arena (``cllm.bench.arena``), what is done beside the steps (``cllm.bench.overlap``), and what the delay
+costs (``cllm.bench.delay``; its text may be given with ``--data``).
 """
 
 from __future__ import annotations
