@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--keep-memory", action="store_true")
     parser.add_argument("--give-memory-back", action="store_true")
+    parser.add_argument("--bare", action="store_true", help="leave matrix products unmeasured")
     parser.add_argument("--simdlen", type=int, help="Inductor's vector width in bits; 1 is none")
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
@@ -55,7 +56,8 @@ def main() -> None:
         if args.keep_memory:
             keep_freed_memory()
         step, dtype = peer(config, args), args.dtype
-    measure(config, step, dtype, threads, args.steps, drain)
+    rates = {} if args.bare else matmul_rates(threads)
+    measure(config, step, dtype, rates, args.steps, drain)
 
 
 def nothing() -> None:
@@ -141,7 +143,7 @@ def measure(
     config: Config,
     step: Step,
     dtype: str,
-    threads: int,
+    rates: dict[str, float],
     steps: int,
     drain: Callable[[], None] = nothing,
 ) -> None:
@@ -169,7 +171,7 @@ def measure(
         "start_seconds": start_seconds,
         "dtype": dtype,
         "flops_per_token": flops_per_token(model),
-        "matmul": matmul_rates(threads),
+        "matmul": rates,
         "shape": f"d={model.d_model}, {model.n_layers} layers, {model.n_heads} heads, feed-forward "
         f"{model.d_ff}, context {context}, vocabulary {VOCABULARY}, batch {batch}",
     }
