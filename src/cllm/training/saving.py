@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -43,10 +44,11 @@ class Saver:
         optimizer = optimizer_of(step, moments=not together)
         with nullcontext() if together else step.settled():
             weights = {} if together else weights_of(step.model)
-            if self.background.threaded:
+            if self.background.threaded and not together:
                 weights, optimizer = _copied(weights), _copied(optimizer)
-            self.background.hand_over(
-                self._write,
+            # Processes that write together talk to each other from their main threads.
+            write = self._write if together else partial(self.background.hand_over, self._write)
+            write(
                 standing.step,
                 weights=weights,
                 optimizer=optimizer,
@@ -56,8 +58,6 @@ class Saver:
                 best=best,
                 shards=team.save if team is not None and together else None,
             )
-        if together:
-            self.background.wait()
 
     def save_once(self, standing: Standing) -> None:
         """Save the present step unless it was saved already, and wait until it is written."""

@@ -222,6 +222,7 @@ def train_run(
                 if fit:
                     state = trainer.fit(interrupt)
         except DivergedError as error:
+            trainer.close()  # what it still writes down changes the status, too
             session.end("diverged", str(error), warnings=progress.warnings)
             raise
         outcome = conclude(trainer, state)
