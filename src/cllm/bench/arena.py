@@ -11,12 +11,12 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+from cllm.bench.contestants import our_contestant
 from cllm.bench.harness import (
     Claim,
     Contestant,
     contest,
     interleaved,
-    our_contestant,
     ratio_of_medians,
 )
 from cllm.core.cpu import usable_threads

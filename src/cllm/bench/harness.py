@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -28,7 +27,6 @@ from cllm.core.atomic import new_file, write_text
 from cllm.core.cpu import load_average
 from cllm.core.errors import UsageError, UserError, nearest
 from cllm.core.machine import machine
-from cllm.core.threads import spin_briefly
 
 BENCHES = {
     "train": "training",
@@ -210,13 +208,6 @@ class Contestant:
             raise UserError(f"the bench process {self.name!r} failed: {last[0]}")
         found: dict[str, Any] = json.loads(line)
         return found
-
-
-def our_contestant(name: str, module: str, arguments: Sequence[str]) -> Contestant:
-    """A contestant whose waiting threads spin as briefly as those of ``cllm train``."""
-    env = dict(os.environ)
-    spin_briefly(env)
-    return Contestant(name, module, arguments, env)
 
 
 @contextmanager

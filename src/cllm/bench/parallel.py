@@ -17,6 +17,7 @@ from functools import partial
 from statistics import median
 
 from cllm.bench import arena, delay, overlap
+from cllm.bench.contestants import our_contestant
 from cllm.bench.harness import (
     Claim,
     Contestant,
@@ -25,7 +26,6 @@ from cllm.bench.harness import (
     contest,
     interleaved,
     load_now,
-    our_contestant,
     ratio_of_medians,
     spread,
 )

@@ -103,9 +103,7 @@ class Trainer:
                     improved, enough = self._validate()
                 if done or enough or improved or standing.step % train.checkpoint_every == 0:
                     with interrupt.saving():
-                        self.save(best=improved)
-                        if done or enough:
-                            self.background.wait()
+                        self.save(best=improved, wait=done or enough)
                 if self.ahead is not None:
                     self.ahead.keep(standing)
                 if interrupt.pending:
@@ -298,9 +296,11 @@ class Trainer:
                 "model, dropout, or more text"
             )
 
-    def save(self, *, best: bool) -> None:
-        """Have the checkpoint of the present step written."""
+    def save(self, *, best: bool, wait: bool = False) -> None:
+        """Have the checkpoint of the present step written; ``wait`` until it is."""
         self.saver.save(self.standing, best=best)
+        if wait:
+            self.background.wait()
 
     def close(self) -> None:
         """End the threads beside the steps, once they have done what they were handed."""
