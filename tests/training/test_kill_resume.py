@@ -85,8 +85,9 @@ def test_a_killed_run_resumes_to_the_same_bits(
     options: Callable[..., list[str]],
     assert_same_run: Same,
 ) -> None:
-    dropout = DROPOUT if dtype == "fp32" else {}
-    arguments = ["--data", str(corpus), *options(**LONG, **dropout, train__dtype=dtype)]
+    # bf16 is slow where the processor has none; one layer rounds as two do.
+    others = DROPOUT if dtype == "fp32" else {"model__n_layers": 1}
+    arguments = ["--data", str(corpus), *options(**LONG, **others, train__dtype=dtype)]
     end(process("train", *arguments, "--out", tmp_path / "straight"))
     epochs = read_columns(tmp_path / "straight" / "metrics.jsonl", "train")["epoch"]
     assert epochs[-1] > 1.05

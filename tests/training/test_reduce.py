@@ -158,8 +158,8 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
     straight = session.start(config, told, out=isolated / "straight").run.path
     saved = session.Trainer.save
 
-    def interrupted(trainer: session.Trainer, *, best: bool) -> None:
-        saved(trainer, best=best)
+    def interrupted(trainer: session.Trainer, **how: bool) -> None:
+        saved(trainer, **how)
         if trainer.standing.step == 4:
             raise RuntimeError("pulled the plug")
 

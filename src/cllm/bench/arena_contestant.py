@@ -13,7 +13,6 @@ import torch
 from cllm.bench.harness import answer_rounds
 from cllm.core.allocator import keep_freed_memory
 from cllm.core.config import Config
-from cllm.core.machine import cannot_compile
 from cllm.core.memory import peak_rss
 from cllm.core.settings import merge
 from cllm.model.transformer import Transformer
@@ -33,11 +32,12 @@ def main() -> None:
     parser.add_argument("who", choices=("compiled", "eager", "torch"))
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--preset", required=True)
+    parser.add_argument("--eager", action="store_true", help="leave torch's compiler alone")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     config = merge(Config(), {"model.preset": args.preset, "model.vocab_size": VOCABULARY})
-    if not cannot_compile():
+    if not args.eager:
         # A process that trains compiled has used torch's compiler, whoever makes the optimizer's step.
         ours(config, Transformer(merge(config, {"model.preset": "nano"}).model), "compiled")()
     model = Transformer(config.model)

@@ -3,12 +3,12 @@
 The demo's model and batch, each contestant in a process of its own, first on an idle machine, then beside
 another program that wants one core. One worker on one core beside a team of threads that waits for its
 slowest member at every operation: that is what the comparison is about. Then what ends a step, over one
-arena (``cllm.bench.arena``).
+arena (``cllm.bench.arena``), what is done beside the steps (``cllm.bench.overlap``), and what the delay
+costs (``cllm.bench.delay``; its text may be given with ``--data``).
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from functools import partial
 from statistics import median
 
-from cllm.bench import arena
+from cllm.bench import arena, delay, overlap
+from cllm.bench.contestants import our_contestant
 from cllm.bench.harness import (
     Claim,
     Contestant,
@@ -30,11 +31,11 @@ from cllm.bench.harness import (
 )
 from cllm.core.cpu import is_busy, usable_threads
 from cllm.core.errors import UserError
-from cllm.core.threads import spin_briefly
 
-ROUNDS, STEPS = 7, 10
+ROUNDS, STEPS = 5, 10
 ONE = "one process, one thread"
 DELAYED = "delayed pipeline, three threads"
+TAKES = frozenset({"data"})
 COMPETITOR = "x = 0\nwhile True: x += 1"
 
 
@@ -75,16 +76,20 @@ def run(options: Options) -> Result:
     ]
     why = "--quick measures nothing" if options.quick else (busy or "")
     ends, end_claims, end_notes = arena.measure(options.quick, why)
+    beside_steps, beside_notes = overlap.measure(options.quick)
+    quality, quality_notes = delay.measure(options.quick, options.data)
     return Result(
         bench="parallel",
-        rows=rows + ends,
+        rows=rows + quality + ends + beside_steps,
         claims=_claims(rates, cores, team, crew, why) + end_claims,
         notes=[
             f"Shape and batch: {contestants[0].ready['shape']}; {contestants[0].ready['dtype']}. Medians "
             f"of {rounds} interleaved rounds of {steps} steps, compilation and warm-up apart. Workers take "
             "a share of the batch's windows each. Peak RSS is the parent's.",
             "The delayed pipeline would be the default from 1.1 times the plain loop on, at equal bits per "
-            "byte; it is off. Its round counts the batches that went in.",
+            "byte; it is off. Its rounds begin and end drained, as at a checkpoint.",
+            *quality_notes,
+            *beside_notes,
             "The other program counts in a loop. The fair share of n threads of ours beside it on c cores "
             f"is c·n/(n + 1): {cores}·{cores}/({cores} + 1) cores here, of {cores}.",
             *end_notes,
@@ -140,9 +145,12 @@ def _competitor() -> Iterator[None]:
 
 
 def _start(name: str, settings: list[str], steps: int, small: bool) -> Contestant:
-    env = dict(os.environ)
-    spin_briefly(env)
-    call = ["ours", "--steps", str(steps), *(["--small"] if small else [])]
+    call = [
+        "ours",
+        "--steps",
+        str(steps),
+        *(["--small", "--set", "train.compile=off"] if small else []),
+    ]
     for setting in settings:
         call += ["--set", setting]
-    return Contestant(name, "cllm.bench.training_contestant", call, env)
+    return our_contestant(name, "cllm.bench.training_contestant", call)

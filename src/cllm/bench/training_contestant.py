@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--keep-memory", action="store_true")
     parser.add_argument("--give-memory-back", action="store_true")
+    parser.add_argument("--bare", action="store_true", help="leave matrix products unmeasured")
     parser.add_argument("--simdlen", type=int, help="Inductor's vector width in bits; 1 is none")
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
@@ -48,17 +49,23 @@ def main() -> None:
     threads = choose(config).config.train.threads
     assert isinstance(threads, int)
     torch.set_num_threads(threads)
+    drain = nothing
     if args.who == "ours":
-        step, dtype = ours(config, args.give_memory_back)
+        step, drain, dtype = ours(config, args.give_memory_back)
     else:
         if args.keep_memory:
             keep_freed_memory()
         step, dtype = peer(config, args), args.dtype
-    measure(config, step, dtype, threads, args.steps)
+    rates = {} if args.bare else matmul_rates(threads)
+    measure(config, step, dtype, rates, args.steps, drain)
 
 
-def ours(config: Config, give_memory_back: bool) -> tuple[Step, str]:
-    """The step of ``cllm train``, as it would be chosen here."""
+def nothing() -> None:
+    """What ends a round where each step has ended by itself."""
+
+
+def ours(config: Config, give_memory_back: bool) -> tuple[Step, Callable[[], None], str]:
+    """The step of ``cllm train``, as it would be chosen here, what ends a round, and the precision."""
     from cllm.training import build as building
 
     if give_memory_back:
@@ -68,19 +75,24 @@ def ours(config: Config, give_memory_back: bool) -> tuple[Step, str]:
     model.train()
     rate = config.train.lr
     if config.train.pipeline.mode == "delayed":
-        return in_pipeline(Delayed(step), rate), config.train.dtype
-    return lambda ids, targets: step([(ids, targets)], rate), config.train.dtype
+        return *in_pipeline(Delayed(step), rate), config.train.dtype
+    return lambda ids, targets: step([(ids, targets)], rate), nothing, config.train.dtype
 
 
-def in_pipeline(delayed: Delayed, rate: float) -> Step:
-    """A batch in and, once the pipeline is full, a result out."""
+def in_pipeline(delayed: Delayed, rate: float) -> tuple[Step, Callable[[], None]]:
+    """A batch in and, once the pipeline is full, a result out; and the drain, as at a checkpoint."""
 
     def step(ids: torch.Tensor, targets: torch.Tensor) -> None:
         delayed.submit([(ids, targets)], rate)
         if delayed.in_flight > delayed.delay:
             delayed.result()
 
-    return step
+    def drain() -> None:
+        while delayed.in_flight:
+            delayed.result()
+        delayed.settle()
+
+    return step, drain
 
 
 def peer(config: Config, args: argparse.Namespace) -> Step:
@@ -127,8 +139,15 @@ def peer(config: Config, args: argparse.Namespace) -> Step:
     return step
 
 
-def measure(config: Config, step: Step, dtype: str, threads: int, steps: int) -> None:
-    """Start, warm up, and answer rounds with tokens a second."""
+def measure(
+    config: Config,
+    step: Step,
+    dtype: str,
+    rates: dict[str, float],
+    steps: int,
+    drain: Callable[[], None] = nothing,
+) -> None:
+    """Start, warm up, and answer rounds with tokens a second, each up to the end of ``drain``."""
     batch, context = config.train.batch_size, config.model.context
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(VOCABULARY, (steps, batch, context + 1), generator=generator)
@@ -137,11 +156,13 @@ def measure(config: Config, step: Step, dtype: str, threads: int, steps: int) ->
     start_seconds = time.perf_counter() - begin
     for _ in range(WARM_UP):
         step(text[0, :, :-1].contiguous(), text[0, :, 1:].contiguous())
+    drain()
 
     def one_round() -> dict[str, Any]:
         begin = time.perf_counter()
         for window in text:
             step(window[:, :-1].contiguous(), window[:, 1:].contiguous())
+        drain()
         seconds = time.perf_counter() - begin
         return {"tokens_per_second": steps * batch * context / seconds, "peak_rss": peak_rss()}
 
@@ -150,7 +171,7 @@ def measure(config: Config, step: Step, dtype: str, threads: int, steps: int) ->
         "start_seconds": start_seconds,
         "dtype": dtype,
         "flops_per_token": flops_per_token(model),
-        "matmul": matmul_rates(threads),
+        "matmul": rates,
         "shape": f"d={model.d_model}, {model.n_layers} layers, {model.n_heads} heads, feed-forward "
         f"{model.d_ff}, context {context}, vocabulary {VOCABULARY}, batch {batch}",
     }

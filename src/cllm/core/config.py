@@ -125,6 +125,8 @@ class TrainConfig(Section):
     """``torch.compile``; ``auto`` weighs the length of the run."""
     threads: Literal["auto"] | PositiveInt = "auto"
     """Threads of one operation; one where there are several workers."""
+    overlap: bool = True
+    """Prepare the next batch and write log and checkpoints on threads beside the steps; same bits."""
     parallel: ParallelConfig = ParallelConfig()
     pipeline: PipelineConfig = PipelineConfig()
     loss_chunk: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"

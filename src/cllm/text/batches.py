@@ -62,17 +62,24 @@ class BatchSource:
             place, left = place + len(part), left - len(part)
         return np.concatenate(parts)
 
-    def batch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def batch(
+        self, index: int, out: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Micro-batch ``index`` (0, 1, 2, …): inputs and targets, (batch, context) int64.
 
-        Targets are the inputs moved on by one; -100 where the loss does not count.
+        Targets are the inputs moved on by one; -100 where the loss does not count. ``out``: arrays of that
+        shape to write them into.
         """
         assert index >= 0
+        if out is None:
+            shape = (self.batch_size, self.context)
+            out = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        inputs, targets = out
         places = self.starts(index)[:, None] + np.arange(self.context)
-        inputs = self.tokens.ids[places % self._circle].astype(np.int64)
+        inputs[:] = self.tokens.ids[places % self._circle]
         # The circle's last target is the closing end token, which stands where the first input does.
         following = places % self._circle + 1
-        targets = self.tokens.ids[following].astype(np.int64)
+        targets[:] = self.tokens.ids[following]
         if self.tokens.mask_bits is not None:
             targets[~self.tokens.counts(following)] = IGNORED
         return inputs, targets

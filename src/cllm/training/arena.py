@@ -138,9 +138,8 @@ class Arena:
             weights, compute = places[0], places[-1]
         for name, view in layout.views(weights).items():
             parameters[name].data = view
-        del (
-            tensors
-        )  # the last that holds the parameters' own memory, in blocks too small for what follows
+        # The last that holds the parameters' own memory, in blocks too small for what follows.
+        del tensors
         give_back_freed_memory()
         return cls(
             layout=layout,

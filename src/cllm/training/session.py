@@ -197,8 +197,8 @@ def train_run(
         metrics = stack.enter_context(MetricsLog(run.metrics, resume_from=resume_from))
         # Opened under the lock: its first event hides those of a later step, even another process's.
         enabled = config.log.tensorboard
-        board = open_board(run.tensorboard, enabled=enabled, resume_from=resume_from)
-        stack.enter_context(board)
+        opened = open_board(run.tensorboard, enabled=enabled, resume_from=resume_from)
+        board = stack.enter_context(opened)
         trainer = Trainer(
             config=config,
             run=run,
@@ -210,16 +210,16 @@ def train_run(
             board=board,
             progress=progress,
         )
+        stack.callback(trainer.close)
         run.write_config(to_toml(config))  # here, where nothing can refuse it any more
         discard_after(run.path, standing.step)
         if standing.step == 0:
-            trainer.save(best=False)  # so that a kill at any moment leaves something to resume
-        state = "finished"
+            trainer.save(best=False, wait=True)  # so that a kill at any moment leaves something
         try:
             with Interrupt(run.path) as interrupt:
-                if fit:
-                    state = trainer.fit(interrupt)
+                state = trainer.fit(interrupt) if fit else "finished"
         except DivergedError as error:
+            trainer.close()  # what it still writes down changes the status, too
             session.end("diverged", str(error), warnings=progress.warnings)
             raise
         outcome = conclude(trainer, state)

@@ -59,7 +59,7 @@ class TrainStep:
         compiled: bool = False,
         draws: Draws | None = None,
     ) -> None:
-        self.model, self.arena, self.config = model, arena, config
+        self.model, self.arena, self.config, self.compiled = model, arena, config, compiled
         self.update = Update(arena, config, compiled=compiled)
         self.optimizer = self.update.optimizer
         self.draws = draws if draws is not None else Draws()

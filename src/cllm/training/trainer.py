@@ -10,30 +10,32 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 
 from cllm.core.config import Config
 from cllm.core.errors import UserError
 from cllm.model.transformer import Transformer
-from cllm.store import checkpoint as checkpoints
 from cllm.store.metrics import MetricsLog
 from cllm.store.run import RunDirectory
 from cllm.text.batches import BatchSource
 from cllm.text.dataset import Dataset
+from cllm.training.background import Background
 from cllm.training.board import Board
 from cllm.training.evaluate import Evaluation, evaluate, norm_mode_gap
-from cllm.training.feed import micro_batches, target_count
+from cllm.training.feed import Feed, target_count
 from cllm.training.figures import StepResult
 from cllm.training.interrupt import Interrupt
 from cllm.training.pipeline.ahead import Ahead
+from cllm.training.pipeline.delayed import DELAY
 from cllm.training.progress import Progress, Reading
 from cllm.training.samples import sample_texts
+from cllm.training.saving import Saver
 from cllm.training.schedule import learning_rate, similarity_weight
-from cllm.training.snapshot import Standing, environment, optimizer_of, weights_of
+from cllm.training.snapshot import Standing
 from cllm.training.step import TrainStep
 
 RISING_VALIDATIONS = 3
@@ -64,10 +66,19 @@ class Trainer:
         split = self.dataset.report.splits["train"]
         self.bits_per_nat = split.scored_tokens / max(split.scored_bytes, 1) / math.log(2)
         self.warned = False
-        self.ahead = None
-        if train.pipeline.mode == "delayed":
-            feed = partial(micro_batches, self.batches, train)
-            self.ahead = Ahead(self.step, train, feed, self._seed)
+        delayed = train.pipeline.mode == "delayed"
+        held = DELAY if delayed else 0
+        self.feed = Feed(self.batches, train, held=held, ahead=train.overlap)
+        self.ahead = Ahead(self.step, train, self.feed, self._seed) if delayed else None
+        self.background = Background(threaded=train.overlap)
+        self.saver = Saver(
+            config=self.config,
+            run=self.run,
+            step=self.step,
+            metrics=self.metrics,
+            board=self.board,
+            background=self.background,
+        )
 
     def fit(self, interrupt: Interrupt) -> str:
         """Train to the end; returns ``"finished"``, or ``"stopped early"``.
@@ -92,14 +103,14 @@ class Trainer:
                     improved, enough = self._validate()
                 if done or enough or improved or standing.step % train.checkpoint_every == 0:
                     with interrupt.saving():
-                        self.save(best=improved)
+                        self.save(best=improved, wait=done or enough)
                 if self.ahead is not None:
                     self.ahead.keep(standing)
                 if interrupt.pending:
                     if self.ahead is not None:
                         standing = self.standing = self.ahead.rewind()
                     with interrupt.saving():
-                        self.save_once()
+                        self.saver.save_once(standing)
                     interrupt.raise_pending(standing.step)
                 if enough:
                     return "stopped early"
@@ -115,7 +126,7 @@ class Trainer:
         seed = self._seed(at)
         if seed is not None:
             torch.manual_seed(seed)
-        batches = micro_batches(self.batches, train, at)
+        batches = self.feed(at)
         self.standing.tokens += target_count(batches)
         return self.step(batches, learning_rate(train, at), similarity_weight(train, at))
 
@@ -161,7 +172,7 @@ class Trainer:
         if self.step.scaling:
             values["loss_scale"] = float(self.step.counters["loss_scale"])
         standing.train_loss = loss
-        self.metrics.write(
+        self._log(
             standing.step,
             "train",
             **values,
@@ -181,6 +192,10 @@ class Trainer:
             )
         )
 
+    def _log(self, step: int, kind: str, **values: Any) -> None:
+        """A line of the metrics."""
+        self.background.hand_over(self.metrics.write, step, kind, **values)
+
     def _skipped(self, result: StepResult) -> None:
         standing, limit = self.standing, self.config.train.max_nonfinite
         what = "loss" if not math.isfinite(result.loss) else "gradient"
@@ -188,7 +203,7 @@ class Trainer:
         scaled = ""
         if self.step.scaling:
             scaled = f" (fp16 loss scale now {float(self.step.counters['loss_scale']):g})"
-        self.metrics.write(standing.step, "skip", reason=reason)
+        self._log(standing.step, "skip", reason=reason)
         self.progress.warn(f"step {standing.step}: {reason}; the step was skipped{scaled}")
         if int(self.step.counters["in_row"]) >= limit:
             raise DivergedError(
@@ -214,7 +229,7 @@ class Trainer:
                     batch_size=train.batch_size,
                     device=train.device,
                 )
-            self.metrics.write(standing.step, "validation", **result.to_json(), **extra)
+            self._log(standing.step, "validation", **result.to_json(), **extra)
             self._log_validation(result, extra)
         improved = result.bpb < standing.best_bpb
         if improved:
@@ -264,7 +279,7 @@ class Trainer:
         if log.sample_tokens:
             tokenizer = self.dataset.tokenizer
             for text in sample_texts(self.model, tokenizer, count=1, tokens=log.sample_tokens):
-                self.metrics.write(at, "sample", prompt="", text=text)
+                self._log(at, "sample", prompt="", text=text)
                 self.board.text(at, "sample", text)
 
     def _warn_if_rising(self, bpb: float) -> None:
@@ -281,40 +296,16 @@ class Trainer:
                 "model, dropout, or more text"
             )
 
-    def save(self, *, best: bool) -> None:
-        """Write metrics down, then the checkpoint of the present step."""
-        self.metrics.sync()
-        self.board.flush()
-        team = self.step.team
-        together = team.save if team is not None and team.writes_together else None
-        optimizer = optimizer_of(self.step, moments=together is None)
-        with self.step.settled() if together is None else nullcontext():
-            checkpoints.save(
-                self.run.path,
-                self.standing.step,
-                weights=weights_of(self.model) if together is None else {},
-                optimizer=optimizer,
-                shards=together,
-                state={
-                    "standing": self.standing.to_json(),
-                    "environment": environment(self.config.train),
-                },
-                keep_last=self._kept(),
-                best=best,
-            )
-        self.run.note(step=self.standing.step, train_seconds=round(self.standing.train_seconds, 3))
+    def save(self, *, best: bool, wait: bool = False) -> None:
+        """Have the checkpoint of the present step written; ``wait`` until it is."""
+        self.saver.save(self.standing, best=best)
+        if wait:
+            self.background.wait()
 
-    def _kept(self) -> int:
-        """Checkpoints to keep. All, while steps are being skipped: the newest may hold the weights that
-        cannot be gone on with, and must not push out the last ones that can."""
-        if self.step.counters["in_row"]:
-            return len(self.run.steps()) + 1
-        return self.config.train.keep_last
-
-    def save_once(self) -> None:
-        """Save the present step unless it was saved already."""
-        if self.standing.step not in self.run.steps():
-            self.save(best=False)
+    def close(self) -> None:
+        """End the threads beside the steps, once they have done what they were handed."""
+        self.feed.close()
+        self.background.close()
 
 
 class _Clock:

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from cllm.core.machine import cannot_compile
 from cllm.training.feed import MicroBatches, target_count
 from cllm.training.figures import StepResult
 from cllm.training.gradient import Micro
 from cllm.training.pipeline.delayed import Delayed
+from cllm.training.pipeline.halves import Halves
 from cllm.training.step import TrainStep
 
 Steps = Callable[..., TrainStep]
@@ -39,6 +41,7 @@ def pipelined(
     segment: int = 0,
     pause: Callable[[str], None] | None = None,
     seeds: bool = False,
+    patience: float = PATIENCE,
 ) -> list[StepResult]:
     """``steps`` steps, drained after each ``segment`` of them; fails where a watchdog runs out."""
     found: list[StepResult] = []
@@ -63,7 +66,7 @@ def pipelined(
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(PATIENCE)
+    thread.join(patience)
     assert not thread.is_alive(), "the pipeline hangs"
     if errors:
         raise errors[0]
@@ -77,9 +80,12 @@ def simulated(
     *,
     delay: int,
     segment: int = 0,
+    compiled: bool = False,
 ) -> list[float]:
-    """The recurrence on one thread, with the plain loop's gradient and a list of past weights."""
+    """The recurrence on one thread, with the plain loop's gradient (``compiled``: the compiled halves')
+    and a list of past weights."""
     arena, update = step.arena, step.update
+    halves = Halves(step.gradients, compiled=True) if compiled else None
     past = [arena.weights.clone()]
     losses, applied = [], 0
     for number in range(steps):
@@ -90,10 +96,15 @@ def simulated(
         batches = feed(number)
         arena.grad.zero_()
         loss, scale = 0.0, torch.full_like(step._scale, 1.0 / target_count(batches))
-        for pair in batches:
-            found = step.gradients.backward(Micro(*pair), scale, {})
-            arena.grad.add_(found.flat)
-            loss += float(found.loss)
+        for place, pair in enumerate(batches):
+            if halves is not None:
+                held = halves.forward(arena.compute.clone(), Micro(*pair), scale)
+                halves.backward(held, arena.grad, first=place == 0)
+                loss += float(held.loss)
+            else:
+                found = step.gradients.backward(Micro(*pair), scale, {})
+                arena.grad.add_(found.flat)
+                loss += float(found.loss)
         losses.append(loss / target_count(batches))
         if arena.compute is arena.weights:
             arena.weights.copy_(now)
@@ -185,6 +196,33 @@ def test_random_delays_at_every_hand_over_change_no_bit(
     assert places == expected | {"take weights", "publish weights"}
 
 
+@pytest.mark.slow
+def test_compiled_stages_follow_the_recurrence_whatever_the_delays(
+    step_of: Steps, batches_of: Batches, cache: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cannot_compile():
+        pytest.skip(str(cannot_compile()))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{cache}/inductor")
+    chance, order = random.Random(7), list[str]()
+
+    def pause(where: str) -> None:
+        order.append(where)
+        if chance.random() < 0.3:
+            time.sleep(chance.random() * 4e-3)
+
+    fields: dict[str, Any] = {"dtype": torch.float32, "n_layers": 1, "compiled": True}
+    ours, reference = step_of(**fields), step_of(**fields)
+
+    def feed(number: int) -> MicroBatches:
+        return batches_of(2, seed=number)
+
+    pipelined(ours, feed, 60, delay=2, segment=25, pause=pause, patience=500.0)
+    simulated(reference, feed, 60, delay=2, segment=25, compiled=True)
+    assert_same(ours, reference)
+    # The first batch was alone: no other was read before its step was made.
+    assert order.index("put result") < [n for n, w in enumerate(order) if w == "take weights"][1]
+
+
 def test_a_step_that_is_not_finite_is_skipped_in_its_turn(
     step_of: Steps, batches_of: Batches
 ) -> None:
@@ -219,7 +257,6 @@ def test_a_failing_stage_ends_all_with_its_own_traceback(
 
         return the_broken_stage
 
-    from cllm.training.pipeline.halves import Halves
     from cllm.training.update import Update
 
     owner, name = {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cllm.text.batches import IGNORED
 from cllm.training.feed import MicroBatches
-from cllm.training.parallel.shards import Shard
+from cllm.training.parallel.shards import Shard, equal_parts, whole_ones
 
 
 def deal_evenly(batch_size: int, accumulate: int, processes: int) -> list[list[Shard]]:
@@ -19,21 +19,13 @@ def deal_evenly(batch_size: int, accumulate: int, processes: int) -> list[list[S
         ValueError: neither divides.
     """
     if accumulate % processes == 0:
-        each = accumulate // processes
-        return [
-            [Shard(micro, 0, batch_size) for micro in range(rank * each, (rank + 1) * each)]
-            for rank in range(processes)
-        ]
+        return whole_ones(batch_size, accumulate, processes)
     if batch_size % processes:
         raise ValueError(
             f"train.batch_size = {batch_size} does not divide into the {processes} processes of torchrun: "
             f"make it (or train.accumulate) a multiple of {processes}"
         )
-    part = batch_size // processes
-    return [
-        [Shard(micro, rank * part, (rank + 1) * part) for micro in range(accumulate)]
-        for rank in range(processes)
-    ]
+    return equal_parts(batch_size, accumulate, processes)
 
 
 def packed(batches: MicroBatches, shards: list[Shard]) -> Tensor:

@@ -60,8 +60,8 @@ class Delayed:
         assert step.crew is None
         assert step.lazy is None
         self.step, self.delay = step, delay
-        arena, compiled = step.arena, step.config.compile == "on"
-        self.halves = Halves(step.gradients, compiled=compiled)
+        arena, self.compiled = step.arena, step.compiled
+        self.halves = Halves(step.gradients, compiled=self.compiled)
         self.line = Line(pause)
         self.ring = Ring(self.line, [torch.empty_like(arena.compute) for _ in range(delay + 1)])
         self._parts = [step.update.parts_of(buffer) for buffer in self.ring.buffers]
@@ -83,9 +83,12 @@ class Delayed:
     def submit(self, batches: Batches, lr: float, seed: int | None = None) -> None:
         """Give the micro-batches of the next step in, and the seed of its dropout, if it has any.
 
-        Raises what a stage has raised.
+        The first batch of all passes through the stages alone where they are compiled, which each stage is
+        by its own thread: torch's compiler keeps state that threads would share. Raises what a stage has
+        raised.
         """
         assert self.in_flight <= self.delay
+        alone = self.compiled and not self._threads
         if not self._threads:
             self._start()
         if not self.in_flight:
@@ -93,6 +96,8 @@ class Delayed:
         job = _Job(self._submitted, batches, lr, seed, max(target_count(batches), 1))
         with self._errors():
             self._asked.put(job)
+            if alone:
+                self._results.wait()
         self._submitted += 1
 
     def result(self) -> StepResult:

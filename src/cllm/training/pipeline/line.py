@@ -60,6 +60,11 @@ class Queue(Generic[T]):
             self._items.append(item)
             self.line.changed.notify_all()
 
+    def wait(self) -> None:
+        """Wait until there is an item, and leave it there. Raises ``Over``."""
+        with self.line.changed:
+            self.line.wait_until(lambda: bool(self._items))
+
     def get(self) -> T:
         """Wait for an item. Raises ``Over``."""
         self.line.pause(f"get {self.name}")

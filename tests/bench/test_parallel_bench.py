@@ -1,0 +1,72 @@
+"""The bench of parallel training: it runs, judges nothing in a hurry, and its claims are the issue's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cllm.bench import arena, parallel
+from cllm.bench.harness import Options, render
+from cllm.core.cpu import usable_threads
+from cllm.core.errors import UserError
+
+two_cores = pytest.mark.skipif(
+    usable_threads() < 2 or not hasattr(os, "memfd_create"), reason="needs two cores and memfd"
+)
+
+
+@pytest.fixture(autouse=True)
+def quick_rounds(isolated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@two_cores
+def test_a_quick_run_measures_all_and_judges_nothing(corpus: Path) -> None:
+    result = parallel.run(Options(quick=True, data=(str(corpus),)))
+    rows = {(row.get("machine"), row["contestant"]): row for row in result.rows}
+    for machine in ("idle", "beside another program"):
+        for name in (parallel.ONE, parallel.DELAYED):
+            assert rows[machine, name]["tokens/s"] > 0
+    ends = [row for row in result.rows if row["contestant"].startswith("end of a step")]
+    assert {row["contestant"] for row in ends} == {
+        f"end of a step: {name}" for name in (arena.PLAIN, arena.THEIRS)
+    }
+    assert all(row["µs"] > 0 for row in ends)
+    assert sum("bits per byte" in row for row in result.rows) == 2
+    assert sum("ms waited" in row for row in result.rows) == 6
+    assert result.claims
+    assert all(claim.holds is None and claim.why for claim in result.claims)
+    assert "delayed pipeline" in render(result)
+
+
+def test_one_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "usable_threads", lambda: 1)
+    with pytest.raises(UserError, match="one core"):
+        parallel.run(Options())
+
+
+@pytest.mark.parametrize(
+    ("crew", "beside", "holds"),
+    [(1.9, 0.5, (True, True, True)), (1.8, 0.3, (False, False, False))],
+)
+def test_claims_compare_workers_with_a_thread_a_team_and_the_fair_share(
+    crew: float, beside: float, holds: tuple[bool, ...]
+) -> None:
+    rates: dict[str, Any] = {
+        "idle": {parallel.ONE: [1.0], "team": [1.7], "crew": [crew], parallel.DELAYED: [1.0]},
+        "beside another program": {"team": [0.2], "crew": [crew * beside]},
+    }
+    claims = {c.name: c for c in parallel._claims(rates, 2, "team", "crew", "")}
+    names = (
+        f"crew ÷ {parallel.ONE}",
+        "crew ÷ team",
+        "crew, beside another program: of the fair share",
+    )
+    assert tuple(claims[name].holds for name in names) == holds
+    assert [claims[name].required for name in names] == [1.85, 1.1, 0.6]
+    assert claims[names[0]].aim == 1.95
+    assert claims[f"{parallel.DELAYED} ÷ team"].required is None
+    assert claims["team, beside another program: of the fair share"].holds is None
