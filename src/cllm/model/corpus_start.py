@@ -7,6 +7,8 @@ Similarity with Lessons Learned from Word Embeddings", 2015).
 
 from __future__ import annotations
 
+from inspect import signature
+
 import numpy as np
 from scipy import sparse
 from scipy.sparse import linalg
@@ -42,16 +44,18 @@ def truncated_svd(
     """The ``rank`` largest singular triplets, fewer if the matrix is smaller: U (m, r), S (r,) falling,
     V (n, r).
 
-    Deterministic: ARPACK begins with a vector drawn from ``seed``, and the largest entry of each column
-    of U is positive.
+    Deterministic: ARPACK draws from ``seed`` where it begins and where it begins again, and the largest
+    entry of each column of U is positive.
     """
     smaller = min(matrix.shape)
     if rank < smaller // 2:
-        begin = np.random.default_rng(seed).standard_normal(smaller).astype(np.float32)
         # In float32 it takes half the time, and the same space comes out.
-        left, values, right = linalg.svds(
-            matrix.astype(np.float32), k=rank, v0=begin, tol=1e-3, solver="arpack"
-        )
+        single = matrix.astype(np.float32)
+        if matrix.shape[0] == smaller:
+            left, values, right = _largest_triplets(single, rank, seed)
+        else:
+            right, values, left = _largest_triplets(single.T.tocsr(), rank, seed)
+            left, right = left.T, right.T
     else:  # ARPACK finds at most all but one, and slowly where it is most of them
         left, values, right = np.linalg.svd(matrix.toarray(), full_matrices=False)
     order = np.argsort(-values, kind="stable")[:rank]
@@ -59,6 +63,26 @@ def truncated_svd(
     largest = np.abs(left).argmax(axis=0)
     signs = np.where(left[largest, np.arange(len(values))] < 0, -1.0, 1.0)
     return left * signs, values, right * signs
+
+
+def _largest_triplets(
+    wide: sparse.csr_array, rank: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """U, S and Vᵀ of a matrix with no more rows than columns, by its Gram matrix's eigenvectors.
+
+    As ``scipy.sparse.linalg.svds`` does it, which has no place for a seed: a matrix of a lower rank than is
+    asked for makes ARPACK begin again from a vector that it draws, each time another.
+    """
+    size = wide.shape[0]
+    begin = np.random.default_rng(seed).standard_normal(size).astype(wide.dtype)
+    turned = wide.T.tocsr()
+    gram = linalg.LinearOperator(
+        (size, size), matvec=lambda x: wide @ (turned @ x), dtype=wide.dtype
+    )
+    seeded = {"rng": seed} if "rng" in signature(linalg.eigsh).parameters else {}
+    _, vectors = linalg.eigsh(gram, k=rank, v0=begin, tol=1e-6, **seeded)
+    small, values, right = np.linalg.svd((turned @ vectors).T, full_matrices=False)
+    return vectors @ small, values, right
 
 
 def corpus_table(
