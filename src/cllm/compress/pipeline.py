@@ -23,6 +23,7 @@ from cllm.compress.recovery import recover, recovery_windows
 from cllm.compress.score import score
 from cllm.compress.settings import CASTS, Settings
 from cllm.core.config import Config
+from cllm.core.errors import UserError
 from cllm.core.machine import machine
 from cllm.core.settings import load_config, merge, to_toml
 from cllm.model.table_statistics import table_statistics
@@ -97,6 +98,8 @@ def open_source(
         recovery = recovery_windows(data.train, context, settings.recover)
     digest = hashlib.sha256()
     for name in sorted(checkpoint.weights):
+        if not bool(torch.isfinite(checkpoint.weights[name]).all()):
+            raise UserError(f"{path}: {name} holds NaN or infinity; compress another checkpoint")
         digest.update(name.encode("utf-8"))
         digest.update(checkpoint.weights[name].contiguous().view(-1).view(torch.uint8).numpy().data)
     source = Source(
