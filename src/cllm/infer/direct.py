@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cllm.core.errors import UserError
-from cllm.core.machine import machine
+from cllm.core.cpu import team_threads
 from cllm.core.model_config import ModelConfig
 from cllm.core.settings import load_config
 from cllm.infer.loop import Loop, LoopWeights, library, unknown_shape
@@ -110,7 +110,7 @@ def load_direct(path: Path) -> Direct | None:
         tokenizer = Tokenizer.load(run.tokenizer)
         shape = (1, config.kv_heads, config.context, config.head_dim)
         caches = [np.zeros(shape, np.float32) for _ in range(2 * config.n_layers)]
-        return Direct(config, tokenizer, Loop(compiled, config, weights, caches, machine().threads))
+        return Direct(config, tokenizer, Loop(compiled, config, weights, caches, team_threads()))
     except (UserError, OSError, AttributeError):
         return None
 
