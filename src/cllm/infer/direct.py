@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cllm.core.errors import UserError
 from cllm.core.cpu import team_threads
+from cllm.core.errors import UserError
 from cllm.core.model_config import ModelConfig
 from cllm.core.settings import load_config
 from cllm.infer.loop import Loop, LoopWeights, library, unknown_shape
