@@ -147,9 +147,10 @@ def _competitor() -> Iterator[None]:
 def _start(name: str, settings: list[str], steps: int, small: bool) -> Contestant:
     call = [
         "ours",
+        "--bare",
         "--steps",
         str(steps),
-        *(["--small", "--set", "train.compile=off"] if small else []),
+        *(["--small", "--set", "train.compile=off", "--set", "train.dtype=fp32"] if small else []),
     ]
     for setting in settings:
         call += ["--set", setting]
