@@ -15,10 +15,10 @@ from cllm.compress.decoders import Decoder, points_of
 from cllm.compress.divergence import Judge
 from cllm.compress.expected import expected_coded, expected_in_box, expected_on_grid
 from cllm.compress.grids import GridSpec, range_grid
-from cllm.compress.pipeline import open_source
 from cllm.compress.problem import problem
 from cllm.compress.scales import fit_grid
 from cllm.compress.settings import Settings
+from cllm.compress.source import open_source
 from cllm.core.errors import UsageError
 from cllm.training.progress import Silent
 

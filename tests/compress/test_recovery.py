@@ -17,9 +17,10 @@ from cllm.compress.formats import read_weight, store_grid, store_plain
 from cllm.compress.grids import GridSpec, as_stored, grid_spec, range_grid
 from cllm.compress.layer import Piece, as_bytes
 from cllm.compress.learned import RATES, Coded, OnGrid, Vector, learned
-from cllm.compress.pipeline import compress, open_source
+from cllm.compress.pipeline import compress
 from cllm.compress.recovery import HELD, recover, recovery_windows
 from cllm.compress.settings import Settings
+from cllm.compress.source import open_source
 from cllm.store.container import Container, Stored
 from cllm.text.dataset import load_prepared
 from cllm.training.progress import Silent

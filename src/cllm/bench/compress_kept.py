@@ -19,9 +19,10 @@ from cllm.bench.compress_cases import RECOVERY
 from cllm.bench.compress_peers import Rounded
 from cllm.compress.calibration import calibrate
 from cllm.compress.certificate import forecast
-from cllm.compress.pipeline import Source, compress, open_source, score_on_validation
+from cllm.compress.pipeline import compress
 from cllm.compress.problem import objective
 from cllm.compress.settings import Settings
+from cllm.compress.source import Source, open_source, score_on_validation
 from cllm.core.atomic import write_json
 from cllm.core.errors import UserError
 from cllm.core.machine import cache_dir

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cllm.compress.calibration import layers_in_order
-from cllm.compress.pipeline import Source
+from cllm.compress.source import Source
 
 GROUP = 128
 """Columns that share a scale, as in ours."""

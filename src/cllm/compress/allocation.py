@@ -10,9 +10,10 @@ import torch
 
 from cllm.compress.compressed import Compressed
 from cllm.compress.layer import keep
-from cllm.compress.pipeline import Source, compress
+from cllm.compress.pipeline import compress
 from cllm.compress.sensitivity import sensitivities, spread_bits
 from cllm.compress.settings import Settings
+from cllm.compress.source import Source
 from cllm.core.errors import UserError
 from cllm.core.settings import merge, to_toml
 from cllm.store.container import Header, Stored, tensor_name, write_container

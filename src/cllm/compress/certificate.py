@@ -22,10 +22,11 @@ from cllm.compress.damping import choose_damping
 from cllm.compress.divergence import Judge
 from cllm.compress.expected import Expected, expected_coded, expected_on_grid
 from cllm.compress.grids import GridSpec
-from cllm.compress.pipeline import Source, round_table
+from cllm.compress.pipeline import round_table
 from cllm.compress.problem import Problem, objective, problem
 from cllm.compress.scales import fit_grid
 from cllm.compress.settings import Settings
+from cllm.compress.source import Source
 from cllm.core.errors import UsageError, UserError
 from cllm.text.batches import evaluation_windows
 from cllm.training.progress import Progress

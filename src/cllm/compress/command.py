@@ -9,11 +9,13 @@ from pathlib import Path
 from cllm.compress.allocation import allot
 from cllm.compress.certificate import check_predictable, forecast
 from cllm.compress.compressed import Compressed
-from cllm.compress.pipeline import Source, compress, open_default, open_source
-from cllm.compress.settings import Settings
+from cllm.compress.pipeline import compress
+from cllm.compress.settings import CASTS, Settings
+from cllm.compress.source import Source, open_source
 from cllm.core.atomic import clear_errors
 from cllm.core.errors import UsageError, UserError
 from cllm.store.container import SUFFIX, is_container
+from cllm.store.run import RunDirectory
 from cllm.training.progress import Progress
 
 LADDER = (2.0, 3.0, 4.0, 8.0)
@@ -51,12 +53,12 @@ def compress_run(
         )
     if predict:
         check_predictable(settings)
-    target = open_default(path, settings) if out is None else out
+    target = _default_place(path, settings) if out is None else out
     if target.suffix != SUFFIX:
         raise UsageError(f"--out names the file to make: {target.name} does not end in {SUFFIX}")
+    source = open_source(path, settings, progress, calibration)
     with clear_errors(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-    source = open_source(path, settings, progress, calibration)
     if budget is not None:
         return allot(source, settings, target, progress, budget)
     if wanted is not None:
@@ -126,3 +128,17 @@ def parse_share(text: str) -> float:
     if not 0 < value < 10:
         raise UsageError(f"a rise must be positive, as in 1%, not {text!r}")
     return value
+
+
+def _default_place(source: Path, settings: Settings) -> Path:
+    """Where the file goes when no place is given: in the run, named by what was done."""
+    run = RunDirectory.open(source)
+    what = settings.method
+    if settings.method not in CASTS:
+        what = f"{settings.bits:g}bit-{settings.method}"
+    if settings.prune:
+        what += "-pruned-" + settings.prune.replace("%", "").replace(":", "of")
+    if settings.recover:
+        what += "-recovered"
+    grid = "" if settings.grid == "int" or settings.is_cast else f"-{settings.grid}"
+    return run.path / "compressed" / f"{run.name}-{what}{grid}.cllm"

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cllm.compress.calibration import calibrate
 from cllm.compress.decoders import Points, babai
-from cllm.compress.pipeline import Source
 from cllm.compress.problem import problem
+from cllm.compress.source import Source
 from cllm.model.cross_entropy import cross_entropy_sum
 from cllm.model.transformer import Transformer
 from cllm.training.progress import Progress
