@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cllm.bench import embed
+from cllm.bench import embed, embed_speed
 from cllm.bench.embed import UNMEASURED, Trainings, _Judge
 from cllm.bench.embed_cases import BUDGETS, NORMAL, RATES, main_cases, other_cases
 from cllm.bench.harness import Options, render
@@ -40,3 +40,15 @@ def test_all_cases_are_valid_and_see_the_same_tokens() -> None:
             seen = config.train.steps * config.train.batch_size * config.model.context
             assert abs(seen - case.share * budget.tokens) < 2048
             assert config.model.embedding.init == case.start
+
+
+def test_ranks_are_to_be_no_slower_than_dense() -> None:
+    found = {
+        "dense": [100.0, 90.0, 110.0],
+        "reduced 64": [120.0, 80.0, 121.0],
+        "reduced 32": [99.0],
+    }
+    assert [claim.holds for claim in embed_speed.claims(found, None)] == [True, False]
+    assert [claim.value for claim in embed_speed.claims(found, None)] == [1.2, 0.99]
+    assert all(claim.holds is None for claim in embed_speed.claims(found, "others are at work"))
+    assert [claim.value for claim in embed_speed.claims({}, None)] == [None, None]

@@ -165,6 +165,25 @@ def test_peak_rss_sees_an_allocation() -> None:
     assert 190e6 < int(answer.stdout) < 260e6
 
 
+VM_STAT = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                               10000.
+Pages active:                            500000.
+Pages inactive:                            2000.
+Pages speculative:                          300.
+Pages throttled:                              0.
+Pages wired down:                        100000.
+Pages purgeable:                             40.
+"Translation faults":                 123456789.
+"""
+
+
+def test_what_macos_says_of_its_pages() -> None:
+    assert memory._macos_available(VM_STAT) == 12_340 * 16_384
+    assert memory._macos_available(VM_STAT.replace("Pages purgeable", "Pages")) is None
+    assert memory._macos_available("no such table") is None
+    assert memory._macos_available(None) is None
+
+
 def test_cgroup_limit_bounds_available_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroup, "memory_limit", lambda: 5_000_000)
     monkeypatch.setattr(cgroup, "memory_used", lambda: 2_000_000)

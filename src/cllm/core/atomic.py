@@ -188,11 +188,7 @@ def point(link: Path, target: str) -> None:
     """
     temporary = temporary_beside(link)
     with clear_errors(link):
-        try:
-            if os.name == "nt":
-                raise NotImplementedError
-            temporary.symlink_to(target, target_is_directory=True)
-        except (OSError, NotImplementedError):
+        if not _symlinked(temporary, target):
             write_text(link, target + "\n")
             return
         try:
@@ -201,6 +197,17 @@ def point(link: Path, target: str) -> None:
             temporary.unlink(missing_ok=True)
             raise
         flush_directory(link.parent)
+
+
+def _symlinked(path: Path, target: str) -> bool:
+    """Whether ``path`` could be made a link to ``target`` that one move puts in another's place."""
+    if os.name == "nt" or not hasattr(os, "symlink"):
+        return False
+    try:
+        path.symlink_to(target, target_is_directory=True)
+    except OSError:
+        return False
+    return True
 
 
 def pointed_at(link: Path) -> str | None:

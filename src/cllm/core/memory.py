@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def _available_on_machine() -> int | None:
     if sys.platform == "win32":
         return _windows_memory()[1]
     if sys.platform == "darwin":
-        return _available_on_macos()
+        return _macos_available(_vm_stat())
     return _kibibytes(Path("/proc/meminfo"), "MemAvailable:")
 
 
@@ -69,19 +70,26 @@ def _kibibytes(path: Path, field: str) -> int | None:
     return None
 
 
-def _available_on_macos() -> int | None:  # pragma: no cover - macOS only
-    """Free, inactive, speculative and purgeable pages: what macOS hands out without swapping."""
+def _vm_stat() -> str | None:
+    """What macOS says of its pages, or ``None``."""
     try:
-        answer = subprocess.run(["vm_stat"], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(["vm_stat"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _macos_available(pages: str | None) -> int | None:
+    """Free, inactive, speculative and purgeable pages: what macOS hands out without swapping."""
+    if pages is None:
+        return None
+    size = re.search(r"page size of (\d+) bytes", pages)
     wanted = ("Pages free", "Pages inactive", "Pages speculative", "Pages purgeable")
-    pages = sum(
+    counts = [
         int(line.rpartition(":")[2].strip().rstrip("."))
-        for line in answer.splitlines()
+        for line in pages.splitlines()
         if line.startswith(wanted)
-    )
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    ]
+    return sum(counts) * int(size[1]) if size and len(counts) == len(wanted) else None
 
 
 def _windows_memory() -> tuple[int, int]:  # pragma: no cover - Windows only

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cllm.compress.codecs.entropy import LARGEST, costs_like
-from cllm.compress.codecs.points import PASSES, decide_blocks, lattice_units
+from cllm.compress.codecs.points import PASSES, decide_blocks
 from cllm.compress.codecs.quantize import nearest_plane, triangular
 
 # The widest plain basis that is reduced; wider ones are decided on as they are.
@@ -45,9 +45,11 @@ class Basis:
 
     def of(self, lattice: str, beams: int) -> Basis:
         """The same directions for points of E8 or Leech blocks, found by K-best."""
-        units = lattice_units(lattice, len(self.factors))
+        from cllm.compress.lattices.blocks import units  # which builds on this package
+
         decide = partial(decide_blocks, lattice=lattice, beams=beams)
-        return replace(self, factors=self.factors * units, decide=decide, lattice=lattice)
+        factors = self.factors * units(lattice, len(self.factors))
+        return replace(self, factors=factors, decide=decide, lattice=lattice)
 
 
 def rotated_basis(

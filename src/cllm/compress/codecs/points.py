@@ -19,15 +19,6 @@ PASSES = 2
 WIDEST = 2**20
 
 
-def lattice_units(lattice: str, columns: int) -> np.ndarray:
-    """(columns,) float64: what an integer of each column is worth in steps."""
-    if lattice == "z":
-        return np.ones(columns)
-    from cllm.compress.lattices.blocks import units
-
-    return units(lattice, columns)
-
-
 def decide_blocks(
     rows: np.ndarray, targets: np.ndarray, price: float, *, lattice: str, beams: int
 ) -> np.ndarray:
@@ -40,7 +31,7 @@ def decide_blocks(
 
     from cllm.compress.decoders.block_beam import k_best_blocks
     from cllm.compress.lattices.blocks import block_numbers, units
-    from cllm.compress.lattices.fit import bits_like
+    from cllm.compress.lattices.fit import price_like
     from cllm.compress.problem import problem
 
     count = len(rows)
@@ -57,19 +48,11 @@ def decide_blocks(
         dtype=torch.float32,
         blocks=block_numbers(lattice, count),
     )
-    steps = torch.from_numpy(
-        1 / units(lattice, count)
-    )  # so that integers count the rows themselves
+    # Integers count the rows themselves, whose units are those of the lattice.
+    steps = torch.from_numpy(1 / units(lattice, count))
     found = k_best_blocks(work, lattice, steps, beams).long()
     for _ in range(PASSES if price else 0):
-        classes, bits = bits_like(found.numpy())
-        chosen = torch.from_numpy(classes.astype(np.int64))
-        costs = torch.from_numpy(bits * (price / scale)).to(torch.float32)
-
-        def cost(column: int, part: slice, integers: torch.Tensor) -> torch.Tensor:
-            sizes = integers.abs().clamp_(max=costs.shape[1] - 1).long()  # noqa: B023
-            return costs[chosen[part, column, None], sizes]  # noqa: B023
-
+        cost = price_like(found.numpy(), price / scale, torch.float32)
         found = k_best_blocks(work, lattice, steps, beams, price=cost).long()
     return found.numpy().astype(np.float64)
 

@@ -59,21 +59,28 @@ class LatticeWork:
         return (points / unit).round().long().numpy()
 
     def _cost(self, steps: Tensor) -> Price:
-        """Bits of integers beside those of before, given their parity: what the parity of a block and the
-        sum of the last coordinate save is the same for all."""
         assert self.last is not None
-        found, table = bits_like(self.last)
-        classes = torch.from_numpy(found.astype(np.int64))
         sizes = self.problem.back(self.problem.squares.double()) * steps.square()
         unit = self.price * float(sizes.log().mean().exp())
-        costs = torch.from_numpy(table * unit).to(self.problem.weight.dtype)
-        last = costs.shape[1] - 1
+        return price_like(self.last, unit, self.problem.weight.dtype)
 
-        def price(column: int, part: slice, integers: Tensor) -> Tensor:
-            size = integers.abs().clamp_(max=last).long()
-            return costs[classes[part, column, None], size]
 
-        return price
+def price_like(integers: np.ndarray, unit: float, dtype: torch.dtype) -> Price:
+    """What integers cost beside ``integers`` (m, n), a bit being worth ``unit``.
+
+    Their bits are counted given their parity: what the parity of a block and the sum of the last
+    coordinate save is the same for all.
+    """
+    found, table = bits_like(integers)
+    classes = torch.from_numpy(found.astype(np.int64))
+    costs = torch.from_numpy(table * unit).to(dtype)
+    last = costs.shape[1] - 1
+
+    def price(column: int, part: slice, integers: Tensor) -> Tensor:
+        size = integers.abs().clamp_(max=last).long()
+        return costs[classes[part, column, None], size]
+
+    return price
 
 
 def bits_like(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -130,9 +130,9 @@ int64_t skim(const Index* index, const Query* query, int32_t* numbers, float* ke
   const int64_t count = std::max(total / query->skimmed, query->least);
   int64_t able = total;
   if (count < total / 2 && low < high) {
-    const float scale = BINS / (high - low);
+    const double scale = BINS / (static_cast<double>(high) - low);  // finite however near they are
     auto bin = [low, scale](float key) {
-      return std::min<int64_t>(static_cast<int64_t>((key - low) * scale), BINS - 1);
+      return std::min<int64_t>(static_cast<int64_t>((static_cast<double>(key) - low) * scale), BINS - 1);
     };
     int64_t bins[BINS] = {0};
     for (int64_t i = 0; i < total; ++i) ++bins[bin(keys[i])];

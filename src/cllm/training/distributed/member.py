@@ -41,14 +41,15 @@ class Member(ABC):
     def gather(self) -> None:
         """Bring weights and optimizer state to the first process's arena."""
 
-    def save(self, directory: Path) -> None:
-        """Write a checkpoint together; only where ``writes_together``."""
-        raise NotImplementedError
-
-    writes_together = False
-    """Whether all processes write checkpoints."""
-
     @property
     def scores(self) -> bool:
         """Whether all score together; else the first does, with the whole weights."""
         return True
+
+
+class Writer(Member):
+    """A member whose weights no process has whole: all write a checkpoint together."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write this process's share of a checkpoint."""

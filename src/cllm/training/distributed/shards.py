@@ -26,7 +26,7 @@ from cllm.store.sharded import write_shards
 from cllm.training.arena import Part
 from cllm.training.choose import arithmetic
 from cllm.training.clipping import clip_factor
-from cllm.training.distributed.member import Member
+from cllm.training.distributed.member import Writer
 from cllm.training.distributed.shares import deal_evenly, evaluation_parts, packed
 from cllm.training.feed import MicroBatches
 from cllm.training.figures import Figures, Numbers
@@ -48,10 +48,8 @@ class _Losses(nn.Module):
         return cross_entropy_sum(hidden, core, targets_bt.flatten(), self.chunk)
 
 
-class Shards(Member):
+class Shards(Writer):
     """See above. ``home`` is the whole model; only the first process's is kept up to date."""
-
-    writes_together = True
 
     def __init__(self, config: Config, size: int, home: TrainStep | None) -> None:
         train = config.train

@@ -12,7 +12,7 @@ from torch import Tensor
 from cllm.core.config import Config
 from cllm.core.errors import UserError
 from cllm.training.distributed.group import Group, Kind, Order
-from cllm.training.distributed.member import Member
+from cllm.training.distributed.member import Member, Writer
 from cllm.training.distributed.strategies import make_member
 from cllm.training.figures import Numbers
 
@@ -76,7 +76,7 @@ class Team:
     @property
     def writes_together(self) -> bool:
         """Whether a checkpoint is written by all."""
-        return self.member.writes_together
+        return isinstance(self.member, Writer)
 
     def save(self, directory: Path) -> None:
         """Each process writes its share into ``directory``, which all must see.
@@ -103,6 +103,7 @@ def save(group: Group, member: Member, directory: Path | None) -> None:
             f"{place.parent.parent} is not seen by every machine: with train.parallel.strategy=fsdp each "
             "writes its share of a checkpoint, so --out must be on a file system that they share"
         )
+    assert isinstance(member, Writer)
     with group.watching():
         member.save(place)
 
