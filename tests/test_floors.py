@@ -12,7 +12,6 @@ import cllm
 
 HOUSE = Path(cllm.__file__).parent
 FLOORS = [
-    "native",
     "core",
     "lattice",
     "text",
@@ -63,7 +62,7 @@ def test_a_floor_imports_from_below(file: Path) -> None:
         return
     allowed = FLOORS[: FLOORS.index(mine) + 1]
     if mine == "lattice":
-        allowed = ["native", "lattice"]  # usable on their own
+        allowed = ["lattice"]  # usable on its own
     for line, name in modules(file):
         if name == "cllm.__version__":
             continue

@@ -16,7 +16,7 @@ import torch
 
 import cllm
 from cllm.core.errors import UserError
-from cllm.core.model_config import ModelConfig
+from cllm.core.model_config import EmbeddingConfig, ModelConfig
 from cllm.infer.direct import Direct, load_direct, rotary_arrays, uniforms
 from cllm.infer.loop import compile_library
 from cllm.infer.request import NonFiniteLogitsError, Sampling
@@ -125,7 +125,7 @@ def test_what_it_does_not_know_is_left_to_the_engine(
 ) -> None:
     assert load_direct(tmp_path / "none") is None
     assert load_direct(fitting(norm="layernorm")) is None
-    assert load_direct(fitting(embedding={"kind": "reduced", "rank": 16})) is None
+    assert load_direct(fitting(embedding=EmbeddingConfig(kind="reduced", rank=16))) is None
     path = fitting()
     assert isinstance(load_direct(path), Direct)
     weights = checkpoints.find(path, "best") / "model.safetensors"

@@ -100,9 +100,8 @@ def load_direct(path: Path) -> Direct | None:
     try:
         run = RunDirectory.open(path)
         config = load_config(run.config).model
-        if unknown_shape(config) or config.embedding.kind != "dense":
-            return None
-        if config.embedding.lattice != "none":
+        embedding = config.embedding
+        if unknown_shape(config) or (embedding.kind, embedding.lattice) != ("dense", "none"):
             return None
         weights = loop_weights(config, load_arrays(path))
         if weights is None:
@@ -111,7 +110,7 @@ def load_direct(path: Path) -> Direct | None:
         shape = (1, config.kv_heads, config.context, config.head_dim)
         caches = [np.zeros(shape, np.float32) for _ in range(2 * config.n_layers)]
         return Direct(config, tokenizer, Loop(compiled, config, weights, caches, team_threads()))
-    except (UserError, OSError, AttributeError):
+    except (UserError, OSError, AttributeError):  # a damaged library lacks its functions
         return None
 
 

@@ -9,18 +9,22 @@ torch, whose import takes longer than all else before the first token.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cllm.core.errors import UserError
 from cllm.core.model_config import ModelConfig
 from cllm.infer.request import Sampling
-from cllm.native import CannotCompileError, Library
+
+if TYPE_CHECKING:
+    from cllm.lattice.native import Library
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 PANEL, ROWS = 16, 64
@@ -61,7 +65,22 @@ class _Draw(ctypes.Structure):
 
 def library() -> Library:
     """The library, compiled or not."""
-    return Library(source=SOURCE, options=OPTIONS)
+    made: Library = _native().Library(source=SOURCE, options=OPTIONS)
+    return made
+
+
+def _native() -> Any:
+    """``cllm.lattice.native`` without its package, which stands on its own and imports torch."""
+    name = "cllm.lattice.native"
+    if name not in sys.modules:
+        place = Path(__file__).parent.parent / "lattice" / "native.py"
+        spec = importlib.util.spec_from_file_location(name, place)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # as any import does, before the code runs
+        spec.loader.exec_module(module)
+    return sys.modules[name]
 
 
 def compile_library() -> Path:
@@ -71,7 +90,7 @@ def compile_library() -> Path:
     """
     try:
         return library().compile()
-    except CannotCompileError as error:
+    except _native().CannotCompileError as error:
         raise UserError(f"the decoding library cannot be compiled: {error}") from error
 
 

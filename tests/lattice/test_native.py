@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cllm import native
 from cllm.core.machine import cache_dir
-from cllm.native import CannotCompileError, Library
+from cllm.lattice import native
+from cllm.lattice.native import CannotCompileError, Library
 
 HERE = shutil.which(native._compiler())
 needs_compiler = pytest.mark.skipif(HERE is None, reason="there is no C++ compiler")
