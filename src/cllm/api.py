@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import tomllib
 from abc import ABC, abstractmethod
@@ -23,7 +24,7 @@ from cllm.infer.engine import Engine, EngineOptions
 from cllm.infer.harness import harness_model
 from cllm.infer.measure import fastest_weights
 from cllm.infer.ready import ready_engine
-from cllm.infer.sampling import Sampling
+from cllm.infer.request import Sampling, refuse_unless
 from cllm.infer.score import Score
 from cllm.infer.score import score as score_text
 from cllm.infer.writing import Completion, Prompt, write, write_all
@@ -38,7 +39,6 @@ from cllm.text.tokenizer import Tokenizer
 from cllm.training.progress import Progress, Silent, open_progress
 
 if TYPE_CHECKING:  # generation begins sooner without
-    from cllm.training.conclude import Outcome
     from cllm.training.evaluate import Evaluation
 
 
@@ -259,7 +259,9 @@ class Model(ABC):
 
         windows = -(-(len(tokens) - 1) // self.config.model.context)
         with progress.stage("evaluating", windows) as advance:
-            return score(self.model, self.config, tokens, advance)
+            found = score(self.model, self.config, tokens, advance)
+        refuse_unless(math.isfinite(found.loss))
+        return found
 
 
 @dataclass(frozen=True)
@@ -336,15 +338,3 @@ class Run(Model):
     def report(self) -> Path:
         """``report.md`` of the run."""
         return self.directory.report
-
-
-def outcome_lines(outcome: Outcome) -> list[str]:
-    """What a person wants to know when training has ended."""
-    lines = []
-    for name, found in (("validation", outcome.validation), ("test", outcome.test)):
-        if found is not None:
-            lines.append(
-                f"{name}: {found.bpb:.4f} bits per byte (loss {found.loss:.4f} nats per token, "
-                f"perplexity {found.perplexity:.1f}, {found.bytes:,} bytes held out)"
-            )
-    return lines

@@ -48,6 +48,7 @@ def uses(run: Path) -> list[tuple[object, ...]]:
         ("generate", run, "--prompt", "a", *PROMPT),
         ("generate", run, "--prompts", "p.jsonl", "--out", "o.jsonl", *PROMPT),
         ("score", run, "t.jsonl", "--out", "s.jsonl"),
+        ("eval", run),
     ]
 
 

@@ -131,6 +131,9 @@ def test_blocks_are_llama_cpps_bit_for_bit(kind: str, low: int, high: int) -> No
     codes = torch.from_numpy(rng.integers(low, high + 1, (3, 96)))
     scale = torch.from_numpy(rng.normal(size=(3, 3)).astype(np.float16))
     blocks = {"q4_0": q4_0_blocks, "q8_0": q8_0_blocks}[kind](codes, scale)
+    # However the numbers lie in memory.
+    turned = (tensor.T.contiguous().T for tensor in (codes, scale))
+    assert torch.equal({"q4_0": q4_0_blocks, "q8_0": q8_0_blocks}[kind](*turned), blocks)
     found, scales = read_blocks(blocks, f"gguf-{kind}")
     assert torch.equal(found.long(), codes)
     assert torch.equal(scales, scale)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
+from cllm.bench.contestants import our_contestant
 from cllm.bench.embed_cases import CORPUS, RANK32, RANK64, Case
 from cllm.bench.harness import Claim, Contestant, contest, interleaved, ratio_of_medians
-from cllm.core.threads import spin_briefly
 
 ROUNDS, STEPS = 7, 12
 TABLES = (CORPUS, RANK64, RANK32)
@@ -29,14 +28,10 @@ def rates(*, quick: bool) -> Rates:
 
 
 def _start(case: Case, shape: list[str]) -> Contestant:
-    env = dict(os.environ)
-    spin_briefly(env)
     fields = [("init", "normal"), *case.fields.items()]
     settings = [f"model.embedding.{name}={value}" for name, value in fields]
     arguments = [part for setting in settings for part in ("--set", setting)]
-    return Contestant(
-        case.name, "cllm.bench.training_contestant", ["ours", *arguments, *shape], env
-    )
+    return our_contestant(case.name, "cllm.bench.training_contestant", ["ours", *arguments, *shape])
 
 
 def claims(found: Rates, busy: str | None) -> list[Claim]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cllm.cli.options import ConfigFile, Preset, Settings
+
 if TYPE_CHECKING:
     from cllm.core.config import Config
     from cllm.training.plan.forecast import Plan
@@ -34,20 +36,9 @@ def plan(
         str | None,
         typer.Option(metavar="N,N,…", help="Numbers of devices, instead of those of the list."),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE.toml", help="Settings from a TOML file.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="One setting; may be repeated. See `cllm config show`.",
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="Size of the model: nano, tiny, mini, small or base.")
-    ] = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    preset: Preset = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Forecast memory, time and communication of a training run, and the best way to share it out.

@@ -44,7 +44,6 @@ def reduce(
 
     spin_briefly()  # before torch is loaded
 
-    from cllm.api import outcome_lines
     from cllm.training.progress import open_progress
     from cllm.training.reduce import reduce_run
 
@@ -59,7 +58,7 @@ def reduce(
         out=out,
         command=shlex.join(["cllm", *sys.argv[1:]]),
     )
-    for line in outcome_lines(outcome):
+    for line in outcome.lines():
         typer.echo(line)
     typer.echo(f"run: {outcome.run.path}")
     typer.echo(f"report: {outcome.run.report}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from cllm.cli.options import ConfigFile, Preset, Settings
 from cllm.cli.terminal import printable
 
 if TYPE_CHECKING:
@@ -24,20 +25,9 @@ def train(
             help="A file, directory, glob or hf:NAME; may be repeated. The built-in corpus if left out.",
         ),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE.toml", help="Settings from a TOML file.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="One setting; may be repeated. See `cllm config show`.",
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="Size of the model: nano, tiny, mini, small or base.")
-    ] = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    preset: Preset = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run directory to make.")
     ] = None,
@@ -89,7 +79,7 @@ def train(
 
     spin_briefly()  # before torch is loaded
 
-    from cllm.api import outcome_lines, resolve_config
+    from cllm.api import resolve_config
     from cllm.training.progress import open_progress
     from cllm.training.session import resume as go_on
     from cllm.training.session import start
@@ -106,7 +96,7 @@ def train(
             seconds=seconds,
             command=shlex.join(["cllm", *sys.argv[1:]]),
         )
-    for line in outcome_lines(outcome):
+    for line in outcome.lines():
         typer.echo(line)
     if not quiet:
         for number, text in enumerate(outcome.samples, 1):

@@ -71,7 +71,7 @@ def q8_0_blocks(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def _blocks(scale: Tensor, body: np.ndarray) -> Tensor:
-    head = scale.numpy().astype("<f2").view(np.uint8).reshape(*body.shape[:2], 2)
+    head = scale.numpy().astype("<f2", order="C").view(np.uint8).reshape(*body.shape[:2], 2)
     return torch.from_numpy(np.concatenate([head, body], axis=2).reshape(len(body), -1))
 
 

@@ -33,6 +33,15 @@ class Outcome:
     test: Evaluation | None
     samples: Sequence[str]
 
+    def lines(self) -> list[str]:
+        """What a person wants to know when training has ended."""
+        return [
+            f"{name}: {found.bpb:.4f} bits per byte (loss {found.loss:.4f} nats per token, "
+            f"perplexity {found.perplexity:.1f}, {found.bytes:,} bytes held out)"
+            for name, found in (("validation", self.validation), ("test", self.test))
+            if found is not None
+        ]
+
 
 def conclude(trainer: Trainer, state: str) -> Outcome:
     """Load the best weights, score validation and test with them, and let them write."""
