@@ -121,9 +121,13 @@ def _archive_format(path: Path) -> Format:
     """By the names in a zip file, as torch writes all of its formats."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = ["/".join(name.split("/")[1:]) for name in archive.namelist()]
+            found = archive.infolist()
     except zipfile.BadZipFile as error:
         raise UserError(f"{path} is broken or cut short: {error}") from error
+    if min((entry.header_offset for entry in found), default=-1) != 0:
+        # The directory is that of an archive within it: its own is gone.
+        raise UserError(f"{path} is broken or cut short; export anew")
+    names = ["/".join(entry.filename.split("/")[1:]) for entry in found]
     if any(name.startswith("data/aotinductor/") for name in names):
         return FORMATS["aoti"]
     if any(name.startswith("models/") for name in names):
