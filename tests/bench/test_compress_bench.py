@@ -17,6 +17,7 @@ from cllm.bench.compress_plots import Point, certificate_claim, draw, errors_cla
 from cllm.bench.harness import Options, Result, render, write_results
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_and_judges_nothing(trained: Path, isolated: Path) -> None:
     pytest.importorskip("constriction")
     options = Options(quick=True, data=(str(trained),))

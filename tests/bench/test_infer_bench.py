@@ -47,6 +47,7 @@ def test_the_faster_call_is_taken() -> None:
     assert fastest({"1": slow, "2": lambda: None}) == "2"
 
 
+@pytest.mark.slow
 def test_quick_measures_all_that_are_installed_and_judges_nothing(
     trained: Path, isolated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ def quick_rounds(isolated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @two_cores
+@pytest.mark.slow
 def test_a_quick_run_measures_all_and_judges_nothing(corpus: Path) -> None:
     result = parallel.run(Options(quick=True, data=(str(corpus),)))
     rows = {(row.get("machine"), row["contestant"]): row for row in result.rows}

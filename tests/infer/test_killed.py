@@ -22,8 +22,8 @@ def test_answers_survive_a_kill_in_their_order_and_none_is_lost(
     cllm: Callable[..., Any],
 ) -> None:
     lines = [
-        {"prompt": f"The old dog {n}", "seed": n, "max_tokens": 40 + 60 * (n % 3)}
-        for n in range(60)
+        {"prompt": f"The old dog {n}", "seed": n, "max_tokens": 30 + 30 * (n % 3)}
+        for n in range(24)
     ]
     prompts = isolated / "p.jsonl"
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -76,7 +76,7 @@ def kill_and_resume(
 
 
 @needs_signals
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_bits(
     dtype: str,
     tmp_path: Path,
