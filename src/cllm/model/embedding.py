@@ -23,10 +23,11 @@ from torch.nn import functional
 from cllm.core.model_config import EmbeddingConfig
 from cllm.model.factors import best_factors, piece_vectors
 from cllm.model.incidence import Incidence
+from cllm.model.operator import fake, operator
 from cllm.model.snap import Snap
 
 
-@torch.library.custom_op("cllm::add_rows", mutates_args=())
+@operator("add_rows(Tensor rows_nd, Tensor ids_n, SymInt size) -> Tensor")
 def add_rows(rows_nd: Tensor, ids_n: Tensor, size: int) -> Tensor:
     """The transpose of a look-up: a (size, D) table of zeros with ``rows_nd`` added at ``ids_n``.
 
@@ -37,7 +38,7 @@ def add_rows(rows_nd: Tensor, ids_n: Tensor, size: int) -> Tensor:
     return torch.ops.aten.embedding_dense_backward(rows_nd, ids_n, size, -1, False)
 
 
-@add_rows.register_fake
+@fake("add_rows")
 def _(rows_nd: Tensor, ids_n: Tensor, size: int) -> Tensor:
     return rows_nd.new_empty((size, rows_nd.shape[-1]))
 

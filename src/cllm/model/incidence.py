@@ -10,11 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cllm.model.operator import fake, operator
+
 if TYPE_CHECKING:
     from scipy import sparse
 
 
-@torch.library.custom_op("cllm::sum_rows", mutates_args=())
+@operator(
+    "sum_rows(Tensor table, Tensor indices, Tensor offsets, Tensor back_indices, Tensor back_offsets)"
+    " -> Tensor"
+)
 def sum_rows(
     table: Tensor, indices: Tensor, offsets: Tensor, back_indices: Tensor, back_offsets: Tensor
 ) -> Tensor:
@@ -27,7 +32,7 @@ def sum_rows(
     return functional.embedding_bag(indices, table, offsets, mode="sum", include_last_offset=True)
 
 
-@sum_rows.register_fake
+@fake("sum_rows")
 def _(
     table: Tensor, indices: Tensor, offsets: Tensor, back_indices: Tensor, back_offsets: Tensor
 ) -> Tensor:
@@ -43,7 +48,7 @@ def _backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None, None, None
     return made, None, None, None, None
 
 
-sum_rows.register_autograd(_backward, setup_context=_keep)
+torch.library.register_autograd("cllm::sum_rows", _backward, setup_context=_keep)
 
 
 @dataclass(frozen=True, eq=False)

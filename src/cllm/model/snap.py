@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cllm.model.operator import fake, operator
 
-@torch.library.custom_op("cllm::snap", mutates_args=())
+
+@operator("snap(Tensor core_vr, Tensor? basis_rd, str lattice, float step) -> Tensor")
 def snap(core_vr: Tensor, basis_rd: Tensor | None, lattice: str, step: float) -> Tensor:
     """The points of a lattice next to ``core_vr``.
 
@@ -35,7 +37,7 @@ def snap(core_vr: Tensor, basis_rd: Tensor | None, lattice: str, step: float) ->
     return (points * step).to(core_vr.dtype).to(core_vr.device)
 
 
-@snap.register_fake
+@fake("snap")
 def _(core_vr: Tensor, basis_rd: Tensor | None, lattice: str, step: float) -> Tensor:
     return torch.empty_like(core_vr)
 

@@ -20,6 +20,7 @@ from cllm.model.sampled_softmax import sampled_cross_entropy
 from cllm.model.transformer import Transformer
 from cllm.training.arena import Arena
 from cllm.training.similarity import pair_loss
+from cllm.training.vjp import vjp
 
 INPUT = "embedding"
 
@@ -121,9 +122,7 @@ class Gradients:
         parameters = _named(self.layout.views(self.compute))
         core = self._core(INPUT, parameters, rows)
         coordinates = functional.embedding(micro.ids, core)
-        hidden, pull, statistics = torch.func.vjp(  # type: ignore[misc]
-            trunk, parameters, coordinates, has_aux=True
-        )
+        hidden, pull, statistics = vjp(trunk, parameters, coordinates)
         scoring = self._core(self.output, parameters, rows)
         loss, hidden_grad, scoring_grad = self._head(hidden, scoring, micro, scale)
         # The cores' gradients are added here rather than by autograd, each in a fixed order.
@@ -165,11 +164,11 @@ class Gradients:
         name = f"model.{INPUT}.basis"
         basis = parameters.get(name)
 
-        def loss(rows: Tensor, *basis: Tensor) -> Tensor:
-            return pair_loss(rows, basis[0] if basis else None, pairs.similarities)
+        def loss(rows: Tensor, *basis: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return pair_loss(rows, basis[0] if basis else None, pairs.similarities), {}
 
         inputs = (core[pairs.ids],) if basis is None else (core[pairs.ids], basis)
-        value, pull = torch.func.vjp(loss, *inputs)  # type: ignore[misc]
+        value, pull, _ = vjp(loss, *inputs)
         rows_grad, *basis_grad = pull(pairs.factor)
         added = add_rows(wide(rows_grad.flatten(0, 1)), pairs.ids.flatten(), core.shape[0])
         cores[INPUT] = cores[INPUT] + added
