@@ -23,7 +23,7 @@ from cllm.infer.constrain import Format
 from cllm.infer.engine import Engine, EngineOptions
 from cllm.infer.harness import harness_model
 from cllm.infer.measure import fastest_weights
-from cllm.infer.ready import ready_engine
+from cllm.infer.ready import ready_engine, what_is_compiled
 from cllm.infer.request import Sampling, refuse_unless
 from cllm.infer.score import Score
 from cllm.infer.score import score as score_text
@@ -171,11 +171,19 @@ class Model(ABC):
 
         It runs the step that ``cllm compile`` left beside the run, if there is one for it, unless
         ``compiled`` is False. ``say`` is told which, in one line. ``weights`` may be ``auto``: what was
-        measured to be the fastest of fp32, bf16 and int8 on this machine (without compilation).
+        measured to be the fastest of fp32, bf16 and int8 on this machine, run in the same way.
         ``index``: tokens are chosen by an exact index of the output table (``IndexHead``).
         """
         if weights == "auto":
-            weights, line = fastest_weights(self.model, slots)
+
+            def ready(options: EngineOptions) -> Engine:
+                made, _ = ready_engine(self.model, options, index, self.compiled, lambda line: None)
+                made.use_compiled(compiled)
+                return made
+
+            asked = EngineOptions(slots=slots, cache=cache)
+            how = f"{index} {what_is_compiled(self.compiled) if compiled else 'eager'}"
+            weights, line = fastest_weights(self.config.model, asked, ready, how)
             say(line)
         key = EngineOptions(slots=slots, weights=weights, cache=cache), index
         if key not in self._engines:

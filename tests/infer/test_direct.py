@@ -18,6 +18,7 @@ import cllm
 from cllm.core.errors import UserError
 from cllm.core.model_config import EmbeddingConfig, ModelConfig
 from cllm.infer.direct import Direct, load_direct, rotary_arrays, uniforms
+from cllm.infer.engine import Engine
 from cllm.infer.loop import compile_library
 from cllm.infer.request import NonFiniteLogitsError, Sampling
 from cllm.infer.sampling import uniform
@@ -160,3 +161,20 @@ def test_the_command_imports_no_torch_where_the_loop_is_compiled(
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
     assert "compiled decoding loop" in done.stderr
+
+
+def test_auto_measures_weights_as_they_would_run(
+    library: Path, fitting: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_loop: dict[str, bool] = {}
+
+    def measured(engine: Engine) -> float:
+        by_loop[engine.options.weights] = engine._native is not None
+        return 1.0
+
+    monkeypatch.setattr("cllm.infer.measure._step_seconds", measured)
+    run = cllm.load(fitting())
+    run.engine(weights="auto")
+    assert by_loop == {"fp32": True, "bf16": False, "int8": False}
+    run.engine(weights="auto", compiled=False)
+    assert by_loop == {"fp32": False, "bf16": False, "int8": False}

@@ -169,16 +169,23 @@ def test_auto_takes_what_was_measured_to_be_fastest_and_measures_once(
     seconds = {"fp32": 3.0, "bf16": 1.0, "int8": 2.0}
     asked = []
 
-    def measured(model: Transformer, options: EngineOptions) -> float:
-        asked.append(options.weights)
-        return seconds[options.weights]
+    def measured(engine: Engine) -> float:
+        asked.append(engine.options.weights)
+        assert engine.options.slots == 2
+        return seconds[engine.options.weights]
+
+    def ready(options: EngineOptions) -> Engine:
+        return Engine(model, options)
 
     monkeypatch.setattr("cllm.infer.measure._step_seconds", measured)
+    options = EngineOptions(slots=2)
     for _ in range(2):
-        kind, line = fastest_weights(model, 2)
+        kind, line = fastest_weights(model.config, options, ready, "eager")
         assert kind == "bf16"
         assert "bf16 1000.00 ms" in line
     assert asked == list(CHOICES)
+    fastest_weights(model.config, options, ready, "the loop")
+    assert asked == 2 * list(CHOICES)
 
 
 def test_what_cannot_be_is_refused(model_of: Make) -> None:

@@ -7,8 +7,15 @@ from pathlib import Path
 
 from cllm.infer.artifact import load_decode
 from cllm.infer.engine import Engine, EngineOptions
-from cllm.infer.native import load_native
+from cllm.infer.native import library, load_native
 from cllm.model.transformer import Transformer
+
+
+def what_is_compiled(compiled: Path) -> str:
+    """Names of the loop and of the steps in the directory ``compiled``, as far as they are there."""
+    loop = library().path()
+    steps = sorted(path.name for path in compiled.glob("*"))
+    return " ".join([loop.name] * loop.is_file() + steps)
 
 
 def ready_engine(
