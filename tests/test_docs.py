@@ -136,7 +136,7 @@ def load_keys() -> list[str]:
     """All dotted keys."""
     from cllm.core.config import known_keys
 
-    return known_keys()
+    return list(known_keys())
 
 
 def test_page_of_training_shows_toml_that_loads(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_nesting_is_the_inverse_of_flattening(flat: dict[str, int]) -> None:
 
 def test_every_setting_is_explained() -> None:
     rows = explain(Config())
-    assert [key for key, _, _ in rows] == known_keys()
+    assert [key for key, _, _ in rows] == list(known_keys())
     meanings = {key: meaning for key, _, meaning in rows}
     assert meanings["train.lr"] == "Peak learning rate."
     values = {key: value for key, value, _ in rows}

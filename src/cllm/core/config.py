@@ -9,6 +9,7 @@ holds and what a resumed run uses again.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -275,7 +276,8 @@ class Config(Section):
         return merge(self, {key.replace("__", "."): value for key, value in values.items()})
 
 
-def known_keys(section: type[Section] = Config, prefix: str = "") -> list[str]:
+@cache
+def known_keys(section: type[Section] = Config, prefix: str = "") -> tuple[str, ...]:
     """All dotted keys of the configuration, in order."""
     keys: list[str] = []
     for name, field in section.model_fields.items():
@@ -284,7 +286,7 @@ def known_keys(section: type[Section] = Config, prefix: str = "") -> list[str]:
             keys += known_keys(kind, f"{prefix}{name}.")
         else:
             keys.append(prefix + name)
-    return keys
+    return tuple(keys)
 
 
 def require_known(key: str) -> None:

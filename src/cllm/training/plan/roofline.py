@@ -15,6 +15,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from cllm.training.plan.trace import ALONE, FUSED_ATTENTION, HEAVY, Operation, Product, Trace
 
@@ -84,8 +85,9 @@ class Rates:
         return self.call + max(arithmetic, moving)
 
 
+@lru_cache(maxsize=64)
 def tasks_of(trace: Trace, compiled: bool) -> list[Task]:
-    """The pieces of work of a trace, in their order."""
+    """The pieces of work of a finished trace, in their order."""
     if not compiled:
         return _placed([_eager(op) for op in trace.operations], trace.peak)
     groups: list[list[Operation]] = []

@@ -84,7 +84,7 @@ class Operation:
         return sum(self.reads.values()) + sum(self.writes.values())
 
 
-@dataclass
+@dataclass(eq=False)
 class Trace:
     """Operations in their order; buffers that are made by them, and that stay when they end.
 
