@@ -20,6 +20,13 @@ namespace {
 
 constexpr int PANEL = 16, TILE = 6;
 typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t i8 __attribute__((vector_size(32)));
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, i8{__VA_ARGS__})
+#endif
 
 inline v8 load(const float *p) { return *reinterpret_cast<const v8 *>(p); }
 inline void store(float *p, v8 x) { *reinterpret_cast<v8 *>(p) = x; }
@@ -33,12 +40,15 @@ inline void pause() {
 }
 
 // e^x by 2^n e^r, |r| <= ln 2 / 2, and Taylor's series: an error of some units in the last place. NaN stays.
-inline float exponential(float given) {
-    const float x = given == given ? std::min(std::max(given, -87.0f), 88.0f) : 0;
-    const int n = static_cast<int>(x * 1.44269504f + (x < 0 ? -0.5f : 0.5f));
-    const float m = static_cast<float>(n);
-    const float r = (x - m * 0.693145752f) - m * 1.42860677e-6f;
-    float y = 1.0f / 5040;
+inline v8 exponential(v8 given) {
+    const v8 nothing = {};
+    v8 x = given == given ? given : nothing;
+    x = x < -87.0f ? nothing - 87.0f : x;
+    x = x > 88.0f ? nothing + 88.0f : x;
+    const i8 n = __builtin_convertvector(x * 1.44269504f + (x < 0.0f ? nothing - 0.5f : nothing + 0.5f), i8);
+    const v8 m = __builtin_convertvector(n, v8);
+    const v8 r = (x - m * 0.693145752f) - m * 1.42860677e-6f;
+    v8 y = nothing + 1.0f / 5040;
     y = y * r + 1.0f / 720;
     y = y * r + 1.0f / 120;
     y = y * r + 1.0f / 24;
@@ -46,20 +56,43 @@ inline float exponential(float given) {
     y = y * r + 0.5f;
     y = y * r + 1.0f;
     y = y * r + 1.0f;
-    const int32_t bits = (n + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, 4);
+    const i8 bits = (n + 127) << 23;
+    v8 power;
+    std::memcpy(&power, &bits, sizeof power);
     return given == given ? y * power : given;
 }
 
-// Values (seen, K) weighted by their shares: 8 W of the K numbers.
+inline float sum_of(v8 x) {
+    return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));
+}
+
+// The sums of eight vectors, as one: halves of neighbours are added three times.
+inline v8 sums_of(const v8 *x) {
+    v8 pairs[4], fours[2];
+    for (int i = 0; i < 4; ++i) {
+        const v8 a = x[2 * i], b = x[2 * i + 1];
+        pairs[i] = SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+    }
+    for (int i = 0; i < 2; ++i) {
+        const v8 a = pairs[2 * i], b = pairs[2 * i + 1];
+        fours[i] = SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+    const v8 a = fours[0], b = fours[1];
+    return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+// Values (seen, K) weighted by their shares: 8 W of the K numbers. Meanwhile as much is fetched at `next`.
 template <int W>
-inline void mix(const float *share, const float *v, int64_t seen, int64_t K, float scale, float *out) {
-    v8 sum[2][W] = {};
+inline void mix(const float *share, const float *v, int64_t seen, int64_t K, float scale,
+                const float *next, float *out) {
+    v8 sum[2][W];
+    for (int w = 0; w < W; ++w) sum[0][w] = sum[1][w] = v8{};
     int64_t c = 0;
     for (; c + 2 <= seen; c += 2)
-        for (int u = 0; u < 2; ++u)
+        for (int u = 0; u < 2; ++u) {
+            for (int w = 0; w < W; w += 2) __builtin_prefetch(next + (c + u) * K + 8 * w);
             for (int w = 0; w < W; ++w) sum[u][w] += load(v + (c + u) * K + 8 * w) * share[c + u];
+        }
     if (c < seen)
         for (int w = 0; w < W; ++w) sum[0][w] += load(v + c * K + 8 * w) * share[c];
     for (int w = 0; w < W; ++w) store(out + 8 * w, (sum[0][w] + sum[1][w]) * scale);
@@ -86,12 +119,17 @@ class Barrier {
     std::atomic<int> arrived_{0}, phase_{0};
 };
 
+// R rows through a panel; meanwhile the panel at `next` is fetched, as memory is slower than this.
 template <int R, int U>
-inline void tile(const float *panel, const float *x, int64_t width, float (*out)[PANEL]) {
-    v8 sum[U][R][2] = {};
+inline void tile(const float *panel, const float *x, int64_t width, const float *next,
+                 float (*out)[PANEL]) {
+    v8 sum[U][R][2];
+    for (int u = 0; u < U; ++u)
+        for (int r = 0; r < R; ++r) sum[u][r][0] = sum[u][r][1] = v8{};
     int64_t k = 0;
     for (; k + U <= width; k += U)
         for (int u = 0; u < U; ++u) {
+            __builtin_prefetch(next + (k + u) * PANEL);
             const v8 a = load(panel + (k + u) * PANEL), b = load(panel + (k + u) * PANEL + 8);
             for (int r = 0; r < R; ++r) {
                 const float f = x[r * width + k + u];
@@ -115,14 +153,15 @@ inline void tile(const float *panel, const float *x, int64_t width, float (*out)
     }
 }
 
-inline void tiles(int rows, const float *panel, const float *x, int64_t width, float (*out)[PANEL]) {
+inline void tiles(int rows, const float *panel, const float *x, int64_t width, const float *next,
+                  float (*out)[PANEL]) {
     switch (rows) {
-    case 1: return tile<1, 4>(panel, x, width, out);
-    case 2: return tile<2, 2>(panel, x, width, out);
-    case 3: return tile<3, 2>(panel, x, width, out);
-    case 4: return tile<4, 1>(panel, x, width, out);
-    case 5: return tile<5, 1>(panel, x, width, out);
-    default: return tile<6, 1>(panel, x, width, out);
+    case 1: return tile<1, 4>(panel, x, width, next, out);
+    case 2: return tile<2, 2>(panel, x, width, next, out);
+    case 3: return tile<3, 2>(panel, x, width, next, out);
+    case 4: return tile<4, 1>(panel, x, width, next, out);
+    case 5: return tile<5, 1>(panel, x, width, next, out);
+    default: return tile<6, 1>(panel, x, width, next, out);
     }
 }
 
@@ -200,7 +239,9 @@ class Model {
             for (int64_t unit = begin; unit < end; ++unit) {
                 const int64_t r = unit / s.groups, g = unit % s.groups;
                 if (apart) keep(r, g, slot[r], place[r], keys, values);
-                attend(me, r, g, slot[r], place[r], keys, values);
+                const int64_t then = std::min(unit + 1, end - 1);
+                attend(me, r, g, slot[r], place[r], keys, values,
+                       keys + (slot[then / s.groups] * s.groups + then % s.groups) * s.capacity * s.head);
             }
             barrier.wait(count);
             product(me, count, n, &mixed[0], s.heads * s.head, w[1], s.width, &x[0], s.width, true);
@@ -294,10 +335,13 @@ class Model {
                  int64_t out_rows, float *out, int64_t stride, bool add) const {
         const int64_t all = out_rows / PANEL;
         float made[TILE][PANEL];
-        for (int64_t p = all * me / count; p < all * (me + 1) / count; ++p)
+        const int64_t last = all * (me + 1) / count;
+        for (int64_t p = all * me / count; p < last; ++p)
             for (int64_t r = 0; r < n; r += TILE) {
                 const int rows = static_cast<int>(std::min<int64_t>(TILE, n - r));
-                tiles(rows, panels + p * PANEL * width, in + r * width, width, made);
+                const float *panel = panels + p * PANEL * width;
+                const float *next = r + TILE >= n && p + 1 < last ? panel + PANEL * width : panel;
+                tiles(rows, panel, in + r * width, width, next, made);
                 for (int i = 0; i < rows; ++i) {
                     float *to = out + (r + i) * stride + p * PANEL;
                     for (int j = 0; j < PANEL; j += 8)
@@ -309,15 +353,19 @@ class Model {
     void gated(int me, int count, int64_t n, const float *in, const float *gate, const float *up) {
         const int64_t all = s.hidden / PANEL;
         float a[TILE][PANEL], b[TILE][PANEL];
-        for (int64_t p = all * me / count; p < all * (me + 1) / count; ++p)
+        const int64_t last = all * (me + 1) / count, size = PANEL * s.width;
+        for (int64_t p = all * me / count; p < last; ++p)
             for (int64_t r = 0; r < n; r += TILE) {
                 const int rows = static_cast<int>(std::min<int64_t>(TILE, n - r));
-                tiles(rows, gate + p * PANEL * s.width, in + r * s.width, s.width, a);
-                tiles(rows, up + p * PANEL * s.width, in + r * s.width, s.width, b);
+                const int64_t then = r + TILE >= n && p + 1 < last ? p + 1 : p;
+                tiles(rows, gate + p * size, in + r * s.width, s.width, gate + then * size, a);
+                tiles(rows, up + p * size, in + r * s.width, s.width, up + then * size, b);
                 for (int i = 0; i < rows; ++i) {
                     float *to = &act[(r + i) * s.hidden + p * PANEL];
-                    for (int j = 0; j < PANEL; ++j)
-                        to[j] = a[i][j] / (1 + exponential(-a[i][j])) * b[i][j];
+                    for (int j = 0; j < PANEL; j += 8) {
+                        const v8 g = load(a[i] + j);
+                        store(to + j, g / (1.0f + exponential(-g)) * load(b[i] + j));
+                    }
                 }
             }
     }
@@ -345,35 +393,46 @@ class Model {
         }
     }
 
+    // Memory is slower than arithmetic: values are fetched while keys are read, and then the keys at `next`,
+    // those of the unit that comes after.
     void attend(int me, int64_t r, int64_t g, int64_t slot, int64_t place, const float *keys,
-                const float *values) {
+                const float *values, const float *next) {
         const int64_t per = s.heads / s.groups, K = s.head, seen = place + 1;
         const int64_t first = (slot * s.groups + g) * s.capacity * K;
         float *share = &scores[me * (s.capacity + 8)];
         for (int64_t h = g * per; h < (g + 1) * per; ++h) {
             const float *q = &qkv[r * qkv_rows + h * K];
-            float top = -std::numeric_limits<float>::infinity();
-            for (int64_t c = 0; c < seen; ++c) {
-                const float *k = keys + first + c * K;
-                v8 sum = load(q) * load(k);
-                for (int64_t d = 8; d < K; d += 8) sum += load(q + d) * load(k + d);
-                const float dot =
-                    ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
-                share[c] = dot;
-                top = std::max(top, dot);
+            v8 tops = v8{} - std::numeric_limits<float>::infinity();
+            for (int64_t c = 0; c < seen; c += 8) {  // beyond the last the last again: no top changes
+                v8 sum[8];
+                for (int j = 0; j < 8; ++j) {
+                    const int64_t at = first + std::min(c + j, seen - 1) * K;
+                    const float *k = keys + at;
+                    sum[j] = load(q) * load(k);
+                    for (int64_t d = 8; d < K; d += 8) sum[j] += load(q + d) * load(k + d);
+                    for (int64_t d = 0; d < K; d += 16) __builtin_prefetch(values + at + d);
+                }
+                const v8 dots = sums_of(sum);
+                tops = dots > tops ? dots : tops;
+                store(share + c, dots);
             }
-            for (int64_t c = 0; c < seen; ++c) share[c] = exponential(share[c] - top);
+            float top = tops[0];
+            for (int j = 1; j < 8; ++j) top = std::max(top, tops[j]);
             v8 totals = {};
             int64_t c = 0;
-            for (; c + 8 <= seen; c += 8) totals += load(share + c);
-            float total = 0;
-            for (int i = 0; i < 8; ++i) total += totals[i];
+            for (; c + 8 <= seen; c += 8) {
+                const v8 one = exponential(load(share + c) - top);
+                totals += one;
+                store(share + c, one);
+            }
+            store(share + c, exponential(load(share + c) - top));
+            float total = sum_of(totals);
             for (; c < seen; ++c) total += share[c];
             float *out = &mixed[(r * s.heads + h) * K];
             const float *v = values + first;
             int64_t d = 0;
-            for (; d + 32 <= K; d += 32) mix<4>(share, v + d, seen, K, 1 / total, out + d);
-            for (; d < K; d += 8) mix<1>(share, v + d, seen, K, 1 / total, out + d);
+            for (; d + 32 <= K; d += 32) mix<4>(share, v + d, seen, K, 1 / total, next + d, out + d);
+            for (; d < K; d += 8) mix<1>(share, v + d, seen, K, 1 / total, next + d, out + d);
         }
     }
 
