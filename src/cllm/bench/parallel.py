@@ -97,6 +97,11 @@ def run(options: Options) -> Result:
         packages=("torch",),
         load_before=load,
         busy=busy or "",
+        headline=[
+            {"training": name, "tokens/s": round(median(rates["idle"][name]))}
+            | {"beside another program": round(median(rates["beside another program"][name]))}
+            for name in settings
+        ],
     )
 
 
