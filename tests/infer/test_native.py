@@ -83,6 +83,34 @@ def test_logits_are_the_eager_ones(
     assert float(found[0].std()) > 0.1
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_company_changes_no_bit(threads: int, engine_of: Callable[..., Engine]) -> None:
+    """One to fourteen texts at once, by one thread or two, and read at once or token by token: sums are added
+    up in one order."""
+    engine = engine_of(slots=14, threads=threads, d_model=48, d_ff=112, n_heads=3, vocab_size=131)
+    engine.use_compiled(True)
+    native = engine.native
+    assert native is not None
+    texts = [[slot + 1, 5, 9, slot + 3] for slot in range(14)]
+
+    def logits_of(slots: list[int]) -> dict[int, torch.Tensor]:
+        for slot in slots:
+            native.read(slot, texts[slot])
+        _, found, _ = native.write({slot: 7 + slot for slot in slots}, [4] * len(slots), 3)
+        return {slot: torch.from_numpy(found[row].copy()) for row, slot in enumerate(slots)}
+
+    native.threads = 1
+    alone = {slot: logits_of([slot])[slot] for slot in range(14)}
+    native.threads = threads
+    for count in range(2, 15):
+        for slot, row in logits_of(list(range(14 - count, 14))).items():
+            assert torch.equal(row, alone[slot]), (count, slot)
+    whole = torch.from_numpy(native.read(0, [3, 1, 4, 1, 5])[0].copy())
+    for place, token in enumerate([3, 1, 4, 1, 5]):
+        _, found, _ = native.write({1: token}, [place])
+    assert torch.equal(whole[0], torch.from_numpy(found[0]))
+
+
 SAMPLINGS = [
     Sampling(max_tokens=40, temperature=0.0),
     Sampling(max_tokens=40, seed=1),

@@ -119,50 +119,75 @@ class Barrier {
     std::atomic<int> arrived_{0}, phase_{0};
 };
 
-// R rows through a panel; meanwhile the panel at `next` is fetched, as memory is slower than this.
-template <int R, int U>
-inline void tile(const float *panel, const float *x, int64_t width, const float *next,
+// R rows through P panels: as many sums as keep the processor busy, and as its registers hold. Each sum is
+// added up in the order of the width whatever R and P are, so that a row's numbers do not depend on who else
+// is in the batch. Meanwhile the panels at `next` are fetched, as memory is slower than this.
+template <int R, int P>
+inline void tile(const float *panels, const float *x, int64_t width, const float *next,
                  float (*out)[PANEL]) {
-    v8 sum[U][R][2];
-    for (int u = 0; u < U; ++u)
-        for (int r = 0; r < R; ++r) sum[u][r][0] = sum[u][r][1] = v8{};
-    int64_t k = 0;
-    for (; k + U <= width; k += U)
-        for (int u = 0; u < U; ++u) {
-            __builtin_prefetch(next + (k + u) * PANEL);
-            const v8 a = load(panel + (k + u) * PANEL), b = load(panel + (k + u) * PANEL + 8);
+    v8 sum[P][R][2];
+    for (int p = 0; p < P; ++p)
+        for (int r = 0; r < R; ++r) sum[p][r][0] = sum[p][r][1] = v8{};
+    for (int64_t k = 0; k < width; ++k)
+        for (int p = 0; p < P; ++p) {
+            const int64_t at = (p * width + k) * PANEL;
+            if (P == 1) __builtin_prefetch(next + at);
+            const v8 a = load(panels + at), b = load(panels + at + 8);
             for (int r = 0; r < R; ++r) {
-                const float f = x[r * width + k + u];
-                sum[u][r][0] += a * f;
-                sum[u][r][1] += b * f;
+                const float f = x[r * width + k];
+                sum[p][r][0] += a * f;
+                sum[p][r][1] += b * f;
             }
         }
-    for (; k < width; ++k)
+    for (int p = 0; p < P; ++p)
         for (int r = 0; r < R; ++r) {
-            const float f = x[r * width + k];
-            sum[0][r][0] += load(panel + k * PANEL) * f;
-            sum[0][r][1] += load(panel + k * PANEL + 8) * f;
+            store(out[p * R + r], sum[p][r][0]);
+            store(out[p * R + r] + 8, sum[p][r][1]);
         }
-    for (int r = 0; r < R; ++r) {
-        for (int u = 1; u < U; ++u) {
-            sum[0][r][0] += sum[u][r][0];
-            sum[0][r][1] += sum[u][r][1];
-        }
-        store(out[r], sum[0][r][0]);
-        store(out[r] + 8, sum[0][r][1]);
-    }
 }
 
-inline void tiles(int rows, const float *panel, const float *x, int64_t width, const float *next,
-                  float (*out)[PANEL]) {
-    switch (rows) {
-    case 1: return tile<1, 4>(panel, x, width, next, out);
-    case 2: return tile<2, 2>(panel, x, width, next, out);
-    case 3: return tile<3, 2>(panel, x, width, next, out);
-    case 4: return tile<4, 1>(panel, x, width, next, out);
-    case 5: return tile<5, 1>(panel, x, width, next, out);
-    default: return tile<6, 1>(panel, x, width, next, out);
+// Rows begin…end of a batch through a number of panels from one on.
+struct Block {
+    int64_t begin, end, panel;
+    int panels;
+    bool last;  // of the rows: the next block has other panels
+
+    int rows() const { return static_cast<int>(end - begin); }
+
+    // out[panel * rows + row]: the products of `in` (rows, width) with a matrix.
+    void multiply(const float *in, int64_t width, const float *matrix, float (*out)[PANEL]) const {
+        const float *from = matrix + panel * PANEL * width, *x = in + begin * width;
+        const float *next = last ? from + panels * PANEL * width : from;
+        switch (8 * panels + rows()) {
+        case 8 + 1: return tile<1, 1>(from, x, width, next, out);
+        case 8 + 2: return tile<2, 1>(from, x, width, next, out);
+        case 8 + 3: return tile<3, 1>(from, x, width, next, out);
+        case 8 + 4: return tile<4, 1>(from, x, width, next, out);
+        case 8 + 5: return tile<5, 1>(from, x, width, next, out);
+        case 8 + 6: return tile<6, 1>(from, x, width, next, out);
+        case 16 + 1: return tile<1, 2>(from, x, width, next, out);
+        case 16 + 2: return tile<2, 2>(from, x, width, next, out);
+        case 16 + 3: return tile<3, 2>(from, x, width, next, out);
+        case 24 + 1: return tile<1, 3>(from, x, width, next, out);
+        default: return tile<1, 4>(from, x, width, next, out);
+        }
     }
+};
+
+// n rows through a thread's share of `all` panels. Few rows take several panels at once; of many, each panel
+// is read by near six at a time.
+template <class Work> inline void share_out(int me, int count, int64_t n, int64_t all, Work work) {
+    const int64_t first = all * me / count, last = all * (me + 1) / count;
+    if (n <= 3) {
+        const int64_t most = n == 1 ? 4 : 2;
+        for (int64_t p = first; p < last; p += most)
+            work(Block{0, n, p, static_cast<int>(std::min(most, last - p)), true});
+        return;
+    }
+    const int64_t parts = (n + TILE - 1) / TILE;
+    for (int64_t p = first; p < last; ++p)
+        for (int64_t i = 0; i < parts; ++i)
+            work(Block{n * i / parts, n * (i + 1) / parts, p, 1, i + 1 == parts});
 }
 
 }  // namespace
@@ -331,43 +356,34 @@ class Model {
         return &normed[0];
     }
 
-    void product(int me, int count, int64_t n, const float *in, int64_t width, const float *panels,
+    void product(int me, int count, int64_t n, const float *in, int64_t width, const float *matrix,
                  int64_t out_rows, float *out, int64_t stride, bool add) const {
-        const int64_t all = out_rows / PANEL;
-        float made[TILE][PANEL];
-        const int64_t last = all * (me + 1) / count;
-        for (int64_t p = all * me / count; p < last; ++p)
-            for (int64_t r = 0; r < n; r += TILE) {
-                const int rows = static_cast<int>(std::min<int64_t>(TILE, n - r));
-                const float *panel = panels + p * PANEL * width;
-                const float *next = r + TILE >= n && p + 1 < last ? panel + PANEL * width : panel;
-                tiles(rows, panel, in + r * width, width, next, made);
-                for (int i = 0; i < rows; ++i) {
-                    float *to = out + (r + i) * stride + p * PANEL;
-                    for (int j = 0; j < PANEL; j += 8)
-                        store(to + j, add ? load(to + j) + load(made[i] + j) : load(made[i] + j));
-                }
+        share_out(me, count, n, out_rows / PANEL, [&](const Block &block) {
+            float made[TILE][PANEL];
+            block.multiply(in, width, matrix, made);
+            for (int i = 0; i < block.panels * block.rows(); ++i) {
+                const int64_t row = block.begin + i % block.rows(), panel = block.panel + i / block.rows();
+                float *to = out + row * stride + panel * PANEL;
+                for (int j = 0; j < PANEL; j += 8)
+                    store(to + j, add ? load(to + j) + load(made[i] + j) : load(made[i] + j));
             }
+        });
     }
 
     void gated(int me, int count, int64_t n, const float *in, const float *gate, const float *up) {
-        const int64_t all = s.hidden / PANEL;
-        float a[TILE][PANEL], b[TILE][PANEL];
-        const int64_t last = all * (me + 1) / count, size = PANEL * s.width;
-        for (int64_t p = all * me / count; p < last; ++p)
-            for (int64_t r = 0; r < n; r += TILE) {
-                const int rows = static_cast<int>(std::min<int64_t>(TILE, n - r));
-                const int64_t then = r + TILE >= n && p + 1 < last ? p + 1 : p;
-                tiles(rows, gate + p * size, in + r * s.width, s.width, gate + then * size, a);
-                tiles(rows, up + p * size, in + r * s.width, s.width, up + then * size, b);
-                for (int i = 0; i < rows; ++i) {
-                    float *to = &act[(r + i) * s.hidden + p * PANEL];
-                    for (int j = 0; j < PANEL; j += 8) {
-                        const v8 g = load(a[i] + j);
-                        store(to + j, g / (1.0f + exponential(-g)) * load(b[i] + j));
-                    }
+        share_out(me, count, n, s.hidden / PANEL, [&](const Block &block) {
+            float a[TILE][PANEL], b[TILE][PANEL];
+            block.multiply(in, s.width, gate, a);
+            block.multiply(in, s.width, up, b);
+            for (int i = 0; i < block.panels * block.rows(); ++i) {
+                const int64_t row = block.begin + i % block.rows(), panel = block.panel + i / block.rows();
+                float *to = &act[row * s.hidden + panel * PANEL];
+                for (int j = 0; j < PANEL; j += 8) {
+                    const v8 g = load(a[i] + j);
+                    store(to + j, g / (1.0f + exponential(-g)) * load(b[i] + j));
                 }
             }
+        });
     }
 
     // Queries of a group turned and divided by the root of their width; its key and value into the cache.
