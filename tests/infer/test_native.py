@@ -85,8 +85,8 @@ def test_logits_are_the_eager_ones(
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_company_changes_no_bit(threads: int, engine_of: Callable[..., Engine]) -> None:
-    """One to fourteen texts at once, by one thread or two, and read at once or token by token: sums are added
-    up in one order."""
+    """One to fourteen texts at once, by one thread or two, and read at once or token by token: each sum is
+    added up in one order."""
     engine = engine_of(slots=14, threads=threads, d_model=48, d_ff=112, n_heads=3, vocab_size=131)
     engine.use_compiled(True)
     native = engine.native
