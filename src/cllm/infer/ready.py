@@ -8,6 +8,7 @@ from pathlib import Path
 from cllm.infer.artifact import load_decode
 from cllm.infer.engine import Engine, EngineOptions
 from cllm.infer.native import library, load_native
+from cllm.infer.stored import KINDS, Integers
 from cllm.model.transformer import Transformer
 
 
@@ -24,15 +25,24 @@ def ready_engine(
     index: bool,
     compiled: Path,
     say: Callable[[str], None],
+    integers: Integers | None = None,
 ) -> tuple[Engine, str]:
     """An engine with the compiled loop, or else a step from the directory ``compiled``, and the line that
-    tells which; empty where there is neither. ``say`` is told of the ``index`` that is its output head."""
+    tells which; empty where there is neither.
+
+    ``integers`` of a compressed file: none for a run, empty where its layers are stored otherwise. ``say``
+    is told whether they are taken as they are, and of the ``index`` that is its output head.
+    """
     head = None
     if index:
         from cllm.infer.lookup.head import index_head  # brings scipy along
 
         head = index_head(model, say)
-    engine = Engine(model, options, head=head)
+    engine = Engine(model, options, head=head, integers=integers)
+    if integers is not None and options.weights in KINDS:
+        own = f"the file's own integers, {engine.network.integers}"
+        rounded = "the file's layers are no integers with scales, and are rounded to the nearest"
+        say(f"weights {options.weights}: {own if integers else rounded}")
     engine.native, line = load_native(engine)
     if engine.native is None:
         engine.compiled, found = load_decode(engine, compiled)
