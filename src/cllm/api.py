@@ -18,7 +18,7 @@ from cllm.core.config import Config
 from cllm.core.cpu import team_threads
 from cllm.core.duration import parse_duration
 from cllm.core.errors import UsageError, UserError
-from cllm.core.settings import build, flatten, load_config, merge, read_toml, write_setting
+from cllm.core.settings import build, flatten, load_whole, merge, read_toml, write_setting
 from cllm.infer.constrain import Format
 from cllm.infer.engine import Engine, EngineOptions
 from cllm.infer.harness import harness_model
@@ -106,7 +106,7 @@ def resolve_config(
     whole = merge(config, changes) if isinstance(config, Config) else build(asked | changes)
     if from_run is None:
         return whole
-    parent = load_config(RunDirectory.open(from_run).config)
+    parent = load_whole(RunDirectory.open(from_run).config)
     known = flatten({"model": parent.model.model_dump()})
     kept = {key: value for key, value in known.items() if key != "model.preset"}
     asked = {key: value for key, value in (asked | changes).items() if key.startswith("model.")}
@@ -193,7 +193,7 @@ class Model(ABC):
 
             asked = EngineOptions(slots=slots, cache=cache)
             how = f"{index} {what_is_compiled(self.compiled) if compiled else 'eager'}"
-            choices = CHOICES
+            choices: Sequence[str] = CHOICES
             if held:
                 how, choices = f"{how} {summary(held)}", STORED
             weights, line = fastest_weights(self.config.model, asked, ready, how, choices)
@@ -341,7 +341,7 @@ class Run(Model):
     @cached_property
     def config(self) -> Config:
         """The resolved configuration."""
-        return load_config(self.directory.config)
+        return load_whole(self.directory.config)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

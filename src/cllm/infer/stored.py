@@ -39,7 +39,7 @@ class Int8Groups(nn.Module):
     def forward(self, x_nd: Tensor) -> Tensor:
         """(N, D) -> (N, R)."""
         parts = zip(self.parts, x_nd.split(self.group, 1), strict=True)
-        made: Tensor = sum(part(x.contiguous()) for part, x in parts)  # type: ignore[assignment]
+        made: Tensor = sum(part(x.contiguous()) for part, x in parts)
         return made
 
 
