@@ -22,12 +22,11 @@ from cllm.core.settings import build, flatten, load_whole, merge, read_toml, wri
 from cllm.infer.constrain import Format
 from cllm.infer.engine import Engine, EngineOptions
 from cllm.infer.harness import harness_model
-from cllm.infer.measure import CHOICES, STORED, fastest_weights
-from cllm.infer.ready import ready_engine, what_is_compiled
+from cllm.infer.ready import fastest_kind, ready_engine
 from cllm.infer.request import Sampling, refuse_unless
 from cllm.infer.score import Score
 from cllm.infer.score import score as score_text
-from cllm.infer.stored import KINDS, Integers, summary
+from cllm.infer.stored import KINDS, Integers
 from cllm.infer.writing import Completion, Prompt, write, write_all
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
@@ -177,27 +176,12 @@ class Model(ABC):
 
         It runs the step that ``cllm compile`` left beside the run, if there is one for it, unless
         ``compiled`` is False. ``say`` is told which, in one line. ``weights`` may be ``auto``: what was
-        measured to be the fastest of fp32, bf16 and int8 (and of a compressed file's own integers) on this
-        machine, run in the same way. ``index``: tokens are chosen by an exact index of the output table
-        (``IndexHead``).
+        measured to be the fastest here. ``index``: tokens are chosen by an exact index (``IndexHead``).
         """
         held = self.integers if weights in ("auto", *KINDS) else None
         if weights == "auto":
-
-            def ready(options: EngineOptions) -> Engine:
-                made, _ = ready_engine(
-                    self.model, options, index, self.compiled, lambda line: None, held
-                )
-                made.use_compiled(compiled)
-                return made
-
             asked = EngineOptions(slots=slots, cache=cache)
-            how = f"{index} {what_is_compiled(self.compiled) if compiled else 'eager'}"
-            choices: Sequence[str] = CHOICES
-            if held:
-                how, choices = f"{how} {summary(held)}", STORED
-            weights, line = fastest_weights(self.config.model, asked, ready, how, choices)
-            say(line)
+            weights = fastest_kind(self.model, asked, index, self.compiled, compiled, held, say)
         key = EngineOptions(slots=slots, weights=weights, cache=cache), index
         if key not in self._engines:
             self._engines[key] = ready_engine(self.model, *key, self.compiled, say, held)
@@ -314,9 +298,8 @@ class CompressedModel(Model):
 
     @cached_property
     def integers(self) -> Integers:
-        """The file's matrices as integers with scales, where its layers are such, by parameter name; empty
-        where they are stored otherwise."""
-        from cllm.compress.formats import read_integers  # runs begin sooner without
+        """Those of the file by parameter name; empty where its layers are stored otherwise."""
+        from cllm.compress.formats import read_integers
 
         return read_integers(self.container)
 

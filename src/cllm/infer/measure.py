@@ -16,9 +16,9 @@ from cllm.core.measurements import recall, remember
 from cllm.core.model_config import ModelConfig
 from cllm.infer.engine import Engine, EngineOptions
 
-CHOICES = ("fp32", "bf16", "int8")
+CHOICES: tuple[str, ...] = ("fp32", "bf16", "int8")
 """Kinds that ``auto`` chooses among: int4 and 8-bit activations cost quality, and are for asking."""
-STORED = (*CHOICES, "int4")
+STORED: tuple[str, ...] = (*CHOICES, "int4")
 """The same for a file of integers, which costs none where they are taken as they are."""
 STEPS = 12
 

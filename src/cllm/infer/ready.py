@@ -7,8 +7,9 @@ from pathlib import Path
 
 from cllm.infer.artifact import load_decode
 from cllm.infer.engine import Engine, EngineOptions
+from cllm.infer.measure import CHOICES, STORED, fastest_weights
 from cllm.infer.native import library, load_native
-from cllm.infer.stored import KINDS, Integers
+from cllm.infer.stored import KINDS, Integers, summary
 from cllm.model.transformer import Transformer
 
 
@@ -48,3 +49,28 @@ def ready_engine(
         engine.compiled, found = load_decode(engine, compiled)
         line = found or line
     return engine, line
+
+
+def fastest_kind(
+    model: Transformer,
+    options: EngineOptions,
+    index: bool,
+    compiled: Path,
+    wanted: bool,
+    integers: Integers | None,
+    say: Callable[[str], None],
+) -> str:
+    """The weights with which ``model`` takes a step soonest here (``fastest_weights``), measured as it would
+    run, by what is ``compiled`` if that is ``wanted``. ``say`` is told the figures."""
+
+    def ready(asked: EngineOptions) -> Engine:
+        made, _ = ready_engine(model, asked, index, compiled, lambda line: None, integers)
+        made.use_compiled(wanted)
+        return made
+
+    how, choices = f"{index} {what_is_compiled(compiled) if wanted else 'eager'}", CHOICES
+    if integers:
+        how, choices = f"{how} {summary(integers)}", STORED
+    kind, line = fastest_weights(model.config, options, ready, how, choices)
+    say(line)
+    return kind
