@@ -95,10 +95,7 @@ def resolve_config(
     changes: dict[str, Any],
     from_run: str | Path | None = None,
 ) -> Config:
-    """A configuration file (or object, or the defaults) with dotted ``changes``.
-
-    With ``from_run``, the model is that run's.
-    """
+    """A configuration file (or object, or the defaults) with ``changes``; the model is ``from_run``'s."""
     # A Config object doesn't tell what was set and what is a default; a file does, so that its fields
     # win over a preset among the changes.
     asked = read_toml(Path(config)) if isinstance(config, str | Path) else {}

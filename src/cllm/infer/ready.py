@@ -60,8 +60,8 @@ def fastest_kind(
     integers: Integers | None,
     say: Callable[[str], None],
 ) -> str:
-    """The weights with which ``model`` takes a step soonest here (``fastest_weights``), measured as it would
-    run, by what is ``compiled`` if that is ``wanted``. ``say`` is told the figures."""
+    """The weights with which ``model`` takes a step soonest here (``fastest_weights``), measured as it
+    would run, by what is ``compiled`` if that is ``wanted``. ``say`` is told the figures."""
 
     def ready(asked: EngineOptions) -> Engine:
         made, _ = ready_engine(model, asked, index, compiled, lambda line: None, integers)
