@@ -18,15 +18,15 @@ from cllm.core.config import Config
 from cllm.core.cpu import team_threads
 from cllm.core.duration import parse_duration
 from cllm.core.errors import UsageError, UserError
-from cllm.core.settings import build, flatten, load_config, merge, read_toml, write_setting
+from cllm.core.settings import build, flatten, load_whole, merge, read_toml, write_setting
 from cllm.infer.constrain import Format
 from cllm.infer.engine import Engine, EngineOptions
 from cllm.infer.harness import harness_model
-from cllm.infer.measure import fastest_weights
-from cllm.infer.ready import ready_engine, what_is_compiled
+from cllm.infer.ready import fastest_kind, ready_engine
 from cllm.infer.request import Sampling, refuse_unless
 from cllm.infer.score import Score
 from cllm.infer.score import score as score_text
+from cllm.infer.stored import KINDS, Integers
 from cllm.infer.writing import Completion, Prompt, write, write_all
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
@@ -95,17 +95,14 @@ def resolve_config(
     changes: dict[str, Any],
     from_run: str | Path | None = None,
 ) -> Config:
-    """A configuration file (or object, or the defaults) with dotted ``changes``.
-
-    With ``from_run``, the model is that run's.
-    """
+    """A configuration file (or object, or the defaults) with ``changes``; the model is ``from_run``'s."""
     # A Config object doesn't tell what was set and what is a default; a file does, so that its fields
     # win over a preset among the changes.
     asked = read_toml(Path(config)) if isinstance(config, str | Path) else {}
     whole = merge(config, changes) if isinstance(config, Config) else build(asked | changes)
     if from_run is None:
         return whole
-    parent = load_config(RunDirectory.open(from_run).config)
+    parent = load_whole(RunDirectory.open(from_run).config)
     known = flatten({"model": parent.model.model_dump()})
     kept = {key: value for key, value in known.items() if key != "model.preset"}
     asked = {key: value for key, value in (asked | changes).items() if key.startswith("model.")}
@@ -140,6 +137,11 @@ class Model(ABC):
     def weights(self) -> dict[str, torch.Tensor]:
         """The weights by parameter name, in float32."""
 
+    @property
+    def integers(self) -> Integers | None:
+        """The integers and scales of a compressed file's matrices; none for a run."""
+        return None
+
     @abstractmethod
     def split(self, name: str) -> PackedTokens:
         """A split of its own text; ``UserError`` where there is none."""
@@ -171,23 +173,15 @@ class Model(ABC):
 
         It runs the step that ``cllm compile`` left beside the run, if there is one for it, unless
         ``compiled`` is False. ``say`` is told which, in one line. ``weights`` may be ``auto``: what was
-        measured to be the fastest of fp32, bf16 and int8 on this machine, run in the same way.
-        ``index``: tokens are chosen by an exact index of the output table (``IndexHead``).
+        measured to be the fastest here. ``index``: tokens are chosen by an exact index (``IndexHead``).
         """
+        held = self.integers if weights in ("auto", *KINDS) else None
         if weights == "auto":
-
-            def ready(options: EngineOptions) -> Engine:
-                made, _ = ready_engine(self.model, options, index, self.compiled, lambda line: None)
-                made.use_compiled(compiled)
-                return made
-
             asked = EngineOptions(slots=slots, cache=cache)
-            how = f"{index} {what_is_compiled(self.compiled) if compiled else 'eager'}"
-            weights, line = fastest_weights(self.config.model, asked, ready, how)
-            say(line)
+            weights = fastest_kind(self.model, asked, index, self.compiled, compiled, held, say)
         key = EngineOptions(slots=slots, weights=weights, cache=cache), index
         if key not in self._engines:
-            self._engines[key] = ready_engine(self.model, *key, self.compiled, say)
+            self._engines[key] = ready_engine(self.model, *key, self.compiled, say, held)
         found, line = self._engines[key]
         found.use_compiled(compiled)
         if line and compiled:
@@ -299,6 +293,13 @@ class CompressedModel(Model):
 
         return read_state(self.container)
 
+    @cached_property
+    def integers(self) -> Integers:
+        """Those of the file by parameter name; empty where its layers are stored otherwise."""
+        from cllm.compress.formats import read_integers
+
+        return read_integers(self.container)
+
     def split(self, name: str) -> PackedTokens:
         """None: the file has no text."""
         raise UserError(f"{self.path} has no text of its own: give some (--data)")
@@ -320,7 +321,7 @@ class Run(Model):
     @cached_property
     def config(self) -> Config:
         """The resolved configuration."""
-        return load_config(self.directory.config)
+        return load_whole(self.directory.config)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -141,7 +141,7 @@ def test_weights_of_each_kind_multiply_within_their_rounding(kind: str, count: i
 
 def test_both_ways_of_int8_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = matrix()
-    int8 = Int8(weight)
+    int8 = Int8.nearest(weight)
     made = []
     for packed in (False, True):
         monkeypatch.setattr("cllm.infer.weights._packed_is_faster", lambda count, p=packed: p)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cllm.compress import codecs, coded
+from cllm.compress.codecs import rows
 from cllm.compress.codecs.frame import unpack
 from cllm.compress.grids import Grid, GridSpec
 from cllm.compress.lattices import coding
@@ -30,6 +31,8 @@ from cllm.store.packing import (
 Parts = dict[str, Tensor]
 """Tensors of one weight by the name of the part; "" is the weight itself."""
 
+GRIDS = ("grid", "gguf-q4_0", "gguf-q8_0")
+"""Kinds of storage that are integers with scales."""
 CASTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -187,6 +190,39 @@ def read_state(container: Container, dtype: torch.dtype = torch.float32) -> dict
     }
 
 
+def read_integers(container: Container) -> dict[str, GridMatrix]:
+    """The matrices that are integers with scales, by name, where all matrices of the layers are; else
+    none. Of tables those that are stored as rows of integers are among them.
+
+    Integers of a rotated matrix are not the matrix's own.
+    """
+    found: dict[str, GridMatrix] = {}
+    for name, stored in container.header.weights.items():
+        if stored.kind in GRIDS and "hadamard" not in stored.facts:
+            found[name] = read_grid(container, name)
+        elif stored.kind == "table":
+            table = _rows_of(container, name, stored)
+            found |= {} if table is None else {name: table}
+        elif name.startswith("layers.") and len(stored.shape) == 2:
+            return {}
+    return found
+
+
+def _rows_of(container: Container, name: str, stored: Stored) -> GridMatrix | None:
+    """A table that is stored as rows of integers; none for one of another codec."""
+    frame = unpack(container.tensor(name).numpy().tobytes())
+    if frame.codec != codecs.Rows.name:
+        return None
+    bits, scales, integers = rows.parts(frame.body, frame.shape)
+    return GridMatrix(
+        codes=torch.from_numpy(integers),
+        scale=torch.from_numpy(scales.copy())[:, None],
+        offset=None,
+        group=stored.shape[1],
+        bits=bits,
+    )
+
+
 def _own(facts: dict[str, Any], dtype: torch.dtype) -> torch.dtype:
     return getattr(torch, facts["buffer"]) if "buffer" in facts else dtype
 
@@ -196,7 +232,7 @@ def read_packed(container: Container) -> dict[str, GridMatrix | Tensor]:
     float32."""
     return {
         name: read_grid(container, name)
-        if stored.kind in ("grid", "gguf-q4_0", "gguf-q8_0") and "hadamard" not in stored.facts
+        if stored.kind in GRIDS and "hadamard" not in stored.facts
         else read_weight(container, name, _own(stored.facts, torch.float32))
         for name, stored in container.header.weights.items()
     }

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from cllm.compress.settings import Settings
 from cllm.core.config import Config
 from cllm.core.errors import UserError
 from cllm.core.machine import machine
-from cllm.core.settings import load_config
+from cllm.core.settings import load_whole
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
 from cllm.store.run import RunDirectory
@@ -74,8 +73,8 @@ def open_source(
     Raises ``UserError`` as opening a run, reading its weights and reading text do.
     """
     run = RunDirectory.open(path)
-    config = load_config(run.config)
-    checkpoint = checkpoints.load(checkpoints.find(path, _which(path)), with_optimizer=False)
+    config = load_whole(run.config)
+    checkpoint = checkpoints.load(checkpoints.find_chosen(path), with_optimizer=False)
     data = load_prepared(run.data)
     # A container's quota may be less than its cores; who asked for fewer has a reason.
     torch.set_num_threads(min(torch.get_num_threads(), machine().threads))
@@ -109,13 +108,6 @@ def open_source(
     )
     base = score_on_validation(source, source.model(), progress, "scoring the run")
     return Source(**{**vars(source), "base": base})
-
-
-def _which(path: Path) -> Any:
-    from cllm.store import steps
-
-    run, step = steps.locate(path)
-    return "best" if step is None and steps.best_step(run) is not None else "last"
 
 
 def score_on_validation(

@@ -109,6 +109,23 @@ def load_config(path: Path | None = None, settings: Iterable[str] = ()) -> Confi
     return build(flat | dict(parse_setting(text) for text in settings))
 
 
+def load_whole(path: Path) -> Config:
+    """The configuration in a ``run.toml``, which ``to_toml`` wrote.
+
+    Raises ``UserError`` if its end is missing: what is left would be filled up with defaults.
+    """
+    flat = read_toml(path)
+    sections = {key.partition(".")[0] for key in flat}
+    missing = [name for name in Config.model_fields if name not in sections]
+    if missing or not path.read_bytes().endswith(b"\n"):
+        what = f"it has no [{missing[0]}]" if missing else "its last line has no end"
+        raise UserError(
+            f"{path} is cut short ({what}): put back a copy of it, or the run.toml of a run with the same "
+            "settings"
+        )
+    return build(flat)
+
+
 def to_toml(config: Config) -> str:
     """The whole configuration as TOML that ``load_config`` reads back to an equal object.
 

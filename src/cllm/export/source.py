@@ -16,7 +16,7 @@ from torch import Tensor
 from cllm.compress.formats import read_state
 from cllm.core.errors import UserError
 from cllm.core.model_config import EmbeddingConfig, ModelConfig
-from cllm.core.settings import build, flatten, load_config
+from cllm.core.settings import build, flatten, load_whole
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
 from cllm.store.container import Container, is_container
@@ -59,10 +59,10 @@ def open_source(path: Path) -> Source:
     if is_container(path):
         return _open_container(path)
     run = RunDirectory.open(path)
-    whole = load_config(run.config)
+    whole = load_whole(run.config)
     config = whole.model
     tokenizer = Tokenizer.load(run.tokenizer)
-    step = _step(path)
+    step = checkpoints.find_chosen(path)
     loaded = checkpoints.load(step, with_optimizer=False).weights
     weights = {name: _wide(weight) for name, weight in loaded.items()}
     refuse_nonfinite(weights, str(step))
@@ -155,14 +155,6 @@ def rounded(model: Transformer, dtype: torch.dtype) -> Transformer:
 
 def _wide(weight: Tensor) -> Tensor:
     return weight.float() if weight.is_floating_point() else weight
-
-
-def _step(path: Path) -> Path:
-    """The checkpoint that ``load_weights`` takes."""
-    try:
-        return checkpoints.find(path, "best")
-    except UserError:
-        return checkpoints.find(path, "last")
 
 
 def _sample(run: RunDirectory, config: ModelConfig) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from cllm.core.cpu import team_threads
 from cllm.core.errors import UserError
 from cllm.core.model_config import ModelConfig
-from cllm.core.settings import load_config
+from cllm.core.settings import load_whole
 from cllm.infer.loop import Loop, LoopWeights, library, unknown_shape
 from cllm.infer.request import BURST, Sampling, prompt_ids, refuse_unless
 from cllm.infer.streaming import TextStream
@@ -99,7 +99,7 @@ def load_direct(path: Path) -> Direct | None:
         return None
     try:
         run = RunDirectory.open(path)
-        config = load_config(run.config).model
+        config = load_whole(run.config).model
         embedding = config.embedding
         if unknown_shape(config) or (embedding.kind, embedding.lattice) != ("dense", "none"):
             return None

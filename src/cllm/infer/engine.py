@@ -16,6 +16,7 @@ from cllm.infer.cache import Cache
 from cllm.infer.native import Native
 from cllm.infer.network import Network
 from cllm.infer.request import Sampling, refuse_unless
+from cllm.infer.stored import Integers
 from cllm.infer.weights import check_weights
 from cllm.model.transformer import Transformer
 
@@ -69,6 +70,7 @@ class Engine:
     A slot whose cache is full is read anew from the second half of what it holds, in one pass. So logits
     are always those of a plain forward over the tokens that the cache holds, at positions that the model
     was trained on. ``head`` stands in for the output table: logits are then hidden vectors, for it to read.
+    ``integers``: those of a compressed file (``cllm.infer.stored``).
     """
 
     def __init__(
@@ -77,12 +79,14 @@ class Engine:
         options: EngineOptions | None = None,
         *,
         head: IndexHead | None = None,
+        integers: Integers | None = None,
     ) -> None:
         options = options or EngineOptions()
         self._model, self.head = model, head
         self.options, self.capacity = options, options.capacity_of(model)
-        scored = head is None
-        self.network = Network(model, options.weights, options.cache, scored=scored).eval()
+        self.network = Network(
+            model, options.weights, options.cache, scored=head is None, integers=integers
+        ).eval()
         self.device = self.network.table.device
         self.cache = Cache(
             model.config, options.slots, self.capacity, options.cache, self.network.gain

@@ -11,21 +11,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cllm.infer.cache import Entry, entries, load, store
+from cllm.infer.stored import KINDS, Integers, head_of, matrix_of, summary
 from cllm.infer.weights import keep, pack
 from cllm.model.attention import rotate
 from cllm.model.mlp import gelu_tanh
 from cllm.model.norms import BatchNorm, LayerNorm, RMSNorm, wide
 from cllm.model.transformer import Block, Transformer
+from cllm.store.packing import GridMatrix
 
 
 class Normed(nn.Module):
-    """A norm and the matrices behind it: the norm's scale is folded into the matrix."""
+    """A norm and the matrices behind it: the norm's scale is folded into the matrix, unless that is to be
+    of the integers that a file ``held``."""
 
     bias: Tensor | None
-    mean: Tensor
-    scale: Tensor
+    gain: Tensor | None
 
-    def __init__(self, norm: nn.Module, weight_rd: Tensor, kind: str) -> None:
+    def __init__(
+        self, norm: nn.Module, weight_rd: Tensor, kind: str, held: GridMatrix | None = None
+    ) -> None:
         super().__init__()
         gain, shift, weight = _affine(norm), None, wide(weight_rd.detach())
         self.norm = "batchnorm" if isinstance(norm, BatchNorm) else "rmsnorm"
@@ -39,11 +43,14 @@ class Normed(nn.Module):
         elif isinstance(norm, LayerNorm):
             shift = wide(norm.bias.detach())
         self.register_buffer("bias", None if shift is None else weight @ shift)
-        self.matrix = pack((weight * gain).to(weight_rd.dtype), kind)
+        self.register_buffer("gain", None if held is None else gain)
+        folded_in = weight if held is not None else weight * gain
+        self.matrix = matrix_of(folded_in.to(weight_rd.dtype), kind, held)
 
     def forward(self, x_nd: Tensor) -> Tensor:
         """(N, D) -> (N, R)."""
-        made: Tensor = self.matrix(keep(normalised(x_nd, self.norm, self.eps)))
+        x_nd = normalised(x_nd, self.norm, self.eps)
+        made: Tensor = self.matrix(keep(x_nd if self.gain is None else x_nd * self.gain))
         return made if self.bias is None else made + self.bias
 
 
@@ -71,19 +78,25 @@ def normalised(x_nd: Tensor, norm: str, eps: float) -> Tensor:
 
 
 class InferenceBlock(nn.Module):
-    """A block of the transformer over vectors (N, D)."""
+    """A block of the transformer over vectors (N, D).
 
-    def __init__(self, block: Block, kind: str) -> None:
+    ``integers``: those that a file holds, by the parameters' names within the block.
+    """
+
+    def __init__(self, block: Block, kind: str, integers: Integers) -> None:
         super().__init__()
         attention, mlp = block.attention, block.mlp
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
         self.head_dim = attention.head_dim
-        self.qkv = Normed(block.attention_norm, attention.qkv.weight, kind)
-        self.mixed = pack(attention.out.weight, kind)
+        held = integers.get
+        qkv, out = attention.qkv.weight, attention.out.weight
+        self.qkv = Normed(block.attention_norm, qkv, kind, held("attention.qkv.weight"))
+        self.mixed = matrix_of(out, kind, held("attention.out.weight"))
         self.gated = hasattr(mlp, "gate_up")
-        up: nn.Linear = mlp.gate_up if self.gated else mlp.up  # type: ignore[assignment]
-        self.up = Normed(block.mlp_norm, up.weight, kind)
-        self.down = pack(mlp.out.weight, kind)
+        name = "gate_up" if self.gated else "up"
+        up: nn.Linear = getattr(mlp, name)
+        self.up = Normed(block.mlp_norm, up.weight, kind, held(f"mlp.{name}.weight"))
+        self.down = matrix_of(mlp.out.weight, kind, held("mlp.out.weight"))
 
     def split(
         self, x_nd: Tensor, rotary: tuple[Tensor, Tensor] | None
@@ -111,7 +124,9 @@ class InferenceBlock(nn.Module):
 class Network(nn.Module):
     """A model ready for inference, with weights of ``kind`` (``cllm.infer.weights``).
 
-    Without ``scored`` there is no output table, and logits are the hidden vectors.
+    ``integers`` that a compressed file holds are taken as they are by a kind that is made of integers
+    (``cllm.infer.stored``); raises ``UsageError`` where it cannot hold them. Without
+    ``scored`` there is no output table, and logits are the hidden vectors.
     """
 
     table: Tensor
@@ -128,9 +143,13 @@ class Network(nn.Module):
         cache_kind: str = "fp32",
         *,
         scored: bool = True,
+        integers: Integers | None = None,
     ) -> None:
         super().__init__()
+        integers = {} if kind not in KINDS else integers or {}
         self.config, self.cache_kind = model.config, cache_kind
+        self.integers = summary(integers)
+        """What the file's integers are that it multiplies with; empty where it has none of them."""
         # A reduced or composed table is folded into (V, D): looked up, it then costs a row.
         table = model.embedding.table().detach()
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind)
@@ -140,9 +159,9 @@ class Network(nn.Module):
         self.register_buffer("cos", model.cos)
         self.register_buffer("sin", model.sin)
         self.layers = nn.ModuleList()
-        for block in model.layers:
+        for number, block in enumerate(model.layers):
             assert isinstance(block, Block)
-            self.layers.append(InferenceBlock(block, kind))
+            self.layers.append(InferenceBlock(block, kind, _within(integers, f"layers.{number}.")))
         norm = model.norm
         self.norm = {RMSNorm: "rmsnorm", LayerNorm: "layernorm"}.get(type(norm), "batchnorm")
         self.eps = norm.eps
@@ -157,7 +176,8 @@ class Network(nn.Module):
         self.head: nn.Module = nn.Identity()
         if scored:
             out = table if model.head is None else model.output.table().detach()
-            self.head = pack(out, kind)
+            held = integers.get("embedding.weight" if model.head is None else "head.weight")
+            self.head = head_of(out, kind, held) if integers else pack(out, kind)
 
     def decode(
         self, tokens_s: Tensor, positions_s: Tensor, *buffers: Tensor
@@ -233,6 +253,12 @@ class Network(nn.Module):
             )
             x = block.finish(x, mixed[0].transpose(0, 1).reshape(length, -1))
         return self.finished(x)
+
+
+def _within(integers: Integers, prefix: str) -> Integers:
+    """Those whose names begin with ``prefix``, by the rest of the names."""
+    found = {name: held for name, held in integers.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): held for name, held in found.items()}
 
 
 def attend_one(q_shk: Tensor, k_sgck: Tensor, v_sgck: Tensor, unseen_sc: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ from cllm.core.measurements import recall, remember
 FEW_ROWS = 4
 """Rows up to which a compiled product is written as a sum: beyond, a matrix kernel reuses the weights."""
 GROUP = 32
-"""Weights that share a scale and a zero point in int4."""
+"""Weights that share a scale and an offset where a matrix is rounded to int4."""
+INT4_ROWS = 16
+"""Rows that torch's int4 kernel takes together."""
 
 
 def _summed(x_nd: Tensor, weight_rd: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ class Dense(nn.Module):
 
 
 class Int8(nn.Module):
-    """Integers in −127…127 with a scale for each row; activations stay as they are.
+    """8-bit integers with a scale for each row; activations stay as they are.
 
     Four weights lie in one 32-bit number, those of columns k, k + D/4, k + D/2 and k + 3D/4. Shifts take
     them apart in whole vectors; Inductor's conversion of single bytes was measured to be several times
@@ -74,16 +76,20 @@ class Int8(nn.Module):
     packed: Tensor
     scale: Tensor
 
-    def __init__(self, weight_rd: Tensor) -> None:
+    def __init__(self, integers_rd: Tensor, scale_r: Tensor) -> None:
         super().__init__()
-        rows, width = weight_rd.shape
+        rows, width = integers_rd.shape
         if width % 4:
             raise UsageError(f"int8 weights need rows of a multiple of 4 numbers, not {width}")
-        scale = (weight_rd.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        rounded = (weight_rd / scale[:, None]).round().to(torch.int8)
-        together = rounded.view(rows, 4, width // 4).transpose(1, 2).contiguous()
+        together = integers_rd.view(rows, 4, width // 4).transpose(1, 2).contiguous()
         self.register_buffer("packed", together.view(rows, width).view(torch.int32))
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", scale_r)
+
+    @classmethod
+    def nearest(cls, weight_rd: Tensor) -> Int8:
+        """Integers in −127…127, the nearest to a matrix."""
+        scale = _row_scales(weight_rd)
+        return cls((weight_rd / scale[:, None]).round().to(torch.int8), scale)
 
     def forward(self, x_nd: Tensor) -> Tensor:
         """(N, D) -> (N, R)."""
@@ -136,22 +142,29 @@ def _seconds(call: Callable[[], object], repeats: int = 5) -> float:
     return min(times)
 
 
+def _row_scales(weight_rd: Tensor) -> Tensor:
+    """Scales (R,) that make the largest number of each row ±127."""
+    return (weight_rd.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+
+
 class Int8Dynamic(nn.Module):
-    """Integers in −127…127 with a scale for each row, multiplied with activations that are rounded to
+    """8-bit integers with a scale for each row, multiplied with activations that are rounded to
     8 bits for each call (one scale and zero point for all of its rows, so neighbours in a batch matter)."""
 
-    def __init__(self, weight_rd: Tensor) -> None:
+    def __init__(self, integers_rd: Tensor, scale_r: Tensor) -> None:
         super().__init__()
-        scale = (weight_rd.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        zeros = torch.zeros(len(scale), dtype=torch.long)
+        zeros = torch.zeros(len(scale_r), dtype=torch.long)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # deprecated in torch 2.13, and nothing in its place yet
-            rounded = torch.quantize_per_channel(
-                weight_rd.float(), scale.double(), zeros, 0, torch.qint8
-            )
-        self.packed = torch.ops.quantized.linear_prepack(rounded, None)
+            # Deprecated in torch 2.13, and nothing in its place yet.
+            warnings.simplefilter("ignore")
+            made = torch._make_per_channel_quantized_tensor(integers_rd, scale_r.double(), zeros, 0)
+            self.packed = torch.ops.quantized.linear_prepack(made, None)
+
+    @classmethod
+    def nearest(cls, weight_rd: Tensor) -> Int8Dynamic:
+        """Integers in −127…127, the nearest to a matrix."""
+        scale = _row_scales(weight_rd.float())
+        return cls((weight_rd.float() / scale[:, None]).round().to(torch.int8), scale)
 
     def forward(self, x_nd: Tensor) -> Tensor:
         """(N, D) -> (N, R)."""
@@ -163,35 +176,44 @@ class Int8Dynamic(nn.Module):
 
 
 class Int4(nn.Module):
-    """Integers in 0…15 with a scale and a zero point for each ``GROUP`` weights of a row."""
+    """Integers in −8…7 with a scale and an offset for each ``group`` weights of a row."""
 
     packed: Tensor
     scales: Tensor
 
-    def __init__(self, weight_rd: Tensor) -> None:
+    def __init__(
+        self, integers_rd: Tensor, scale_rg: Tensor, offset_rg: Tensor, group: int
+    ) -> None:
         super().__init__()
+        rows, width = integers_rd.shape
+        assert width % group == 0
+        assert rows % INT4_ROWS == 0
+        self.group = group
+        steps = (integers_rd.to(torch.int32) + 8).contiguous()  # the kernel takes 8 off again
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(steps, 1)
+        self.register_buffer("packed", packed)
+        scales = torch.stack([scale_rg.T, offset_rg.T], -1)
+        self.register_buffer("scales", scales.float().contiguous())
+
+    @classmethod
+    def nearest(cls, weight_rd: Tensor) -> Int4:
+        """Sixteen steps from the least to the largest number of each ``GROUP``."""
         rows, width = weight_rd.shape
-        if width % GROUP or rows % 16:
+        if width % GROUP or rows % INT4_ROWS:
             raise UsageError(
-                f"int4 weights need rows of a multiple of {GROUP} numbers and a multiple of 16 rows, "
-                f"and this model has a matrix of {rows} × {width}; use int8"
+                f"int4 weights need rows of a multiple of {GROUP} numbers and a multiple of {INT4_ROWS} "
+                f"rows, and this model has a matrix of {rows} × {width}; use int8"
             )
         groups = weight_rd.float().view(rows, width // GROUP, GROUP)
         low, high = groups.amin(-1), groups.amax(-1)
         scale = ((high - low) / 15).clamp_min(torch.finfo(torch.float32).tiny)
-        steps = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
-            steps.to(torch.int32).view(rows, width), 1
-        )
-        # torch's kernel computes (step − 8)·scale + zero.
-        scales = torch.stack([scale.T, (low + 8 * scale).T], -1)
-        self.register_buffer("packed", packed)
-        self.register_buffer("scales", scales.contiguous())
+        steps = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15) - 8
+        return cls(steps.view(rows, width).to(torch.int8), scale, low + 8 * scale, GROUP)
 
     def forward(self, x_nd: Tensor) -> Tensor:
         """(N, D) -> (N, R)."""
         made: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x_nd.float().contiguous(), self.packed, GROUP, self.scales
+            x_nd.float().contiguous(), self.packed, self.group, self.scales
         )
         return made.to(x_nd.dtype)
 
@@ -218,9 +240,9 @@ def pack(weight_rd: Tensor, kind: str) -> nn.Module:
     check_weights(kind)
     weight_rd = weight_rd.detach()
     if kind == "int8":
-        return Int8(weight_rd)
+        return Int8.nearest(weight_rd)
     if kind == "int8-dynamic":
-        return Int8Dynamic(weight_rd)
+        return Int8Dynamic.nearest(weight_rd)
     if kind == "int4":
-        return Int4(weight_rd)
+        return Int4.nearest(weight_rd)
     return Dense(weight_rd, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind))

@@ -27,7 +27,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
         known = steps.steps(run)
         if not known:
             raise UserError(f"{run} has no checkpoint yet: remove it and begin anew")
-        best = steps.best_step(run)
+        best = steps.best_step(run, certain=True)
         step = known[-1] if best is None else best
     directory = steps.step_directory(run, step)
     manifest = read_manifest(directory)

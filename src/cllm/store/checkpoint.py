@@ -128,21 +128,21 @@ def load(path: Path, which: Which = "last", *, with_optimizer: bool = True) -> C
 def load_weights(path: Path, which: Which = "best") -> dict[str, Tensor]:
     """Weights alone, by parameter name: of a checkpoint, or of a run (its best one, else its last)."""
     path = Path(path)
-    run, step = folder.locate(path)
-    if which == "best" and step is None and folder.best_step(run) is None:
-        which = "last"
-    return load(path, which, with_optimizer=False).weights
+    return load(path, _chosen(path) if which == "best" else which, with_optimizer=False).weights
 
 
 def find(path: Path, which: Which = "last") -> Path:
-    """The checkpoint directory that ``load`` would read; ``UserError`` if there is none."""
+    """The checkpoint directory that ``load`` would read.
+
+    Raises ``UserError`` if there is none, and where a damaged one may be the best.
+    """
     run, step = folder.locate(path)
     known = folder.steps(run)
     if step is None:
         if not known:
             raise UserError(f"{run} has no checkpoint yet: remove it and begin anew")
         if which == "best":
-            step = folder.best_step(run)
+            step = _best(run)
             if step is None:
                 raise UserError(f"{run} has no best checkpoint yet; take the last one")
         else:
@@ -151,6 +151,27 @@ def find(path: Path, which: Which = "last") -> Path:
         held = ", ".join(map(str, known)) or "none"
         raise UserError(f"{run} has no checkpoint of step {step}; it has: {held}")
     return folder.step_directory(run, step)
+
+
+def find_chosen(path: Path) -> Path:
+    """The checkpoint that ``path`` stands for: itself, or a run's best one, else its last.
+
+    Raises ``UserError`` as ``find`` does.
+    """
+    return find(path, _chosen(path))
+
+
+def _chosen(path: Path) -> Which:
+    run, step = folder.locate(path)
+    return "best" if step is None and _best(run) is not None else "last"
+
+
+def _best(run: Path) -> int | None:
+    try:
+        return folder.best_step(run, certain=True)
+    except DamagedCheckpointError as error:
+        advice = _advice(error.file.parent)
+        raise DamagedCheckpointError(error.file, error.what + advice) from error
 
 
 def _fill(

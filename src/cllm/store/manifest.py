@@ -83,7 +83,8 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / NAME
     try:
         with clear_errors(path, "read"):
-            body = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+        body = json.loads(text)
         claimed = body.pop("checksum")
     except UserError as error:
         if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
@@ -91,6 +92,8 @@ def read_manifest(directory: Path) -> Manifest:
         raise
     except (ValueError, AttributeError, KeyError) as error:
         raise DamagedCheckpointError(path, "is truncated or altered") from error
+    if not text.endswith("\n"):  # as it was written: what is cut off goes first
+        raise DamagedCheckpointError(path, "is truncated")
     if claimed != _checksum(body):
         raise DamagedCheckpointError(path, "was altered (its checksum does not fit its contents)")
     body = _migrated(body, path)

@@ -36,18 +36,21 @@ def steps(run: Path) -> list[int]:
     return sorted({step for step in found if step is not None})
 
 
-def best_step(run: Path) -> int | None:
+def best_step(run: Path, *, certain: bool = False) -> int | None:
     """The newest step that was the best when it was saved, or ``None``.
 
     The checkpoints themselves say so. The link ``best`` is made after the checkpoint it points at, and
-    a kill can come between the two: it is there for people, not for us.
+    a kill can come between the two: it is there for people, not for us. A newer checkpoint that is damaged
+    is passed over, or, to be ``certain``, raises ``DamagedCheckpointError``: it may have been the best.
     """
     for step in reversed(steps(run)):
+        directory = step_directory(run, step)
         try:
-            if read_manifest(step_directory(run, step)).best:
+            if read_manifest(directory).best:
                 return step
         except DamagedCheckpointError:
-            continue
+            if certain and directory.exists():  # not pruned while we looked
+                raise
     return None
 
 

@@ -9,7 +9,7 @@ import torch
 
 from cllm.core.config import Config
 from cllm.core.errors import UsageError, UserError
-from cllm.core.settings import load_config, merge, to_toml
+from cllm.core.settings import load_whole, merge, to_toml
 from cllm.model.embedding import Embedding
 from cllm.model.factors import rank_for, retained
 from cllm.model.transformer import Transformer
@@ -50,7 +50,7 @@ def reduce_run(
     Raises ``UserError`` for the user's mistakes; nothing half-made stays behind.
     """
     parent = RunDirectory.open(path)
-    config = load_config(parent.config)
+    config = load_whole(parent.config)
     source = Transformer(config.model)
     source.load_state_dict(checkpoints.load_weights(Path(path)))
     with torch.no_grad():

@@ -17,7 +17,7 @@ from cllm.core.config import Config
 from cllm.core.cpu import is_busy
 from cllm.core.errors import UsageError, UserError
 from cllm.core.machine import cache_dir
-from cllm.core.settings import load_config, merge, parse_setting, to_toml
+from cllm.core.settings import load_whole, merge, parse_setting, to_toml
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
 from cllm.store.draft import Draft
@@ -126,7 +126,7 @@ def _resume(
     path: Path | str, settings: Sequence[str], progress: Progress, group: Group | None
 ) -> Outcome:
     run = RunDirectory.open(path)
-    config = load_config(run.config)
+    config = load_whole(run.config)
     changes = dict(map(parse_setting, settings))
     for key in changes:
         if key.startswith("model.embedding."):

@@ -77,14 +77,20 @@ def _round(table: np.ndarray, scale: np.ndarray, high: int) -> tuple[np.ndarray,
 
 def decode(body: bytes, shape: tuple[int, int]) -> np.ndarray:
     """The (V, D) float32 table of ``Rows.encode``. ``ValueError`` for bytes that are no such thing."""
+    _, scales, integers = parts(body, shape)
+    return integers.astype(np.float32) * scales.astype(np.float32)[:, None]
+
+
+def parts(body: bytes, shape: tuple[int, int]) -> tuple[int, np.ndarray, np.ndarray]:
+    """Bits, scales (V,) float16 and integers (V, D) int8 of such a table. ``ValueError`` as ``decode``."""
     rows, columns = shape
     reader = Reader(body)
     bits = reader.number("<B")
     if not 2 <= bits <= 8:
         raise ValueError(f"damaged table: {bits} bits an entry")
-    scales = reader.array("<f2", rows).astype(np.float32)
+    scales = reader.array("<f2", rows)
     packed = np.frombuffer(reader.take(-(-rows * columns * bits // 8)), dtype=np.uint8)
     reader.end()
     planes = np.unpackbits(packed, count=rows * columns * bits, bitorder="little")
-    integers = planes.reshape(rows, columns, bits) @ (1 << np.arange(bits))
-    return (integers - (1 << (bits - 1))).astype(np.float32) * scales[:, None]
+    integers = planes.reshape(rows, columns, bits) @ (1 << np.arange(bits)) - (1 << (bits - 1))
+    return int(bits), scales, integers.astype(np.int8)
