@@ -27,7 +27,7 @@ TWO_EACH = STAGES | {"train__pipeline__schedule": "zbv"}
 @pytest.mark.parametrize(
     ("size", "changes", "why"),
     [
-        (3, {}, r"train\.batch_size = 4 does not divide into the 3 processes"),
+        (3, {}, r"the 4 windows of a step .* do not divide into the 3 processes"),
         (2, {"train__parallel__workers": 2}, r"train\.parallel\.workers = 2.*leave it out"),
         (2, {"model__norm": "batchnorm"}, "batchnorm"),
         (2, {"train__loss": "sampled", "train__sampled__candidates": 8}, "sampled"),
@@ -83,12 +83,12 @@ def test_shares_are_equal_and_cover_all_windows_in_order(
     try:
         shares = deal_evenly(batch, accumulate, processes)
     except ValueError:
-        assert batch % processes
-        assert accumulate % processes
+        assert batch * accumulate % processes
         return
+    assert len(shares) == processes
     assert len({tuple(s.last - s.first for s in share) for share in shares}) == 1
     taken = [(s.micro, row) for share in shares for s in share for row in range(s.first, s.last)]
-    assert sorted(taken) == [(m, row) for m in range(accumulate) for row in range(batch)]
+    assert taken == [(m, row) for m in range(accumulate) for row in range(batch)]
     number = torch.arange(accumulate * batch).view(accumulate, batch, 1)
     windows = [packed([(n, -n) for n in number], share) for share in shares]
     assert len({w.shape for w in windows}) == 1
@@ -122,7 +122,9 @@ def test_what_is_sent(config_of: Callable[..., Config]) -> None:
     assert sent_bytes(config, 2) == 4 * weights // 2 * 2
     shards = config.replace(train__parallel__strategy="fsdp")
     assert sent_bytes(shards, 2) == 12 * (weights // 2)  # one whole micro-batch each
-    assert sent_bytes(shards, 4) == 2 * 12 * (weights * 3 // 4)  # a part of both
+    assert sent_bytes(shards, 4) == 12 * (weights * 3 // 4)  # half of one
+    thirds = shards.replace(train__accumulate=3)
+    assert sent_bytes(thirds, 4) == 3 * 12 * (weights * 3 // 4)  # three windows: one by one
     staged = config.replace(train__pipeline__mode="stages")
     model = config.model
     vectors = 4 * 2 * 4 * model.context * model.d_model

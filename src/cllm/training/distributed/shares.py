@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 from torch import Tensor
 
 from cllm.text.batches import IGNORED
 from cllm.training.feed import MicroBatches
-from cllm.training.parallel.shards import Shard, equal_parts, whole_ones
+from cllm.training.parallel.shards import Shard
 
 
 def deal_evenly(batch_size: int, accumulate: int, processes: int) -> list[list[Shard]]:
     """The shards of each process; together all windows of a step, in order.
 
-    Whole micro-batches where they divide, else an equal part of each micro-batch.
+    Each process has as many windows, in as few shards of as many rows each as keep to one micro-batch.
 
     Raises:
-        ValueError: neither divides.
+        ValueError: the windows do not divide.
     """
-    if accumulate % processes == 0:
-        return whole_ones(batch_size, accumulate, processes)
-    if batch_size % processes:
+    each, left = divmod(batch_size * accumulate, processes)
+    if left or not each:
         raise ValueError(
-            f"train.batch_size = {batch_size} does not divide into the {processes} processes of torchrun: "
-            f"make it (or train.accumulate) a multiple of {processes}"
+            f"the {batch_size * accumulate} windows of a step (train.batch_size times train.accumulate) do not "
+            f"divide into the {processes} processes of torchrun: make either a multiple of {processes}"
         )
-    return equal_parts(batch_size, accumulate, processes)
+    rows = gcd(batch_size, each)
+    starts = range(0, batch_size * accumulate, rows)
+    shards = [Shard(at // batch_size, at % batch_size, at % batch_size + rows) for at in starts]
+    return [shards[n : n + each // rows] for n in range(0, len(shards), each // rows)]
 
 
 def packed(batches: MicroBatches, shards: list[Shard]) -> Tensor:
