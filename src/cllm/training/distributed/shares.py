@@ -23,8 +23,8 @@ def deal_evenly(batch_size: int, accumulate: int, processes: int) -> list[list[S
     each, left = divmod(batch_size * accumulate, processes)
     if left or not each:
         raise ValueError(
-            f"the {batch_size * accumulate} windows of a step (train.batch_size times train.accumulate) do not "
-            f"divide into the {processes} processes of torchrun: make either a multiple of {processes}"
+            f"the {batch_size * accumulate} windows of a step (train.batch_size times train.accumulate) do "
+            f"not divide into the {processes} processes of torchrun: make either a multiple of {processes}"
         )
     rows = gcd(batch_size, each)
     starts = range(0, batch_size * accumulate, rows)
