@@ -75,7 +75,6 @@ def test_its_tests_find_nothing(kernel: str, sanitized: dict[str, str], tmp_path
     )
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[:8000]}"
     assert "runtime error" not in done.stderr
-    assert "100%" in done.stdout
     assert "SKIPPED" not in done.stdout
     assert f"{kernel}.cpp" in (tmp_path / "calls").read_text()
 
