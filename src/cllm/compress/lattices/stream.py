@@ -236,7 +236,7 @@ class ReadStream:
 
     def _ranks(self, model: int, count: int) -> np.ndarray:
         found, shift = self._pop(model, count), _shift(model)
-        more = found.max(initial=0) == ESCAPE
+        more = np.maximum.reduce(found) == ESCAPE  # `max` has a wrapper, which is dear for few
         if not shift and not more:
             return found
         wide = found.astype(np.int64)
