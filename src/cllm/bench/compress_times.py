@@ -34,8 +34,8 @@ LEAST, LONGEST, TIMES = 12.0, 300.0, 10.0
 """Million weights a second and core; seconds of a model of 5 to 15 M parameters; K-best over GPTQ."""
 LARGE = 5_000_000
 NOTE = (
-    f"Reading: a matrix of {ROWS:,} × {COLUMNS:,} at 2 to 2.4 bits a weight from a file to float32, checksum "
-    f"included, processor time of one thread, the fastest of {ROUNDS} rounds."
+    f"Reading: a matrix of {ROWS:,} × {COLUMNS:,} at 2 to 2.4 bits a weight from a file to float32, "
+    f"checksum included, processor time of one thread, the fastest of {ROUNDS} rounds."
 )
 
 Weights = Mapping[str, tuple[Stored, Parts]]
