@@ -36,6 +36,7 @@ def run(options: Options) -> Result:
     (the built-in corpus if left out)."""
     load, busy = load_now(), is_busy()
     until = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
+    rates = reading_rates(quick=options.quick) if time.monotonic() < until else {}
     runs = _runs(options)
     wanted = cases(options.quick)
     measured: list[dict[Case, Figures]] = [{} for _ in runs]
@@ -50,7 +51,6 @@ def run(options: Options) -> Result:
     if not options.quick:
         for kept, others in zip(keeps, peers, strict=True):
             said |= _measure_peers(kept, others)
-    rates = reading_rates(quick=options.quick)
     times = time_claims(keeps, options.quick)
     rows = [row for case in wanted if (row := _row(case, measured)) is not None]
     rivals = list(dict.fromkeys(case for found in peers for case in found))
@@ -67,7 +67,7 @@ def run(options: Options) -> Result:
         "with k-best, what they do to the model's predictions (--metric auto). GPTQ under that metric "
         "and k-best without it have rows of their own.",
     ]
-    notes.append(NOTE)
+    notes.append(NOTE if rates else "How fast weights are read was not measured for want of time.")
     notes += sorted(said)
     if missing:
         names = ", ".join(f"{case.method} at {case.bits:g}" for case in missing)
