@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from cllm.bench import compress_cases as known
-from cllm.bench import compress_peers
+from cllm.bench import compress_peers, compress_times
 from cllm.bench.compress import _claims, run
 from cllm.bench.compress_cases import Case, cases
 from cllm.bench.compress_kept import Kept
 from cllm.bench.compress_peers import PEERS, Rounded
 from cllm.bench.compress_plots import Point, certificate_claim, draw, errors_claim, r_squared
+from cllm.bench.compress_times import reading_claims, reading_rates, time_claims
 from cllm.bench.harness import Options, Result, render, write_results
 
 
@@ -58,6 +59,46 @@ def test_recovered_cases_are_judged_against_recovered_gptq() -> None:
     assert claims[0].value == pytest.approx(0.8)
     assert claims[0].holds is False
     assert gptq.settings(None).recover == ours.settings(2.25).recover == known.RECOVERY
+
+
+def test_every_kind_of_weight_is_read_and_its_rate_judged(isolated: Path) -> None:
+    pytest.importorskip("constriction")
+    rates = reading_rates(quick=True)
+    assert set(rates) == {
+        "integers on a grid",
+        "coded integers",
+        "coded E8 points",
+        "coded Leech points",
+        "E8 codebook",
+        "Leech codebook",
+    }
+    assert all(rate > 0 for rate in rates.values())
+    low, high = reading_claims({"one": 11.9, "other": 12.1}, "")
+    assert (low.holds, high.holds) == (False, True)
+    assert reading_claims({"one": 11.9}, "the machine is busy")[0].holds is None
+
+
+def test_times_are_kept_and_compared(trained: Path, isolated: Path) -> None:
+    kept = Kept(trained, {"tokens": 256}, float("inf"))
+    assert 10_000 < kept.parameters < 10**6
+    first = time_claims([kept], quick=False)
+    assert first[0].value > 0
+    assert first[0].holds is True
+    assert first[1].why == "no such run was given"
+    assert first[1].holds is None
+    # Kept: asked again, with no time left, nothing is compressed.
+    again = time_claims([Kept(trained, {"tokens": 256}, 0.0)], quick=False)
+    assert again == first
+
+
+def test_a_large_run_is_timed_by_the_wall(
+    trained: Path, isolated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compress_times, "LARGE", 1)
+    monkeypatch.setattr(Kept, "times", lambda *_: {"wall": 301.0, "processor": 450.0, "threads": 2})
+    claim = time_claims([Kept(trained, {}, 0.0)], quick=False)[1]
+    assert (claim.value, claim.holds) == (301.0, False)
+    assert "2 threads, 450 s of processor time" in claim.name
 
 
 def point(predicted: float, measured: float) -> Point:

@@ -16,8 +16,10 @@ from cllm.bench.compress_cases import Case, cases
 from cllm.bench.compress_kept import Figures, Kept
 from cllm.bench.compress_peers import PEERS
 from cllm.bench.compress_plots import certificate_claim, draw, errors_claim, points_of
+from cllm.bench.compress_times import NOTE, reading_claims, reading_rates, time_claims
 from cllm.bench.harness import Claim, Options, Result, load_now
 from cllm.bench.reference import QUICK, reference_run
+from cllm.core.cpu import is_busy
 from cllm.core.errors import UserError
 from cllm.core.settings import build
 from cllm.store.run import RunDirectory, is_run
@@ -32,8 +34,9 @@ PEER_BITS = (2, 3, 4, 8)
 def run(options: Options) -> Result:
     """Compress every run in every way. ``--data``: runs, or text that three reference runs are trained on
     (the built-in corpus if left out)."""
-    load = load_now()
+    load, busy = load_now(), is_busy()
     until = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
+    rates = reading_rates(quick=options.quick) if time.monotonic() < until else {}
     runs = _runs(options)
     wanted = cases(options.quick)
     measured: list[dict[Case, Figures]] = [{} for _ in runs]
@@ -48,6 +51,7 @@ def run(options: Options) -> Result:
     if not options.quick:
         for kept, others in zip(keeps, peers, strict=True):
             said |= _measure_peers(kept, others)
+    times = time_claims(keeps, options.quick)
     rows = [row for case in wanted if (row := _row(case, measured)) is not None]
     rivals = list(dict.fromkeys(case for found in peers for case in found))
     rows += [row for case in rivals if (row := _row(case, peers)) is not None]
@@ -63,6 +67,7 @@ def run(options: Options) -> Result:
         "with k-best, what they do to the model's predictions (--metric auto). GPTQ under that metric "
         "and k-best without it have rows of their own.",
     ]
+    notes.append(NOTE if rates else "How fast weights are read was not measured for want of time.")
     notes += sorted(said)
     if missing:
         names = ", ".join(f"{case.method} at {case.bits:g}" for case in missing)
@@ -74,10 +79,13 @@ def run(options: Options) -> Result:
             *_claims(measured, options.quick),
             certificate_claim(points, options.quick),
             errors_claim(measured, options.quick),
+            *reading_claims(rates, "quick: too small to judge" if options.quick else busy or ""),
+            *times,
         ],
         notes=notes,
         packages=("torch", "numpy", "constriction", "hqq", "torchao", "llama_cpp_python"),
         load_before=load,
+        busy=busy or "",
         plots={} if options.quick else draw(rows, points),
     )
 

@@ -100,14 +100,16 @@ def cases(quick: bool) -> list[Case]:
     recovered = (RECOVERED_GPTQ, RECOVERED_OURS, RECOVERED_CODED)
     found += [Case(method=OURS, bits=4.0), Case(method=CODED_OURS, bits=4.0)]
     found += [Case(method=method, bits=2.0) for method in recovered]
-    found += [Case(method=method, bits=2.0) for method in (AWARE, INPUTS, LOOP, WIDE, RTN)]
-    found += [Case(method=CODED_WATER, bits=2.0)]
-    found += [
-        Case(method=method, bits=b) for b in (2.5, 1.5) for method in (CODED_GPTQ, CODED_OURS)
-    ]
-    found += [Case(method=method, bits=3.0) for method in (AWARE, INPUTS, LOOP, WIDE, RTN)]
-    found += [Case(method=GPTQ, bits=4.0), Case(method=OURS, bits=8.0)]
-    found += [Case(method=CODED_OURS, bits=8.0), Case(method=GPTQ, bits=8.0)]
-    lattices = (CODED_E8, CODED_LEECH, CODED_TURNED, ROTATED, FIXED_E8, FIXED_TURNED, FIXED_LEECH)
+    found += [Case(method=method, bits=2.0) for method in (AWARE, INPUTS)]
+    coded = (CODED_GPTQ, CODED_OURS)
+    found += [Case(method=method, bits=bits) for bits in (2.5, 1.5) for method in coded]
+    found += [Case(method=method, bits=8.0) for method in (GPTQ, OURS, CODED_OURS)]
+    lattices = (CODED_E8, CODED_LEECH)
     found += [Case(method=method, bits=bits) for bits in (2.0, 3.0) for method in lattices]
+    found += [Case(method=method, bits=bits) for bits in (2.0, 3.0) for method in (WIDE, RTN)]
+    found += [Case(method=GPTQ, bits=4.0)]
+    others = (ROTATED, CODED_TURNED, FIXED_E8, FIXED_TURNED, FIXED_LEECH, LOOP, CODED_WATER)
+    found += [Case(method=method, bits=2.0) for method in others]
+    rest = (AWARE, INPUTS, LOOP, ROTATED, CODED_TURNED, FIXED_E8, FIXED_TURNED, FIXED_LEECH)
+    found += [Case(method=method, bits=3.0) for method in rest]
     return found

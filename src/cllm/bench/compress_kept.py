@@ -25,7 +25,7 @@ from cllm.compress.settings import Settings
 from cllm.compress.source import Source, open_source, score_on_validation
 from cllm.core.atomic import write_json
 from cllm.core.errors import UserError
-from cllm.core.machine import cache_dir
+from cllm.core.machine import cache_dir, machine
 from cllm.store.run import RunDirectory
 from cllm.training.progress import Silent
 
@@ -55,6 +55,18 @@ class Kept:
         changed = self._changed(settings)
         return self._recall(changed.to_json(), lambda: self._measure(changed))
 
+    def times(self, settings: Settings) -> Figures | None:
+        """Seconds (``wall``, ``processor``) and ``threads`` of compressing by ``settings``, reading the run
+        and its text apart; ``None`` if there is no time left to measure."""
+        changed = self._changed(settings)
+        facts = {"times": changed.to_json(), "on": [machine().cpu, torch.get_num_threads()]}
+        return self._recall(facts, lambda: self._time(changed))
+
+    @property
+    def parameters(self) -> int:
+        """Of the run, as it says itself; 0 where it does not."""
+        return int(RunDirectory.open(self.path).status().facts.get("parameters", 0))
+
     def peer(self, name: str, bits: int, one: Callable[[Source, int], Rounded]) -> Figures | None:
         """Of the run with layers as a peer rounds them. Raises what ``one`` raises."""
         facts = {"peer": name, "bits": bits} | self.changes
@@ -81,6 +93,15 @@ class Kept:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_json(place, found)
         return found
+
+    def _time(self, settings: Settings) -> Figures:
+        source = self.source
+        source.outputs.clear()  # what one compression measures once is part of its time
+        with tempfile.TemporaryDirectory() as place:
+            wall, processor = time.perf_counter(), time.process_time()
+            compress(source, settings, Path(place) / "model.cllm", Silent())
+            wall, processor = time.perf_counter() - wall, time.process_time() - processor
+        return {"wall": wall, "processor": processor, "threads": torch.get_num_threads()}
 
     def _measure(self, settings: Settings) -> Figures:
         with tempfile.TemporaryDirectory() as place:

@@ -307,7 +307,7 @@ def _pop(
     family = stream.model.Categorical(model.table(number), perfect=False, lazy=False)
     sizes: np.ndarray = coder.decode(family, count)
     model.see(number, sizes)
-    if sizes.max(initial=0) == ESCAPE:
+    if np.maximum.reduce(sizes) == ESCAPE:
         for i in np.flatnonzero(sizes == ESCAPE):
             sizes[i] += pop_gamma(stream, coder) - 1
     if shift:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ class _Model:
         self.means = _MEANS[codes]
         self.seen = np.zeros(rows, dtype=np.int64)
         self.expected = 0
-        self.counts = np.stack([_start(c) for c in range(_CLASSES)])
+        self.counts = _starts().copy()
 
     def classes(self, j: int) -> np.ndarray:
         """(V,) model of each entry of column ``j``."""
@@ -144,6 +145,12 @@ class _Model:
         weight = ONE * ONE // (ONE + mean)
         self.seen += np.minimum(magnitudes, 1 << 20) * weight
         self.expected += mean * weight // ONE
+
+
+@cache
+def _starts() -> np.ndarray:
+    """(classes, symbols) counts before anything is seen, worked out once."""
+    return np.stack([_start(c) for c in range(_CLASSES)])
 
 
 def _start(number: int) -> np.ndarray:

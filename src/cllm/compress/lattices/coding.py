@@ -96,6 +96,9 @@ class Stream(Protocol):
     def learn(self) -> None:
         """Let the models take in what has gone by since the last time."""
 
+    def stop(self) -> None:
+        """Learn from nothing that follows."""
+
 
 def _walk(stream: Stream, run: Run, levels: Levels, known: np.ndarray | None) -> np.ndarray:
     """Integers (m, columns of ``run``) through ``stream``: the one order that both sides keep."""
@@ -103,6 +106,8 @@ def _walk(stream: Stream, run: Run, levels: Levels, known: np.ndarray | None) ->
     out = np.empty((m, run.blocks, kind.width), dtype=np.int32)
     given = None if known is None else known.reshape(out.shape)
     for part in _parts(run.blocks):
+        if run.start + part.stop * kind.width == len(levels.columns):
+            stream.stop()
         columns = slice(run.start + part.start * kind.width, run.start + part.stop * kind.width)
         classes = levels.classes(columns).reshape(m, -1, kind.width)
         out[:, part] = _blocks(stream, kind, classes, None if given is None else given[:, part])
@@ -125,19 +130,22 @@ def _blocks(
     """Blocks (m, blocks, width), all coordinates of one link after the other."""
     m = np.zeros(classes.shape[:2], dtype=np.int32)
     if kind.modulus > 1:
-        middle = (classes.sum(axis=2, dtype=np.uint16) // kind.width).astype(np.uint8)
+        middle = (byte_sums(classes) // kind.width).astype(np.uint8)
         m = stream.cosets(middle, None if known is None else known[..., 0] % 2)
     out = np.empty(classes.shape, dtype=np.int32)
     word, total = np.zeros_like(m), np.zeros_like(m)
     for links in _alike(chain(kind, tuple(range(kind.width)))):
-        places = _together([link.position for link in links])
-        residues = np.empty((*m.shape, len(links)), dtype=np.uint8)
-        for i, link in enumerate(links):
-            residues[..., i] = _residue(kind, link, m, word, total)
+        places = [link.position for link in links]
+        residues = [_residue(kind, link, m, word, total) for link in links]
+        if all(residue is m for residue in residues):
+            del residues[1:]  # the same for all
+        together = np.empty((*m.shape, len(residues)), dtype=np.uint8)
+        for i, residue in enumerate(residues):
+            together[..., i] = residue
         here = None if known is None else known[..., places]
-        found = stream.values(links[0].spacing, residues, classes[..., places], here)
-        out[..., places] = found
-        for i in range(len(links)):  # numpy sums short axes slowly
+        found = stream.values(links[0].spacing, together, classes.take(places, axis=-1), here)
+        for i, place in enumerate(places):  # numpy sums and spreads short axes slowly
+            out[..., place] = found[..., i]
             total += found[..., i]
         if kind.width == 24:
             for i, link in enumerate(links):
@@ -146,10 +154,17 @@ def _blocks(
     return out
 
 
-def _together(places: list[int]) -> list[int] | slice:
-    """``places`` as a slice, which is faster, where they are side by side."""
-    begin, end = places[0], places[-1] + 1
-    return slice(begin, end) if places == list(range(begin, end)) else places
+def byte_sums(lines: np.ndarray) -> np.ndarray:
+    """(…,) uint64 sums of the last axis of bytes (…, width), contiguous: four bytes of a word are added
+    at once, since numpy sums short axes slowly. ``width`` is a multiple of 8."""
+    words = lines.view(np.uint64)
+    low, every = np.uint64(0x00FF00FF00FF00FF), np.uint64(0x0001000100010001)
+    pairs = (words & low) + (words >> np.uint64(8) & low)
+    sums = pairs * every >> np.uint64(48)
+    total = sums[..., 0].copy()
+    for i in range(1, sums.shape[-1]):
+        total += sums[..., i]
+    return total
 
 
 def _alike(links: tuple[Link, ...]) -> list[list[Link]]:

@@ -28,6 +28,7 @@ def context(spacing: int, residue: int) -> int:
     return CONTEXTS.index((spacing, residue))
 
 
+@cache
 def is_even(spacing: int, residue: int) -> bool:
     """Whether the class holds the negative of each of its integers."""
     return 2 * residue in (0, spacing)

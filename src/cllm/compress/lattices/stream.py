@@ -34,6 +34,7 @@ class _Models:
     def __init__(self) -> None:
         self._counts: dict[int, np.ndarray] = {}
         self._seen: list[tuple[int, np.ndarray]] = []
+        self.learning = True
 
     def table(self, model: int) -> np.ndarray:
         """The counts of ``model`` as what ``constriction`` takes."""
@@ -42,11 +43,14 @@ class _Models:
         counts = self._counts[model][: 2 if model // CLASSES == COSET else None]
         return counts.astype(np.float64)
 
-    def see(self, model: int, symbols: np.ndarray) -> bool:
-        """Take note of symbols; returns whether any says that more follows."""
-        found = np.bincount(symbols, minlength=SYMBOLS)
-        self._seen.append((model, found))
-        return bool(found[ESCAPE])
+    def see(self, model: int, symbols: np.ndarray) -> None:
+        """Take note of symbols."""
+        if self.learning:
+            self._seen.append((model, np.bincount(symbols, minlength=SYMBOLS)))
+
+    def stop(self) -> None:
+        """Learn no more: nothing that is seen from now on will be asked for."""
+        self.learning = False
 
     def learn(self) -> None:
         """Count what was seen."""
@@ -73,35 +77,33 @@ class _Groups:
             yield model, slice(end - count, end)
 
 
-def _groups(models: np.ndarray) -> _Groups:
-    counts = np.bincount(models)
-    present = np.flatnonzero(counts)
+def _groups(first: int, contexts: np.ndarray, classes: np.ndarray) -> _Groups:
+    """Entries by model: ``contexts`` count from the context ``first`` on, and broadcast to ``classes``."""
+    low, kinds = int(classes.min(initial=CLASSES)), int(contexts.max(initial=0)) + 1
+    width = int(classes.max(initial=0)) - low + 1
     # Few models: their places fit a byte, which is sorted in one pass.
-    place = np.zeros(len(counts), dtype=np.uint8 if len(present) <= 256 else np.uint16)
-    place[present] = np.arange(len(present))
-    return _Groups(np.argsort(place[models], kind="stable"), present, counts[present])
+    kind = np.dtype(np.uint8 if kinds * width <= 256 else np.uint16)
+    own = classes.astype(kind)
+    own -= kind.type(low)
+    places = (contexts.astype(kind) * kind.type(width) + own).ravel()
+    counts = np.bincount(places)
+    present = np.flatnonzero(counts)
+    models = CLASSES * (first + present // width) + present % width + low
+    return _Groups(np.argsort(places, kind="stable"), models, counts[present])
 
 
-_PLACES = {
-    s: np.array([CLASSES * context(s, min(r, s - r)) for r in range(s)], dtype=np.uint16)
-    for s in SPACINGS
-}
-"""Spacing to the first model of each residue's context."""
-_FOLDS = {s: np.array([-1 if 2 * r > s else 1 for r in range(s)], dtype=np.int32) for s in SPACINGS}
-"""Spacing to the sign by which each residue class is folded."""
-_EVEN = np.array([is_even(s, r) for s, r in CONTEXTS])
-_VALUES = np.array([values_of(np.arange(SYMBOLS), s, r) for s, r in CONTEXTS], dtype=np.int32)
-"""(contexts, ranks): what ``values_of`` makes of small ranks."""
+_SMALL = [values_of(np.arange(SYMBOLS, dtype=np.int32), s, r) for s, r in CONTEXTS]
+"""By context: what ``values_of`` makes of small ranks."""
+_FIRST = {s: context(s, 0) for s in SPACINGS}
+"""Spacing to the context of its residue 0; those of the others follow."""
 
 
-def _folded(
-    spacing: int, residues: np.ndarray, classes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Models (uint16) and the sign by which each residue class is folded, both flat; no signs where no
-    class is."""
-    flat = residues.ravel()
-    models = _PLACES[spacing][flat] + classes.ravel()
-    return models, _FOLDS[spacing][flat] if spacing > 2 else None
+def _folded(spacing: int, residues: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Residues folded onto their mirror images, and the sign of the fold (``None``: all +1)."""
+    if spacing <= 2:
+        return residues, None
+    mirrored = np.uint8(spacing) - residues
+    return np.minimum(residues, mirrored), np.where(residues > mirrored, np.int32(-1), np.int32(1))
 
 
 def _shift(model: int) -> int:
@@ -117,12 +119,12 @@ class WriteStream:
         self._planned: list[tuple[np.ndarray, np.ndarray]] = []
         self._signs: list[np.ndarray] = []
         self._lows: list[np.ndarray] = []
-        self.learn = self._models.learn
+        self.learn, self.stop = self._models.learn, self._models.stop
 
     def cosets(self, classes: np.ndarray, known: np.ndarray | None) -> np.ndarray:
         """Write parities."""
         assert known is not None
-        flat, groups = known.ravel(), _groups(COSET * CLASSES + classes.ravel().astype(np.uint16))
+        flat, groups = known.ravel(), _groups(COSET, np.zeros(1, dtype=np.uint8), classes)
         for model, part in groups:
             self._push(model, flat[groups.order[part]])
         return known
@@ -132,9 +134,9 @@ class WriteStream:
     ) -> np.ndarray:
         """Write integers."""
         assert known is not None
-        models, fold = _folded(spacing, residues, classes)
-        flat = known.ravel() if fold is None else known.ravel() * fold
-        groups = _groups(models)
+        folded, fold = _folded(spacing, residues)
+        flat = (known if fold is None else known * fold).ravel()
+        groups = _groups(_FIRST[spacing], folded, classes)
         for model, part in groups:
             here, shift = flat[groups.order[part]], _shift(model)
             s, r = CONTEXTS[model // CLASSES]
@@ -177,54 +179,64 @@ class ReadStream:
             raise ValueError("damaged matrix: the entropy-coded part is cut")
         self._coder: Any = self._stream.stack.AnsCoder(words.view("<u4").astype(np.uint32))
         self._signs, self._lows = Bits(sign), Bits(low)
-        self.learn = self._models.learn
+        self.learn, self.stop = self._models.learn, self._models.stop
 
     def cosets(self, classes: np.ndarray, known: np.ndarray | None) -> np.ndarray:
         """The next parities."""
         found = np.empty(classes.size, dtype=np.int32)
-        groups = _groups(COSET * CLASSES + classes.ravel().astype(np.uint16))
+        groups = _groups(COSET, np.zeros(1, dtype=np.uint8), classes)
         for model, part in groups:
-            found[groups.order[part]], _ = self._pop(model, part.stop - part.start)
+            found[groups.order[part]] = self._pop(model, part.stop - part.start)
         return found.reshape(classes.shape)
 
     def values(
         self, spacing: int, residues: np.ndarray, classes: np.ndarray, known: np.ndarray | None
     ) -> np.ndarray:
         """The next integers."""
-        models, fold = _folded(spacing, residues, classes)
-        groups = _groups(models)
+        folded, fold = _folded(spacing, residues)
+        groups = _groups(_FIRST[spacing], folded, classes)
         here = np.empty(classes.size, dtype=np.int32)
         for model, part in groups:
-            here[part] = self._ranks(model, part.stop - part.start)
-        # What follows is the same for all models, and done at once.
-        places = groups.models // CLASSES
-        if here.max(initial=0) < SYMBOLS:
-            here += np.repeat((places * SYMBOLS).astype(np.int32), groups.counts)
-            here = np.take(_VALUES.ravel(), here, mode="clip")  # faster, and in range
-        else:
-            for place, (_, part) in zip(places.tolist(), groups, strict=True):
-                here[part] = values_of(here[part], *CONTEXTS[place])
-        signed = here != 0
-        if not _EVEN[places].all():
-            signed &= np.repeat(_EVEN[places], groups.counts)
-        there = np.flatnonzero(signed)
-        negative = there[self._signs.take(len(there)).view(bool)]
-        here[negative] *= -1
-        found = np.empty_like(here)
-        found[groups.order] = here
+            here[part] = self._integers(model, part.stop - part.start)
+        flat = np.empty_like(here)
+        flat[groups.order] = here
+        found = flat.reshape(classes.shape)
         if fold is not None:
             found *= fold
-        return found.reshape(classes.shape)
+        return found
 
-    def _pop(self, model: int, count: int) -> tuple[np.ndarray, bool]:
-        """Symbols, and whether any says that more follows."""
+    def _integers(self, model: int, count: int) -> np.ndarray:
+        """The next integers of a model, not yet unfolded."""
+        (spacing, residue), found = CONTEXTS[model // CLASSES], self._ranks(model, count)
+        if not is_even(spacing, residue):
+            if found.dtype == np.int32:  # below SYMBOLS
+                return np.take(_SMALL[model // CLASSES], found, mode="clip")  # faster, and in range
+            return values_of(found, spacing, residue)
+        if spacing > 1:
+            found *= spacing
+            found += residue
+        if residue:  # none of them is 0
+            signs = self._signs.take(count).astype(found.dtype)
+            signs *= -2
+            signs += 1
+            found *= signs
+        else:
+            there = np.flatnonzero(found)
+            negative = there[self._signs.take(len(there)).view(bool)]
+            found[negative] = -found[negative]
+        return found
+
+    def _pop(self, model: int, count: int) -> np.ndarray:
+        """Symbols (count,) int32."""
         table = self._models.table(model)
         family = self._stream.model.Categorical(table, perfect=False, lazy=False)
         symbols: np.ndarray = self._coder.decode(family, count)
-        return symbols, self._models.see(model, symbols)
+        self._models.see(model, symbols)
+        return symbols
 
     def _ranks(self, model: int, count: int) -> np.ndarray:
-        (found, more), shift = self._pop(model, count), _shift(model)
+        found, shift = self._pop(model, count), _shift(model)
+        more = np.maximum.reduce(found) == ESCAPE  # `max` has a wrapper, which is dear for few
         if not shift and not more:
             return found
         wide = found.astype(np.int64)
