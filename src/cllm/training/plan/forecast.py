@@ -174,7 +174,8 @@ def plan_on(
 
 
 def constants_of(config: Config, say: Say) -> Constants:
-    """This machine's constants for the shapes of one process of ``config`` (resolved)."""
+    """This machine's constants for the shapes of one process of ``config`` (resolved), beside as many others
+    as it has workers."""
     from cllm.training.parallel.shards import deal
 
     train = config.train
@@ -187,6 +188,7 @@ def constants_of(config: Config, say: Say) -> Constants:
         threads=train.threads,
         dtype=train.dtype,
         compiled=train.compile == "on",
+        together=train.parallel.workers,
         say=say,
     )
 

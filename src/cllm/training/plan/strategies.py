@@ -89,16 +89,18 @@ def one_process(config: Config, constants: Constants, room: float | None) -> Est
 def workers(config: Config, constants: Constants, room: float | None) -> Estimate:
     """``train.parallel.workers`` processes over one copy of the weights on this machine.
 
-    ``constants`` are one process's. Raises ``ValueError`` where the windows do not divide.
+    ``constants`` are one process's beside the others, who wait while one of them adds the gradients up
+    and makes the optimizer's step. Raises ``ValueError`` where the windows do not divide.
     """
-    train, rates = config.train, constants.rates
+    train, rates, alone = config.train, constants.rates, constants.alone
     count = train.parallel.workers
     assert isinstance(count, int)
     share = deal(train.batch_size, train.accumulate, count)[-1]  # the last has the most
-    work = work_of(with_rows(config, share[0].last - share[0].first), rates)
+    mine = with_rows(config, share[0].last - share[0].first)
+    work, end = work_of(mine, rates), work_of(mine, alone).end
     arena = MASTER * work.arena.of(work.layers)
     micros = len(share) * (work.micro.of(work.layers) + _added(arena, rates.bandwidth))
-    summed = (count - 1) * _added(arena, rates.bandwidth)
+    summed = (count - 1) * _added(arena, alone.bandwidth)
     memory = _whole(work, constants.base_memory)
     activations = _activations(work, whole=False)
     return _checked(
@@ -114,7 +116,7 @@ def workers(config: Config, constants: Constants, room: float | None) -> Estimat
                 logits=count * memory.logits,
                 base=count * memory.base,
             ),
-            compute=micros + work.end.of(work.layers),
+            compute=micros + end.of(work.layers),
             communication=summed + (count - 1) * constants.hand_over,
             sent=arena,
             tokens=_tokens(config),
