@@ -1,9 +1,9 @@
 """Measures what processes of this machine send each other over gloo, as those of torchrun do.
 
 ``python -m cllm.training.plan.link_probe`` reads one JSON request (``number``, ``processes``, ``cores`` to
-keep to, and ``store``, a file for all of them) and prints one JSON answer: ``link``, the bytes a second that
-a process sends to its neighbour in a ring while it receives as many, and ``latency``, the seconds of an
-empty exchange.
+keep to, and ``store``, a file for all of them) and prints one JSON answer: ``link``, the bytes a second
+that a process sends to its neighbour in a ring while it receives as many, and ``latency``, the seconds of
+an empty exchange.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Measures what the roofline model needs of this machine, in a process of its own.
 
-``python -m cllm.training.plan.probe`` reads one JSON request (``threads``, ``dtype``, ``compiled``, ``cores`` to
-keep to, and a list of matrix products) from standard input and prints one JSON answer, so that threads,
-allocator and peak memory of whoever asks are not touched, nor do they touch what is measured. Before each
-measurement it prints ``WAITING`` and waits for a line: several measure the same at the same time, as workers
-compute the same at the same time.
+``python -m cllm.training.plan.probe`` reads one JSON request (``threads``, ``dtype``, ``compiled``,
+``cores`` to keep to, and a list of matrix products) from standard input and prints one JSON answer, so that
+threads, allocator and peak memory of whoever asks are not touched, nor do they touch what is measured.
+Before each measurement it prints ``WAITING`` and waits for a line: several measure the same at the same
+time, as workers compute the same at the same time.
 """
 
 from __future__ import annotations
