@@ -18,7 +18,7 @@ from cllm.core.cpu import is_busy, usable_threads
 from cllm.core.settings import merge, parse_setting
 from cllm.core.threads import spin_briefly
 from cllm.training.choose import choose
-from cllm.training.plan.forecast import constants_of
+from cllm.training.plan.here import constants_of
 from cllm.training.plan.strategies import first_worker_bytes, one_process, workers
 
 ROUNDS, STEPS = 5, 4

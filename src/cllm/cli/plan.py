@@ -12,8 +12,8 @@ from cllm.cli.options import ConfigFile, Preset, Settings
 
 if TYPE_CHECKING:
     from cllm.core.config import Config
+    from cllm.training.plan.estimate import Estimate
     from cllm.training.plan.forecast import Plan
-    from cllm.training.plan.strategies import Estimate
 
 
 def plan(
@@ -63,7 +63,8 @@ def plan(
         changes["data.paths"] = tuple(data)
 
     from cllm.api import resolve_config
-    from cllm.training.plan.forecast import plan_here, plan_on
+    from cllm.training.plan.forecast import plan_on
+    from cllm.training.plan.here import plan_here
     from cllm.training.plan.machines import read_machines
 
     entries = read_machines(machines) if machines is not None else []

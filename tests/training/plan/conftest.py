@@ -29,15 +29,20 @@ def resolved(config_of: Callable[..., Config]) -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="session")
-def answer_of() -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """What the measuring process would answer to a request; made up."""
+def answer_of() -> Callable[..., list[dict[str, Any]]]:
+    """What measuring processes would answer to a request; made up, and slower the more they are."""
 
-    def answer(request: dict[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {"products": [1e9 + n for n, _ in enumerate(request["products"])]}
+    def answer(
+        request: dict[str, Any], processes: int = 1, program: str = ""
+    ) -> list[dict[str, Any]]:
+        if "link" in program:
+            return [{"link": 1e9, "latency": 1e-5}] * processes
+        rate = 1e9 / processes
+        found: dict[str, Any] = {"products": [rate + n for n, _ in enumerate(request["products"])]}
         if request["constants"]:
             found |= {"call": 1e-6, "light": 0.0, "strided": 0.0, "heavy": 1e-9}
             found |= {"stream": [[1e6, 1e10]], "base_memory": 5, "hand_over": 1e-5}
-        return found
+        return [found] * processes
 
     return answer
 

@@ -15,21 +15,18 @@ from hypothesis import strategies as st
 
 from cllm.core.config import Config
 from cllm.core.errors import UserError
-from cllm.core.machine import machine
-from cllm.training.plan import calibrate, forecast
-from cllm.training.plan.calibrate import Constants, constants
+from cllm.training.plan import forecast
+from cllm.training.plan.calibrate import Constants
 from cllm.training.plan.machines import Devices, MachineEntry, read_machines
+from cllm.training.plan.pipelines import _pipelines, pipelined
 from cllm.training.plan.roofline import Rates
 from cllm.training.plan.strategies import (
-    _pipelines,
     first_worker_bytes,
     one_process,
-    pipelined,
     replicated,
     sharded,
     workers,
 )
-from cllm.training.plan.trace import Product
 
 ConfigOf = Callable[..., Config]
 DevicesWith = Callable[..., Devices]
@@ -107,7 +104,7 @@ def test_what_cannot_be_is_named(resolved: ConfigOf, devices_with: DevicesWith) 
 
 def test_workers_share_windows_and_weights(resolved: ConfigOf) -> None:
     rates = Rates(flops=1e10, stream=[(1.0, 1e11)], products={})
-    known = Constants(rates=rates, base_memory=10**8, hand_over=1e-5)
+    known = Constants(rates=rates, alone=rates, base_memory=10**8, hand_over=1e-5)
     alone = one_process(resolved(), known, None)
     two = workers(resolved(train__parallel__workers=2), known, None)
     assert two.compute < 0.7 * alone.compute
@@ -118,6 +115,12 @@ def test_workers_share_windows_and_weights(resolved: ConfigOf) -> None:
     first = first_worker_bytes(resolved(train__parallel__workers=2), known)
     assert alone.memory.weights < first < two.memory.total
     assert one_process(resolved(), known, 1e8).obstacle.startswith("does not fit")
+    crowded = Rates(flops=5e9, stream=[(1.0, 1e9)], products={})
+    both = dataclasses.replace(known, rates=crowded)
+    slower = workers(resolved(train__parallel__workers=2), both, None)
+    assert slower.compute > 1.5 * two.compute
+    # What one does while the others wait is as fast as ever.
+    assert slower.communication == two.communication
 
 
 def machine_list(**changes: Any) -> list[MachineEntry]:
@@ -141,7 +144,7 @@ def test_the_best_is_possible_and_its_command_runs_it(config_of: ConfigOf) -> No
     (ddp,) = [e for e in two.estimates if e.kind == "ddp"]
     assert two.command(ddp).startswith("torchrun --nnodes=2 --nproc-per-node=4 -m cllm train ")
     (pipeline,) = [e for e in plan.estimates if e.kind == "pipeline"]
-    assert plan.command(pipeline) == ""
+    assert plan.command(pipeline) == ""  # of two, four times side by side
     hours = plan.hours(plan.best)
     assert hours is not None
     assert hours * 3600 * plan.best.tokens_per_second == pytest.approx(10**6)
@@ -193,71 +196,3 @@ def test_the_slowest_device_of_a_list_decides(config_of: ConfigOf) -> None:
     mixed = forecast.plan_on(config.replace(**{"train.dtype": "fp32"}), entries, [2], None)
     alike = forecast.plan_on(config.replace(**{"train.dtype": "fp32"}), entries[1:], [2], None)
     assert [e.seconds for e in mixed.estimates] == [e.seconds for e in alike.estimates]
-
-
-def test_constants_are_measured_once_and_not_kept_from_a_busy_machine(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    answer_of: Callable[[dict[str, Any]], dict[str, Any]],
-) -> None:
-    monkeypatch.setenv("CLLM_CACHE", str(tmp_path))
-    asked: list[dict[str, Any]] = []
-
-    def ask(request: dict[str, Any]) -> dict[str, Any]:
-        asked.append(request)
-        return answer_of(request)
-
-    busy = ["", "busy"]
-    monkeypatch.setattr(calibrate, "_ask", ask)
-    monkeypatch.setattr(calibrate, "_meanwhile", {})
-    monkeypatch.setattr(calibrate, "is_busy", lambda threads: busy[0])
-    one = Product(1, 2, 3, 4, "float32", (False, True))
-    other = Product(2, 2, 3, 4, "float32")
-    how = {"threads": 1, "dtype": "fp32", "compiled": False}
-    assert constants([one], **how).rates.products == {one: 1e9}
-    assert constants([one], **how).rates.products == {one: 1e9}
-    assert len(asked) == 1
-    busy[0] = "busy"
-    assert set(constants([one, other], **how).rates.products) == {one, other}
-    assert asked[-1]["constants"] is False
-    assert len(asked[-1]["products"]) == 1
-    calibrate._meanwhile.clear()  # another process
-    assert set(constants([one], **how).rates.products) == {one}
-    assert len(asked) == 2
-    constants([], **how | {"threads": 2})
-    assert asked[-1]["constants"] is True
-
-
-def test_this_machine_has_threads_and_workers(
-    config_of: ConfigOf,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    answer_of: Callable[[dict[str, Any]], dict[str, Any]],
-) -> None:
-    two = dataclasses.replace(machine(), cores=2, quota=None, threads=2)
-    monkeypatch.setattr(forecast, "machine", lambda: two)
-    monkeypatch.setattr(calibrate, "_ask", answer_of)
-    monkeypatch.setattr(calibrate, "_meanwhile", {})
-    monkeypatch.setenv("CLLM_CACHE", str(tmp_path))
-    told: list[str] = []
-    made = forecast.plan_here(config_of(model__vocab_size=300), 10**6, told.append)
-    by_name = {e.strategy: e for e in made.estimates}
-    assert list(by_name) == ["one process, 1 thread", "one process, 2 threads", "2 workers"]
-    assert any(line.startswith("measuring this machine once: 2 threads, fp32") for line in told)
-    assert made.best is by_name["2 workers"]  # as this machine answers alike for any threads
-    assert made.command(made.best) == "cllm train --set train.parallel.workers=2"
-    threads = made.command(by_name["one process, 2 threads"])
-    assert threads == "cllm train --set train.threads=2"
-    odd = forecast.plan_here(config_of(model__vocab_size=300, train__batch_size=3), 1, told.append)
-    assert "train.batch_size = 3 does not divide" in odd.estimates[-1].obstacle
-
-
-def test_this_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "_meanwhile", {})
-    monkeypatch.setenv("CLLM_CACHE", str(tmp_path))
-    product = Product(4, 32, 16, 32, "float32", (True, False))
-    found = constants([product], threads=1, dtype="fp32", compiled=False)
-    assert found.rates.products[product] > 0
-    assert found.base_memory > 50e6
-    assert min(found.rates.call, found.rates.heavy, found.rates.strided, found.hand_over) > 0
-    assert all(rate > 0 for _, rate in found.rates.stream)

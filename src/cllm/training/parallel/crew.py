@@ -245,9 +245,14 @@ def cores_of_workers(config: Config) -> list[list[int]]:
     train = config.train
     assert isinstance(train.parallel.workers, int)
     assert isinstance(train.threads, int)
+    return cores_of_processes(train.threads, train.parallel.workers)
+
+
+def cores_of_processes(each: int, count: int) -> list[list[int]]:
+    """``each`` of this process's cores for each of ``count`` processes; none where there are too few."""
     if not hasattr(os, "sched_getaffinity"):
         return []
-    mine, each = sorted(os.sched_getaffinity(0)), train.threads
-    if len(mine) < each * train.parallel.workers:
+    mine = sorted(os.sched_getaffinity(0))
+    if len(mine) < each * count:
         return []
-    return [mine[n * each : (n + 1) * each] for n in range(train.parallel.workers)]
+    return [mine[n * each : (n + 1) * each] for n in range(count)]

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
 from cllm.core.cpu import is_busy
-from cllm.core.errors import UserError
 from cllm.core.measurements import recall, remember
-from cllm.core.threads import spin_briefly
+from cllm.training.plan.ask import ask
 from cllm.training.plan.roofline import Rates
 from cllm.training.plan.trace import Product
 
@@ -23,10 +19,12 @@ _meanwhile: dict[tuple[str, int], dict[str, Any]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """What was measured: ``rates`` of one process; ``base_memory``: bytes of a process that trains a model
-    of no size; ``hand_over``: seconds of a message to another thread and back."""
+    """What was measured: ``rates`` of one process, while as many others are at work as it has beside it;
+    ``alone``: its rates while those wait; ``base_memory``: bytes of a process that trains a model of no
+    size; ``hand_over``: seconds of a message to another thread and back."""
 
     rates: Rates
+    alone: Rates
     base_memory: int
     hand_over: float
 
@@ -37,64 +35,98 @@ def constants(
     threads: int,
     dtype: str,
     compiled: bool,
+    together: int = 1,
     say: Callable[[str], None] = lambda text: None,
 ) -> Constants:
     """The constants for a number of threads, a precision, and compiled or eager code.
 
-    ``products``: the shapes that are needed; those not yet known are measured. What was measured on a busy
-    machine is kept in this process only. Raises ``UserError`` where the measuring process fails.
+    ``products``: the shapes that are needed; those not yet known are measured. ``together``: processes that
+    are at work at once, which share caches and the way to memory; the slowest counts, as they work in step.
+    What was measured on a busy machine is kept in this process only. Raises ``UserError`` where the
+    measuring process fails.
     """
-    name = f"plan 1 {dtype} {'compiled' if compiled else 'eager'}"
+    how = _How(threads, dtype, compiled)
+    known = _known(how, products, together, say)
+    alone = known if together == 1 else _known(how, [], 1, say)
+    return Constants(
+        rates=_rates(known),
+        alone=_rates(alone),
+        base_memory=known["base_memory"],
+        hand_over=alone["hand_over"],
+    )
+
+
+@dataclass(frozen=True)
+class _How:
+    """What constants are of."""
+
+    threads: int
+    dtype: str
+    compiled: bool
+
+    @property
+    def code(self) -> str:
+        return "compiled" if self.compiled else "eager"
+
+
+def _known(
+    how: _How, products: Iterable[Product], together: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """What was measured of ``together`` processes, these products among it; measured now if need be."""
+    threads = how.threads
+    name = f"plan 2 {how.dtype} {how.code}" + (f" by {together}" if together > 1 else "")
     known: dict[str, Any] = recall(name, threads=threads) or _meanwhile.get((name, threads), {})
     rates = {_key(fields): rate for fields, rate in known.get("products", [])}
     missing = [p for p in dict.fromkeys(products) if _key(astuple(p)) not in rates]
-    if not known or missing:
-        how = f"{threads} thread{'s' * (threads > 1)}, {dtype}, {name.split()[-1]} code"
-        say(f"measuring this machine once: {how}, {len(missing)} shapes of products")
-        request = {"threads": threads, "dtype": dtype, "compiled": compiled}
-        request |= {"constants": not known, "products": [astuple(p) for p in missing]}
-        busy = is_busy(threads)
-        answer = _ask(request)
-        found = zip((astuple(p) for p in missing), answer.pop("products"), strict=True)
-        rates |= {_key(fields): rate for fields, rate in found}
-        known = known | answer
-        known["products"] = [[json.loads(key), rate] for key, rate in rates.items()]
-        _meanwhile[name, threads] = known
-        if not busy:
-            remember(name, known, threads=threads)
-    table = {Product.of(json.loads(key)): rate for key, rate in rates.items()}
-    return Constants(
-        rates=Rates(
-            flops=max(table.values(), default=1.0),
-            stream=[(size, rate) for size, rate in known["stream"]],
-            products=table,
-            light=known["light"],
-            strided=known["strided"],
-            heavy=known["heavy"],
-            call=known["call"],
-        ),
-        base_memory=known["base_memory"],
-        hand_over=known["hand_over"],
+    if known and not missing:
+        return known
+    what = f"{threads} thread{'s' * (threads > 1)}, {how.dtype}, {how.code} code"
+    what += f", {together} processes at once" if together > 1 else ""
+    say(f"measuring this machine once: {what}, {len(missing)} shapes of products")
+    request = {"threads": threads, "dtype": how.dtype, "compiled": how.compiled}
+    request |= {"constants": not known, "products": [astuple(p) for p in missing]}
+    busy = is_busy(threads * together)
+    answer = slowest(ask(request, together))
+    found = zip((astuple(p) for p in missing), answer.pop("products"), strict=True)
+    rates |= {_key(fields): rate for fields, rate in found}
+    known = known | answer
+    known["products"] = [[json.loads(key), rate] for key, rate in rates.items()]
+    _meanwhile[name, threads] = known
+    if not busy:
+        remember(name, known, threads=threads)
+    return known
+
+
+def slowest(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One answer of processes that measured at once: of each rate the least, of seconds and bytes the
+    most."""
+    found: dict[str, Any] = {}
+    for name, first in answers[0].items():
+        every = [answer[name] for answer in answers]
+        if name == "products":
+            found[name] = [min(rates) for rates in zip(*every, strict=True)]
+        elif name == "stream":
+            found[name] = [
+                [size, min(stream[place][1] for stream in every)]
+                for place, (size, _) in enumerate(first)
+            ]
+        else:
+            found[name] = max(every)
+    return found
+
+
+def _rates(known: dict[str, Any]) -> Rates:
+    table = {Product.of(fields): rate for fields, rate in known["products"]}
+    return Rates(
+        flops=max(table.values(), default=1.0),
+        stream=[(size, rate) for size, rate in known["stream"]],
+        products=table,
+        light=known["light"],
+        strided=known["strided"],
+        heavy=known["heavy"],
+        call=known["call"],
     )
 
 
 def _key(fields: Any) -> str:
     return json.dumps(fields)
-
-
-def _ask(request: dict[str, Any]) -> dict[str, Any]:
-    env = dict(os.environ)
-    spin_briefly(env)  # as in training
-    done = subprocess.run(
-        [sys.executable, "-m", "cllm.training.plan.probe"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=False,
-        env=env,
-    )
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise UserError(f"this machine could not be measured: {last[0]}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer

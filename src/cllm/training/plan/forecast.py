@@ -1,30 +1,22 @@
-"""A plan: every strategy for a configuration, an amount of text and some machines, and the best of them."""
+"""A plan: every strategy for a configuration and an amount of text, the best of them, and its command.
+
+Here for machines that the user describes; ``cllm.training.plan.here`` plans for this one.
+"""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from cllm.core.config import Config
 from cllm.core.errors import UsageError
-from cllm.core.machine import machine
-from cllm.core.memory import available_memory
-from cllm.training.choose import choose, compile_seconds
-from cllm.training.plan.calibrate import Constants, constants
+from cllm.training.choose import choose
+from cllm.training.plan.estimate import Estimate
 from cllm.training.plan.machines import Devices, MachineEntry, devices_of
-from cllm.training.plan.strategies import (
-    Estimate,
-    one_process,
-    pipelined,
-    replicated,
-    sharded,
-    workers,
-)
-from cllm.training.plan.work import products_of, with_rows
-
-Say = Callable[[str], None]
+from cllm.training.plan.pipelines import pipelined
+from cllm.training.plan.strategies import replicated, sharded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +53,15 @@ class Plan:
         elif estimate.kind in ("ddp", "fsdp"):
             asked.append(f"train.parallel.strategy={estimate.kind}")
         elif estimate.kind == "pipeline":
-            return ""
+            micros = estimate.tokens // self.config.model.context // estimate.micro_batch
+            if estimate.replicas > 1 or micros % estimate.devices:
+                return ""  # on paper only
+            asked += ["train.pipeline.mode=stages", f"train.pipeline.micro_batches={micros}"]
         elif ", " in estimate.strategy:
             asked.append(f"train.threads={estimate.strategy.split(', ')[1].split()[0]}")
         words = ["train", *options]
         words += [word for setting in asked for word in ("--set", setting)]
-        if estimate.kind not in ("ddp", "fsdp"):
+        if estimate.kind not in ("ddp", "fsdp", "pipeline"):
             return f"cllm {shlex.join(words)}"
         each = min(self.per_machine or estimate.devices, estimate.devices)
         nodes = -(-estimate.devices // each)
@@ -96,48 +91,6 @@ class Plan:
         }
 
 
-def plan_here(config: Config, tokens: int | None, say: Say) -> Plan:
-    """One process and workers on this machine, whose constants are measured if they are not known."""
-    _refuse(config)
-    cores, room = machine().threads, available_memory()
-    estimates = []
-    resolved = config
-    for threads in dict.fromkeys((1, cores)):
-        resolved = _here(config, threads, 1)
-        estimates.append(one_process(resolved, constants_of(resolved, say), room))
-    notes = []
-    for count in _worker_counts(config, cores):
-        try:
-            some = _here(config, 1, count)
-        except UsageError as error:
-            estimates.append(
-                Estimate(
-                    strategy=f"{count} workers", kind="workers", devices=1, obstacle=str(error)
-                )
-            )
-            continue
-        estimates.append(workers(some, constants_of(some, say), room))
-    if resolved.train.device != "cpu":
-        raise UsageError(
-            f"train.device = {resolved.train.device!r}: only this machine's CPU is measured; describe the "
-            "device in a list (--machines), or set train.device=cpu"
-        )
-    chosen = resolved.train
-    notes.append(
-        f"arithmetic {chosen.dtype}, attention {chosen.attention}, "
-        f"{'compiled' if chosen.compile == 'on' else 'eager'} code"
-    )
-    return Plan(
-        config=resolved,
-        where=f"this machine: {machine().cpu}, {cores} threads",
-        estimates=estimates,
-        tokens=tokens,
-        parameters=_parameters(resolved),
-        compiling=compile_seconds(resolved) if chosen.compile == "on" else 0.0,
-        notes=notes,
-    )
-
-
 def plan_on(
     config: Config,
     entries: Sequence[MachineEntry],
@@ -146,7 +99,7 @@ def plan_on(
 ) -> Plan:
     """DDP, FSDP and pipelines on machines that the user describes; for each of ``counts`` devices, or all
     there are."""
-    _refuse(config)
+    refuse(config)
     if config.train.dtype == "auto":
         dtype = "bf16" if all("bf16" in entry.tflops for entry in entries) else "fp32"
         config = config.replace(**{"train.dtype": dtype})
@@ -166,28 +119,10 @@ def plan_on(
         where=devices.name,
         estimates=estimates,
         tokens=tokens,
-        parameters=_parameters(resolved),
+        parameters=parameters_of(resolved),
         compiling=0.0,
         notes=notes,
         per_machine=min((e.per_machine or e.count for e in entries), default=None),
-    )
-
-
-def constants_of(config: Config, say: Say) -> Constants:
-    """This machine's constants for the shapes of one process of ``config`` (resolved)."""
-    from cllm.training.parallel.shards import deal
-
-    train = config.train
-    assert isinstance(train.threads, int)
-    assert isinstance(train.parallel.workers, int)
-    shares = deal(train.batch_size, train.accumulate, train.parallel.workers)
-    rows = shares[-1][0].last - shares[-1][0].first
-    return constants(
-        products_of(with_rows(config, rows)),
-        threads=train.threads,
-        dtype=train.dtype,
-        compiled=train.compile == "on",
-        say=say,
     )
 
 
@@ -197,21 +132,6 @@ def _strategies(config: Config, devices: Devices) -> Iterator[Estimate]:
         return
     yield sharded(config, devices)
     yield pipelined(config, devices)
-
-
-def _worker_counts(config: Config, cores: int) -> list[int]:
-    """Twos, up to the cores; and what was asked for."""
-    asked = config.train.parallel.workers
-    counts = {2**e for e in range(1, cores.bit_length()) if 2**e <= cores} | {cores}
-    if isinstance(asked, int):
-        counts.add(asked)
-    return sorted(counts - {1})
-
-
-def _here(config: Config, threads: int, count: int) -> Config:
-    """``config`` as ``cllm train`` would resolve it with these threads and workers."""
-    changes = {"train.threads": threads, "train.parallel.workers": count, "train.lazy_rows": "off"}
-    return choose(config.replace(**changes)).config
 
 
 def _there(config: Config) -> Config:
@@ -225,14 +145,15 @@ def _there(config: Config) -> Config:
     return resolved if train.compile == "off" else resolved.replace(**{"train.compile": "on"})
 
 
-def _parameters(config: Config) -> int:
+def parameters_of(config: Config) -> int:
+    """Learned numbers of the model."""
     from cllm.model.transformer import parameter_count
 
     return parameter_count(config.model)
 
 
-def _refuse(config: Config) -> None:
-    """What the model of a step does not cover, by name."""
+def refuse(config: Config) -> None:
+    """Raise ``UsageError`` for what the model of a step does not cover, by name."""
     table = config.model.embedding
     against = [
         (table.is_composed, f"model.embedding.kind = {table.kind!r}", "'dense' or 'reduced'"),

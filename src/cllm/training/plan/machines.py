@@ -47,7 +47,8 @@ class Devices:
     """``count`` devices that work in step: each as fast, and as large, as the least of them.
 
     ``rates``: what one can do; ``memory``: bytes of one, ``None`` if unknown; ``link`` in bytes a second
-    and ``latency`` in seconds between two.
+    and ``latency`` in seconds between two; ``base``: bytes of the program in each; ``is_host``: whether
+    their memory is the main memory.
     """
 
     name: str
@@ -56,6 +57,8 @@ class Devices:
     memory: float | None
     link: float
     latency: float
+    base: float = 0.0
+    is_host: bool = False
 
 
 def read_machines(path: Path) -> list[MachineEntry]:

@@ -1,13 +1,16 @@
 """Measures what the roofline model needs of this machine, in a process of its own.
 
-``python -m cllm.training.plan.probe`` reads one JSON request (``threads``, ``dtype``, ``compiled``, and a
-list of matrix products) from standard input and prints one JSON answer, so that threads, allocator and
-peak memory of whoever asks are not touched, nor do they touch what is measured.
+``python -m cllm.training.plan.probe`` reads one JSON request (``threads``, ``dtype``, ``compiled``,
+``cores`` to keep to, and a list of matrix products) from standard input and prints one JSON answer, so that
+threads, allocator and peak memory of whoever asks are not touched, nor do they touch what is measured.
+Before each measurement it prints ``WAITING`` and waits for a line: several measure the same at the same
+time, as workers compute the same at the same time.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 import time
@@ -21,6 +24,7 @@ from cllm.core.memory import peak_rss
 from cllm.core.settings import build as configuration
 from cllm.training.build import build_step
 from cllm.training.choose import DTYPES
+from cllm.training.plan.ask import WAITING
 from cllm.training.plan.roofline import tasks_of
 from cllm.training.plan.trace import Product, trace_step
 
@@ -49,7 +53,9 @@ TINY: dict[str, Any] = {
 
 def main() -> None:
     """Answer the request."""
-    asked = json.loads(sys.stdin.read())
+    asked = json.loads(sys.stdin.readline())
+    if asked["cores"]:
+        os.sched_setaffinity(0, asked["cores"])
     torch.set_num_threads(asked["threads"])
     keep_freed_memory()
     answer: dict[str, Any] = {}
@@ -169,15 +175,22 @@ def hand_over_seconds() -> float:
 
 
 def _seconds(function: Callable[[], object], at_least: int = 5) -> float:
-    """The median time of a call, after two for warming up."""
+    """The median time of a call, after two for warming up, while the other processes do the same."""
     for _ in range(2):
         function()
+    _wait_for_the_others()
     taken: list[float] = []
     while len(taken) < at_least or sum(taken) < SECONDS:
         begin = time.perf_counter()
         function()
         taken.append(time.perf_counter() - begin)
     return sorted(taken)[len(taken) // 2]
+
+
+def _wait_for_the_others() -> None:
+    print(WAITING, flush=True)
+    if not sys.stdin.readline():
+        raise SystemExit("nobody asks any more")
 
 
 if __name__ == "__main__":
