@@ -108,10 +108,19 @@ def least_squares_grid(problem: Problem, grid: Grid, codes: Tensor) -> Grid:
     H, W = problem.H, problem.original().double()
     m = len(W)
     kinds = [codes.double()] if spec.symmetric else [codes.double(), torch.ones(m, n).double()]
-    # (unknowns, m, n): what a unit of each unknown adds to the row.
-    features = torch.stack([torch.where(group == g, k, 0.0) for k in kinds for g in range(count)])
-    spread = features @ H
-    A = torch.einsum("amn,bmn->mab", spread, features)
+    # (unknowns, m, n): what a unit of each unknown adds to the row, times H; only its group's columns add.
+    size = spec.group or max(n, 1)
+    spread = torch.stack(
+        [
+            own @ rows
+            for k in kinds
+            for own, rows in zip(k.split(size, 1), H.split(size), strict=True)
+        ]
+    )
+    sums = [
+        spread.new_zeros(*spread.shape[:2], count).index_add_(2, group, spread * k) for k in kinds
+    ]
+    A = torch.cat(sums, dim=2).transpose(0, 1).contiguous()
     b = torch.einsum("amn,mn->ma", spread, W)
     unknowns = torch.cat([grid.scale] if grid.offset is None else [grid.scale, grid.offset], dim=1)
     # A small pull to the present values keeps unknowns that the codes do not determine.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from hypothesis import strategies as st
 
 from cllm.core.config import Config
 from cllm.core.errors import UserError
+from cllm.core.settings import load_config
+from cllm.core.torchrun import Launch
+from cllm.training.distributed.check import check_team
 from cllm.training.plan import forecast
 from cllm.training.plan.calibrate import Constants
 from cllm.training.plan.machines import Devices, MachineEntry, read_machines
@@ -142,7 +146,7 @@ def test_the_best_is_possible_and_its_command_runs_it(config_of: ConfigOf) -> No
     )
     two = forecast.plan_on(config, machine_list(per_machine=4), [8], None)
     (ddp,) = [e for e in two.estimates if e.kind == "ddp"]
-    assert two.command(ddp).startswith("torchrun --nnodes=2 --nproc-per-node=4 -m cllm train ")
+    assert two.command(ddp).startswith("torchrun --nnodes=2 --rdzv-backend=c10d ")
     (pipeline,) = [e for e in plan.estimates if e.kind == "pipeline"]
     assert plan.command(pipeline) == ""  # of two, four times side by side
     hours = plan.hours(plan.best)
@@ -151,6 +155,30 @@ def test_the_best_is_possible_and_its_command_runs_it(config_of: ConfigOf) -> No
     json.dumps(plan.to_json())
     tight = forecast.plan_on(config, machine_list(memory_gb=0.001), [8], None)
     assert tight.best is None
+
+
+@pytest.mark.parametrize("accumulate", [128, 12])
+def test_training_does_not_refuse_what_is_recommended(accumulate: int) -> None:
+    examples = Path(__file__).parents[3] / "examples"
+    settings = [f"train.accumulate={accumulate}"]
+    config = load_config(examples / "billion.toml", settings)
+    plan = forecast.plan_on(
+        config, read_machines(examples / "machines.json"), [2, 8, 32, 512, 1024], None
+    )
+    commands = {(e.devices, e.strategy): plan.command(e) for e in plan.estimates if not e.obstacle}
+    torchruns = {key: c for key, c in commands.items() if c.startswith("torchrun ")}
+    assert {devices for devices, _ in torchruns} >= {2, 8, 32}
+    assert any("train.pipeline.mode=stages" in command for command in torchruns.values())
+    for (devices, _), command in torchruns.items():
+        words = shlex.split(command)
+        asked = [words[n + 1] for n, word in enumerate(words) if word == "--set"]
+        launch = Launch(rank=0, size=devices, local_rank=0, local_size=devices, job="a")
+        check_team(choose_there(load_config(examples / "billion.toml", settings + asked)), launch)
+
+
+def choose_there(config: Config) -> Config:
+    """``config`` on a machine with accelerators, as far as the check of a team reads it."""
+    return config.replace(**{"train.dtype": "bf16", "train.compile": "off"})
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from cllm.core.config import Config
+from cllm.training.distributed.shares import deal_evenly
 from cllm.training.plan.work import MASTER, Work
 
 Bandwidth = Callable[[float], float]
@@ -61,15 +61,15 @@ class Estimate:
 
 def share_of(config: Config, count: int) -> tuple[int, int] | str:
     """Windows of a device's micro-batch, and its micro-batches a step; or why there are none."""
-    windows = windows_of(config)
-    if windows % count:
+    train = config.train
+    try:
+        shards = deal_evenly(train.batch_size, train.accumulate, count)[0]
+    except ValueError:
         return (
-            f"the {windows:,} windows of a step (train.batch_size × train.accumulate) do not divide among "
-            f"{count:,} devices"
+            f"the {windows_of(config):,} windows of a step (train.batch_size × train.accumulate) do not "
+            f"divide among {count:,} devices"
         )
-    mine = windows // count
-    rows = math.gcd(mine, config.train.batch_size)
-    return rows, mine // rows
+    return shards[0].last - shards[0].first, len(shards)
 
 
 def windows_of(config: Config) -> int:

@@ -46,7 +46,7 @@ class Plan:
         return (self.tokens / estimate.tokens_per_second + self.compiling) / 3600
 
     def command(self, estimate: Estimate, options: Sequence[str] = ()) -> str:
-        """What runs it, with ``options`` of `cllm train`; empty where there is no command for it."""
+        """What runs it on each machine, with ``options`` of `cllm train`; empty where there is none."""
         asked: list[str] = []
         if estimate.kind == "workers":
             asked.append(f"train.parallel.workers={estimate.strategy.split()[0]}")
@@ -65,8 +65,8 @@ class Plan:
             return f"cllm {shlex.join(words)}"
         each = min(self.per_machine or estimate.devices, estimate.devices)
         nodes = -(-estimate.devices // each)
-        head = f"torchrun --nnodes={nodes} " if nodes > 1 else "torchrun "
-        return f"{head}--nproc-per-node={each} -m cllm {shlex.join(words)}"
+        meet = f"--nnodes={nodes} --rdzv-backend=c10d --rdzv-endpoint=FIRST_MACHINE:29500 "
+        return f"torchrun {meet if nodes > 1 else ''}--nproc-per-node={each} -m cllm {shlex.join(words)}"
 
     def to_json(self) -> dict[str, Any]:
         """One object: seconds, bytes and tokens."""
