@@ -17,6 +17,9 @@ from cllm.core.torchrun import launched
 PATIENCE = 3.0
 """Seconds after a signal in which the step at hand (a validation, a compilation) may come to its end."""
 
+AGAIN = 1.0
+"""Seconds after which what was given up and went on all the same is given up once more."""
+
 
 class InterruptedRunError(UserError):
     """Training was stopped by a signal, after a checkpoint; the exit code is 128 + the signal's."""
@@ -26,12 +29,18 @@ class InterruptedRunError(UserError):
         self.exit_code = 128 + signum
 
 
+class GivenUpError(BaseException):
+    """What is at work is given up. Raised by a signal's handler, wherever the main thread is; no
+    ``Exception``, as compilers wrap these in errors of their own, or swallow them."""
+
+
 class Interrupt:
     """Holds a signal until the loop asks for it; a second one ends the process at once (not under
     torchrun, which sends on what the terminal has sent already).
 
     Where the loop does not ask within ``patience`` seconds, as in a long compilation, what it does is
-    given up: ``InterruptedRunError`` is raised in the middle of it, and nothing of the step is saved.
+    given up: ``GivenUpError`` is raised in the middle of it, once a second until it has come through, and
+    leaves the block as an ``InterruptedRunError``.
     Outside the main thread (where Python takes no signal handlers) it does nothing, and on Windows there
     is no bound.
     """
@@ -59,6 +68,8 @@ class Interrupt:
         self._stop_waiting()
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+        if isinstance(error, GivenUpError):
+            raise self._error("in the middle of a step, which is lost") from None
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -80,10 +91,10 @@ class Interrupt:
             return
         signal.signal(signum, self._before[signum])
         if self._timed and not self._saving:
-            signal.setitimer(signal.ITIMER_REAL, self._patience)
+            signal.setitimer(signal.ITIMER_REAL, self._patience, AGAIN)
 
     def _give_up(self, signum: int, frame: FrameType | None) -> None:
-        raise self._error("in the middle of a step, which is lost")
+        raise GivenUpError
 
     def _stop_waiting(self) -> None:
         if self._timed and self.pending:

@@ -223,6 +223,7 @@ def test_compilers_of_a_killed_parent_end_too(
         assert not (run / "checkpoints" / "step-00000004").exists(), "it was too fast to be tested"
         child.send_signal(signal.Signals[name])
         err = nothing_is_left(child, below)
+        assert child.returncode == {"SIGKILL": -9, "SIGTERM": 143}[name], err
         if name == "SIGTERM":
             assert "in the middle of a step" in err.splitlines()[-1]
 
