@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from cllm.core.errors import UserError
 from cllm.core.torchrun import launched
@@ -49,7 +49,10 @@ class Interrupt:
         self.pending = 0
         self._run, self._patience = run, patience
         self._before: dict[int, Any] = {}
-        self._timed, self._saving = hasattr(signal, "setitimer"), False
+        self._timed = hasattr(signal, "setitimer")
+        self._saving = self._whole = self._due = self._over = False
+        self._lost: Callable[[], UserError] | None = None
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -65,10 +68,15 @@ class Interrupt:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        with self._lock:
+            self._over = True
         self._stop_waiting()
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         if isinstance(error, GivenUpError):
+            lost = self._lost if not self.pending else None
+            if lost is not None:
+                raise lost() from None
             raise self._error("in the middle of a step, which is lost") from None
 
     @contextmanager
@@ -81,9 +89,34 @@ class Interrupt:
         finally:
             self._saving = False
 
-    def raise_pending(self, step: int) -> None:
-        """Raise ``InterruptedRunError`` for the held signal, naming the command that goes on."""
-        raise self._error(f"after step {step}")
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within it nothing is given up: it takes a moment, and half of it would be worse than none."""
+        self._whole = True
+        try:
+            yield
+        finally:
+            self._whole = False
+        if (
+            self._due and not self.pending
+        ):  # a signal is given up once more, or asked for before that
+            raise GivenUpError
+
+    def end_with(self, error: Callable[[], UserError]) -> None:
+        """From another thread: give up what the main thread does, and leave the block with ``error()``,
+        which is called there. Nothing comes of it while a checkpoint is written, or on Windows."""
+        main = threading.main_thread().ident
+        with self._lock:
+            if signal.SIGALRM in self._before and not self._over and main is not None:
+                self._lost = error
+                signal.pthread_kill(main, signal.SIGALRM)
+
+    def raise_pending(self, step: int, besides: str = "") -> NoReturn:
+        """Raise ``InterruptedRunError`` for the held signal, naming the command that goes on.
+
+        ``besides``: what else is to be said of that step.
+        """
+        raise self._error(f"after step {step}{besides}")
 
     def _hold(self, signum: int, frame: FrameType | None) -> None:
         self.pending = signum
@@ -94,6 +127,11 @@ class Interrupt:
             signal.setitimer(signal.ITIMER_REAL, self._patience, AGAIN)
 
     def _give_up(self, signum: int, frame: FrameType | None) -> None:
+        if self._over or self._saving:
+            return
+        if self._whole:
+            self._due = True
+            return
         raise GivenUpError
 
     def _stop_waiting(self) -> None:
