@@ -136,8 +136,8 @@ class Trainer:
         return "finished"
 
     def _stop(self, interrupt: Interrupt, besides: str, patience: float) -> NoReturn:
-        """Save what was trained (before what was given up, if anything was) and raise ``interrupt``'s error,
-        which says ``besides``, or what was lost. ``patience``: of the stages of a pipeline."""
+        """Save what was trained (before what was given up, if anything was) and raise ``interrupt``'s
+        error, which says ``besides``, or what was lost. ``patience``: of the stages of a pipeline."""
         standing: Standing | None = self.standing
         with interrupt.saving():
             self.step.undo()
