@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,24 @@ def test_tasks_are_done_in_order_and_an_error_comes_with_the_next_one() -> None:
     assert done == [1, 3]
     with pytest.raises(ZeroDivisionError):
         at_once.hand_over(lambda: 1 // 0)
+
+
+def test_what_was_written_is_not_kept_until_the_next_task() -> None:
+    """A copy of weights and moments would double what training takes."""
+
+    class Copy:
+        pass
+
+    background, copy = Background(threaded=True), Copy()
+    seen = weakref.ref(copy)
+    background.hand_over(lambda value: None, copy)
+    del copy
+    background.wait()
+    end = time.monotonic() + PATIENCE
+    while seen() is not None:
+        assert time.monotonic() < end, "it is still there"
+        time.sleep(1e-3)
+    background.close()
 
 
 @pytest.mark.parametrize(("ahead", "held"), [(False, 0), (True, 0), (True, 2)])

@@ -176,6 +176,37 @@ def test_a_step_that_does_not_end_is_given_up_and_a_save_is_not() -> None:
         assert interrupt.pending == signal.SIGINT
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_wraps_or_swallows_errors_is_given_up_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As torch's compilers do: each ``Exception`` becomes one of theirs, or is taken for a reason to go on;
+    what is raised in a destructor is lost."""
+    monkeypatch.setattr("cllm.training.interrupt.AGAIN", 0.05)
+    lost = [0]
+
+    class Destructed:
+        def __del__(self) -> None:
+            if not lost[0]:
+                lost[0] = 1
+                time.sleep(0.1)
+
+    def compile_for_ever() -> None:
+        with Interrupt(patience=0.05) as interrupt:
+            interrupt._hold(signal.SIGTERM, None)
+            for _ in range(10_000):
+                try:
+                    Destructed()
+                    time.sleep(0.01)
+                except Exception as error:
+                    raise RuntimeError("InductorError") from error
+
+    with pytest.raises(InterruptedRunError, match="SIGTERM"):
+        compile_for_ever()
+    assert lost == [1]
+
+
 def test_outside_the_main_thread_no_signal_is_taken() -> None:
     seen: list[object] = []
 

@@ -27,9 +27,12 @@ class MetricsLog:
     checkpoint then holds all of them.
     """
 
-    def __init__(self, path: Path, *, resume_from: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, resume_from: int | None = None, without: tuple[str, ...] = ()
+    ) -> None:
         """Start anew, or keep the lines up to and with step ``resume_from`` and append to them.
 
+        ``without``: kinds of which that step's lines are not kept, as they are written again.
         Raises ``UserError`` if the file cannot be written, or, on resume, is damaged before its end.
         """
         self.path = path
@@ -37,7 +40,7 @@ class MetricsLog:
             with new_file(path):
                 pass
         else:
-            cut_after(path, resume_from)
+            cut_after(path, resume_from, without)
         with clear_errors(path):
             self._file = path.open("ab")
 
@@ -99,13 +102,18 @@ def last_line(path: Path, kind: str) -> dict[str, Any] | None:
     return found
 
 
-def cut_after(path: Path, step: int) -> None:
-    """Remove, atomically, the lines of later steps than ``step`` and a torn last line."""
+def cut_after(path: Path, step: int, without: tuple[str, ...] = ()) -> None:
+    """Remove, atomically, the lines of later steps than ``step``, those of the kinds ``without`` of that
+    step itself, and a torn last line."""
     if not path.exists():
         raise UserError(f"{path} is missing; make an empty file of that name to resume without it")
     with clear_errors(path):
         before = path.stat().st_size
-        kept = [raw for raw, line in _numbered(path) if line["step"] <= step]
+        kept = [
+            raw
+            for raw, line in _numbered(path)
+            if line["step"] < step or (line["step"] == step and line["kind"] not in without)
+        ]
         if sum(map(len, kept)) != before:
             with new_file(path) as file:
                 file.writelines(kept)

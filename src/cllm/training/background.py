@@ -63,5 +63,7 @@ class Background:
             except BaseException as error:
                 self._error, failed = error, True
             finally:
+                # What a checkpoint was copied to is not kept until the next task.
+                task = call = arguments = named = None  # type: ignore[assignment]
                 self._tasks.task_done()
         self._tasks.task_done()

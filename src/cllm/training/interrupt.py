@@ -5,17 +5,20 @@ from __future__ import annotations
 import shlex
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from cllm.core.errors import UserError
 from cllm.core.torchrun import launched
 
 PATIENCE = 3.0
 """Seconds after a signal in which the step at hand (a validation, a compilation) may come to its end."""
+
+AGAIN = 1.0
+"""Seconds after which what was given up and went on all the same is given up once more."""
 
 
 class InterruptedRunError(UserError):
@@ -26,12 +29,18 @@ class InterruptedRunError(UserError):
         self.exit_code = 128 + signum
 
 
+class GivenUpError(BaseException):
+    """What is at work is given up. Raised by a signal's handler, wherever the main thread is; no
+    ``Exception``, as compilers wrap these in errors of their own, or swallow them."""
+
+
 class Interrupt:
     """Holds a signal until the loop asks for it; a second one ends the process at once (not under
     torchrun, which sends on what the terminal has sent already).
 
     Where the loop does not ask within ``patience`` seconds, as in a long compilation, what it does is
-    given up: ``InterruptedRunError`` is raised in the middle of it, and nothing of the step is saved.
+    given up: ``GivenUpError`` is raised in the middle of it, once a second until it has come through, and
+    leaves the block as an ``InterruptedRunError``.
     Outside the main thread (where Python takes no signal handlers) it does nothing, and on Windows there
     is no bound.
     """
@@ -40,7 +49,10 @@ class Interrupt:
         self.pending = 0
         self._run, self._patience = run, patience
         self._before: dict[int, Any] = {}
-        self._timed, self._saving = hasattr(signal, "setitimer"), False
+        self._timed = hasattr(signal, "setitimer")
+        self._saving = self._whole = self._due = self._over = False
+        self._lost: Callable[[], UserError] | None = None
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -56,9 +68,16 @@ class Interrupt:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        with self._lock:
+            self._over = True
         self._stop_waiting()
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+        if isinstance(error, GivenUpError):
+            lost = self._lost if not self.pending else None
+            if lost is not None:
+                raise lost() from None
+            raise self._error("in the middle of a step, which is lost") from None
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -70,9 +89,34 @@ class Interrupt:
         finally:
             self._saving = False
 
-    def raise_pending(self, step: int) -> None:
-        """Raise ``InterruptedRunError`` for the held signal, naming the command that goes on."""
-        raise self._error(f"after step {step}")
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within it nothing is given up: it takes a moment, and half of it would be worse than none."""
+        self._whole = True
+        try:
+            yield
+        finally:
+            self._whole = False
+        if (
+            self._due and not self.pending
+        ):  # a signal is given up once more, or asked for before that
+            raise GivenUpError
+
+    def end_with(self, error: Callable[[], UserError]) -> None:
+        """From another thread: give up what the main thread does, and leave the block with ``error()``,
+        which is called there. Nothing comes of it while a checkpoint is written, or on Windows."""
+        main = threading.main_thread().ident
+        with self._lock:
+            if signal.SIGALRM in self._before and not self._over and main is not None:
+                self._lost = error
+                signal.pthread_kill(main, signal.SIGALRM)
+
+    def raise_pending(self, step: int, besides: str = "") -> NoReturn:
+        """Raise ``InterruptedRunError`` for the held signal, naming the command that goes on.
+
+        ``besides``: what else is to be said of that step.
+        """
+        raise self._error(f"after step {step}{besides}")
 
     def _hold(self, signum: int, frame: FrameType | None) -> None:
         self.pending = signum
@@ -80,10 +124,15 @@ class Interrupt:
             return
         signal.signal(signum, self._before[signum])
         if self._timed and not self._saving:
-            signal.setitimer(signal.ITIMER_REAL, self._patience)
+            signal.setitimer(signal.ITIMER_REAL, self._patience, AGAIN)
 
     def _give_up(self, signum: int, frame: FrameType | None) -> None:
-        raise self._error("in the middle of a step, which is lost")
+        if self._over or self._saving:
+            return
+        if self._whole:
+            self._due = True
+            return
+        raise GivenUpError
 
     def _stop_waiting(self) -> None:
         if self._timed and self.pending:

@@ -87,6 +87,8 @@ class LazyRows:
             for name, weight in self._weights.items()
         }
         self._settled = False
+        self.is_torn = False
+        """Whether some rows are brought up to date, and others are not."""
 
     # A step: what it uses, then what becomes of that.
 
@@ -148,17 +150,21 @@ class LazyRows:
             yield
             return
         before = {name: weight.clone() for name, weight in self._weights.items()}
+        self.is_torn = True
         for name in self.tables:
             weights, _ = self._caught_up(name)
             self._weights[name].copy_(weights)
         self._settled = True
         self.refresh_copies()
+        self.is_torn = False
         try:
             yield
         finally:
+            self.is_torn = True
             self._settled = False
             for name, kept in before.items():
                 self._weights[name].copy_(kept)
+            self.is_torn = False
 
     def settle(self) -> None:
         """Bring all rows up to date, for good."""

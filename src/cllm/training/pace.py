@@ -56,12 +56,12 @@ def measure_pace(config: Config, dataset: Dataset, model: Transformer, step: Tra
     if dataset.validation is not None:
         model.eval()
         batches = []
-        windows = evaluation_windows(dataset.validation, context, train.batch_size)
+        windows = evaluation_windows(dataset.validation, context, step.rows_at_once)
         for ids, targets in islice(windows, 4):
             before = time.monotonic()
             float(step.evaluate(*(torch.from_numpy(a).to(train.device) for a in (ids, targets))))
             batches.append(time.monotonic() - before)
-        count = evaluation_batches(dataset.validation, context, train.batch_size)
+        count = evaluation_batches(dataset.validation, context, step.rows_at_once)
         validation = min(batches) * count
     measuring = time.monotonic() - began
     return Pace(step=median(steps[2:]), validation=validation, measuring=measuring)

@@ -68,7 +68,7 @@ def start(
     start its processes again goes on.
     """
     with joined() as group:
-        if group is not None and (begun := earlier_run(group.launch.job, out)) is not None:
+        if group is not None and (begun := earlier_run(group.launch, out)) is not None:
             progress.say(f"torchrun started its processes again: going on with {begun.path}")
             return _resume(begun.path, (), progress, group)
         return _start(config, progress, group, out, from_run, seconds, command)
@@ -84,6 +84,11 @@ def _start(
     command: str,
 ) -> Outcome:
     began = time.monotonic()
+    if seconds is not None and config.train.pipeline.mode == "delayed":
+        raise UsageError(
+            "--time measures the plain loop, and train.pipeline.mode = 'delayed' is another: say how many "
+            "train.steps instead"
+        )
     parent = RunDirectory.open(from_run) if from_run is not None else None
     with Draft(out, corpus=_corpus_name(config.data.paths)) as draft:
         reuse = Tokenizer.load(parent.tokenizer) if parent is not None else None
@@ -91,21 +96,24 @@ def _start(
         dataset.tokenizer.save(draft.run.tokenizer)
         config = _resolve(config, dataset, progress, seconds=seconds)
         model, step = build(config, draws_of(config, dataset, progress))
-        if from_run is not None:
-            _adopt(Path(from_run), model, step)
-        else:
-            start_tables(config, dataset, model, progress)
-            if config.model.embedding.reduction != "none":
-                for line in reduce_bases(model, config.model.embedding, dataset.train):
-                    progress.say(line)
-            step.refresh()
-        if group is not None:
-            Team.assemble(group, config, step)
-        if seconds is not None:
-            left = seconds - (time.monotonic() - began)
-            config = _fit_to_time(config, dataset, model, step, left, progress)
-        draft.run.write_config(to_toml(config))
-        run = draft.commit()
+        with ExitStack() as if_it_fails:
+            if_it_fails.callback(step.close)  # workers, which measuring the pace has begun
+            if from_run is not None:
+                _adopt(Path(from_run), model, step)
+            else:
+                start_tables(config, dataset, model, progress)
+                if config.model.embedding.reduction != "none":
+                    for line in reduce_bases(model, config.model.embedding, dataset.train):
+                        progress.say(line)
+                step.refresh()
+            if group is not None:
+                Team.assemble(group, config, step)
+            if seconds is not None:
+                left = seconds - (time.monotonic() - began)
+                config = _fit_to_time(config, dataset, model, step, left, progress)
+            draft.run.write_config(to_toml(config))
+            run = draft.commit()
+            if_it_fails.pop_all()
     run.note(**first_facts(config, dataset, command, parent))
     if group is not None:
         run.note(job=group.launch.job)
@@ -194,7 +202,9 @@ def train_run(
         session = stack.enter_context(run.training(from_step=standing.step, say=progress.say))
         if newest is not None and run.steps()[-1] != newest:
             raise UserError(f"{run.path} was trained on meanwhile; call --resume again")
-        metrics = stack.enter_context(MetricsLog(run.metrics, resume_from=resume_from))
+        again = ("validation", "sample") if standing.unvalidated else ()
+        log = MetricsLog(run.metrics, resume_from=resume_from, without=again)
+        metrics = stack.enter_context(log)
         # Opened under the lock: its first event hides those of a later step, even another process's.
         enabled = config.log.tensorboard
         opened = open_board(run.tensorboard, enabled=enabled, resume_from=resume_from)

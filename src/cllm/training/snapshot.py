@@ -41,6 +41,8 @@ class Standing:
     losses: list[float] = field(default_factory=list)
     """Losses of the steps since then, so that a resumed run logs the same means."""
     train_seconds: float = 0.0
+    unvalidated: bool = False
+    """Whether the validation that is due at ``step`` is still to be made: a signal ended it."""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; infinities as ``None``."""

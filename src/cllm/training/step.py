@@ -78,6 +78,7 @@ class TrainStep:
             buffer for m in model.modules() if isinstance(m, BatchNorm) for buffer in m.buffers()
         ]
         self._kept = [torch.empty_like(buffer) for buffer in self._running]
+        self._begun = self._torn = False
         self._only = perhaps_compiled(self._take_gradient, compiled)
         self._part = perhaps_compiled(self._add_gradient, compiled)
         self._cores = perhaps_compiled(self.gradients.compute_cores, compiled)
@@ -110,13 +111,16 @@ class TrainStep:
         else:
             for kept, running in zip(self._kept, self._running, strict=True):
                 kept.copy_(running)
+            self._begun = True
             if self.crew is not None:
                 summed = self._with_crew(self.crew, batches, numbers.scale)
             else:
                 summed = self._summed(self._micros(batches, similarity), numbers.scale)
+            self._torn = True
             found = self.finish(summed, self.arena.grad, numbers)
         self._weights_changed(len(batches))
         self.count(found.applied)
+        self._begun = self._torn = False
         mean = found.loss / max(targets, 1)
         return StepResult(mean, found.norm, found.applied, found.similarity)
 
@@ -188,6 +192,19 @@ class TrainStep:
             self.lazy.apply(summed.used, summed.rows, self.update.rates, numbers.lr)
         if self._kept_cores:
             self._cores(self._kept_cores)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether weights, moments and counters belong together: none of them is being changed, and none
+        was when a step was given up."""
+        return not self._torn and (self.lazy is None or not self.lazy.is_torn)
+
+    def undo(self) -> None:
+        """Forget a step that was given up before its update: batch norm's averages are as before it."""
+        if self._begun:
+            for kept, running in zip(self._kept, self._running, strict=True):
+                running.copy_(kept)
+            self._begun = False
 
     def close(self) -> None:
         """Let workers end, or a team, if there is one."""
@@ -276,6 +293,12 @@ class TrainStep:
                 for name, grad in self.lazy.pull(used, found.rows).items():
                     views[f"{name}.weight"].index_add_(0, used[name].rows, grad)
         return total * share, flat / loss_scale
+
+    @property
+    def rows_at_once(self) -> int:
+        """Windows of a batch that ``evaluate`` scores best."""
+        rows = self.config.batch_size
+        return rows if self.team is None else self.team.member.rows_at_once(rows)
 
     def evaluate(self, ids_bt: Tensor, targets_bt: Tensor) -> Tensor:
         """Summed exact loss of a batch in nats; the model must be in eval mode, as it was compiled for."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -28,7 +28,7 @@ from cllm.training.board import Board
 from cllm.training.evaluate import Evaluation, evaluate, norm_mode_gap
 from cllm.training.feed import Feed, target_count
 from cllm.training.figures import StepResult
-from cllm.training.interrupt import Interrupt
+from cllm.training.interrupt import GivenUpError, Interrupt
 from cllm.training.pipeline.ahead import Ahead
 from cllm.training.pipeline.delayed import DELAY
 from cllm.training.progress import Progress, Reading
@@ -40,6 +40,9 @@ from cllm.training.step import TrainStep
 
 RISING_VALIDATIONS = 3
 """Validations in a row that rise while training falls, after which over-fitting is warned of."""
+
+PATIENCE, STAGES_PATIENCE = 1.0, 4.0
+"""Seconds that the stages of a pipeline get to end: where what they do is given up, and else."""
 
 
 class DivergedError(UserError):
@@ -84,51 +87,90 @@ class Trainer:
         """Train to the end; returns ``"finished"``, or ``"stopped early"``.
 
         A signal held by ``interrupt`` saves a checkpoint after the step at hand and raises what it
-        holds; a step that takes too long is given up. Raises ``DivergedError`` after ``max_nonfinite``
+        holds. A step or validation that takes too long is given up; what was trained before it is saved
+        all the same, unless an update was being made. Raises ``DivergedError`` after ``max_nonfinite``
         skipped steps in a row.
         """
         train, standing = self.config.train, self.standing
+        self._interrupt, self._offset = interrupt, self.step.number - standing.step
+        if self.step.crew is not None:
+            self.step.crew.when_lost = interrupt.end_with
         self.model.train()
         with self.progress.training(train.steps, standing.step) as show, self._pipeline():
-            clock = _Clock(standing.tokens)
             if 0 < train.patience <= standing.stale:
                 return "stopped early"  # and was killed before it was concluded
-            while standing.step < train.steps:
-                result = self._one_step()
-                standing.train_seconds += clock.lap()
-                self._after_step(result, clock, show)
-                done = standing.step >= train.steps
-                improved, enough = False, False
-                if done or standing.step % train.eval_every == 0:
-                    improved, enough = self._validate()
-                if done or enough or improved or standing.step % train.checkpoint_every == 0:
-                    with interrupt.saving():
-                        self.save(best=improved, wait=done or enough)
-                if self.ahead is not None:
-                    self.ahead.keep(standing)
+            try:
+                return self._steps(interrupt, show)
+            except GivenUpError:
                 if interrupt.pending:
-                    if self.ahead is not None:
-                        standing = self.standing = self.ahead.rewind()
-                    with interrupt.saving():
-                        self.saver.save_once(standing)
-                    interrupt.raise_pending(standing.step)
-                if enough:
-                    return "stopped early"
-                clock.start_lap()
+                    self._stop(interrupt, "; the step that followed was given up", PATIENCE)
+                raise
+
+    def _steps(self, interrupt: Interrupt, show: Callable[[Reading], None]) -> str:
+        train, standing = self.config.train, self.standing
+        clock = _Clock(standing.tokens)
+        while standing.step < train.steps or standing.unvalidated:
+            again = standing.unvalidated  # the step is made, and its validation was given up
+            if not again:
+                result, targets = self._one_step()
+                with interrupt.whole():
+                    standing.tokens += targets
+                    standing.train_seconds += clock.lap()
+                    self._after_step(result, clock, show)
+            done = standing.step >= train.steps
+            improved, enough = False, False
+            if again or done or standing.step % train.eval_every == 0:
+                improved, enough = self._validate()
+            wanted = done or enough or improved or again
+            if wanted or standing.step % train.checkpoint_every == 0:
+                with interrupt.saving():
+                    self.save(best=improved, wait=done or enough)
+            if self.ahead is not None:
+                with interrupt.whole():
+                    self.ahead.keep(standing)
+            if interrupt.pending:
+                self._stop(interrupt, "", STAGES_PATIENCE)
+            if enough:
+                return "stopped early"
+            clock.start_lap()
         return "finished"
 
-    def _one_step(self) -> StepResult:
+    def _stop(self, interrupt: Interrupt, besides: str, patience: float) -> NoReturn:
+        """Save what was trained (before what was given up, if anything was) and raise ``interrupt``'s
+        error, which says ``besides``, or what was lost. ``patience``: of the stages of a pipeline."""
+        standing: Standing | None = self.standing
+        with interrupt.saving():
+            self.step.undo()
+            whole = self.step.is_whole
+            if self.standing.unvalidated:  # the pipeline, if there is one, is drained
+                besides = "; its validation was given up, and is the first that comes"
+            elif self.ahead is not None:
+                standing = self.ahead.rewind(patience)
+            else:
+                whole = whole and self.step.number - self._offset == self.standing.step
+            if whole and standing is not None:
+                self.saver.save_once(standing)
+                interrupt.raise_pending(standing.step, besides)
+            self.background.wait()
+            last = self.run.steps()[-1]
+        if last == self.standing.step:
+            interrupt.raise_pending(last, besides)
+        lost = "was changing the weights" if self.ahead is None else "does not end"
+        interrupt.raise_pending(
+            last, f"; what followed is lost, as a step that {lost} was given up"
+        )
+
+    def _one_step(self) -> tuple[StepResult, int]:
+        """Make the next step: its result and number of targets."""
         train, at = self.config.train, self.standing.step
         if self.ahead is not None:
-            result, targets = self.ahead.step(at)
-            self.standing.tokens += targets
-            return result
+            return self.ahead.step(at)
         seed = self._seed(at)
         if seed is not None:
             torch.manual_seed(seed)
         batches = self.feed(at)
-        self.standing.tokens += target_count(batches)
-        return self.step(batches, learning_rate(train, at), similarity_weight(train, at))
+        result = self.step(batches, learning_rate(train, at), similarity_weight(train, at))
+        return result, target_count(batches)
 
     def _seed(self, at: int) -> int | None:
         """Of the dropout of step ``at``, if there is any."""
@@ -145,7 +187,7 @@ class Trainer:
             yield
         finally:
             if self.ahead is not None:
-                self.ahead.close()
+                self.ahead.close(PATIENCE)
 
     def _after_step(
         self, result: StepResult, clock: _Clock, show: Callable[[Reading], None]
@@ -217,8 +259,9 @@ class Trainer:
         tokens = self.dataset.validation
         if tokens is None:
             return False, False
+        standing.unvalidated = True
         result = self.evaluate("validation")
-        extra = {}
+        extra, texts = {}, list[str]()
         with self.step.settled():
             if self.config.model.norm == "batchnorm":
                 extra["mode_gap"] = norm_mode_gap(
@@ -229,8 +272,22 @@ class Trainer:
                     batch_size=train.batch_size,
                     device=train.device,
                 )
-            self._log(standing.step, "validation", **result.to_json(), **extra)
-            self._log_validation(result, extra)
+            if self.config.log.sample_tokens:
+                tokens_of = self.config.log.sample_tokens
+                texts = sample_texts(self.model, self.dataset.tokenizer, count=1, tokens=tokens_of)
+            if self.config.log.histograms and self.config.log.tensorboard:
+                self.board.histograms(standing.step, dict(self.model.named_parameters()))
+        with self._interrupt.whole():
+            return self._take_in(result, extra, texts)
+
+    def _take_in(
+        self, result: Evaluation, extra: dict[str, float], texts: Sequence[str]
+    ) -> tuple[bool, bool]:
+        """Log a validation and remember what is to be known of it: (a new best, enough)."""
+        standing, train = self.standing, self.config.train
+        self._log(standing.step, "validation", **result.to_json(), **extra)
+        self._log_validation(result, extra, texts)
+        standing.unvalidated = False
         improved = result.bpb < standing.best_bpb
         if improved:
             standing.best_bpb, standing.best_step = result.bpb, standing.step
@@ -258,15 +315,17 @@ class Trainer:
                 self.step.evaluate,
                 tokens,
                 context=self.config.model.context,
-                batch_size=self.config.train.batch_size,
+                batch_size=self.step.rows_at_once,
                 device=self.config.train.device,
                 advance=advance,
             )
         self.model.train()
         return result
 
-    def _log_validation(self, result: Evaluation, extra: dict[str, float]) -> None:
-        at, log = self.standing.step, self.config.log
+    def _log_validation(
+        self, result: Evaluation, extra: dict[str, float], texts: Sequence[str]
+    ) -> None:
+        at = self.standing.step
         gap = f", {extra['mode_gap']:+.4f} nats from train to eval mode" if extra else ""
         self.progress.say(
             f"step {at}: validation {result.bpb:.4f} bits per byte (loss {result.loss:.4f}, "
@@ -274,13 +333,9 @@ class Trainer:
         )
         scalars = {"bpb": result.bpb, "loss": result.loss, "perplexity": result.perplexity} | extra
         self.board.scalars(at, {f"validation/{name}": value for name, value in scalars.items()})
-        if log.histograms and log.tensorboard:
-            self.board.histograms(at, dict(self.model.named_parameters()))
-        if log.sample_tokens:
-            tokenizer = self.dataset.tokenizer
-            for text in sample_texts(self.model, tokenizer, count=1, tokens=log.sample_tokens):
-                self._log(at, "sample", prompt="", text=text)
-                self.board.text(at, "sample", text)
+        for text in texts:
+            self._log(at, "sample", prompt="", text=text)
+            self.board.text(at, "sample", text)
 
     def _warn_if_rising(self, bpb: float) -> None:
         """Say plainly when validation rises while training falls."""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cllm.core.config import Config
 from cllm.core.errors import UsageError
 from cllm.store.run import RunDirectory
-from cllm.training.interrupt import Interrupt, InterruptedRunError
+from cllm.training.interrupt import InterruptedRunError
+from cllm.training.pipeline.ahead import Ahead
 from cllm.training.session import resume, start
+from cllm.training.snapshot import Standing
+from cllm.training.step import TrainStep
 from cllm.training.trainer import Trainer
 
 ConfigOf = Callable[..., Config]
@@ -25,11 +31,6 @@ def delayed(config_of: ConfigOf, corpus: Path) -> Config:
     periods = {"train__eval_every": 9, "train__checkpoint_every": 6, "train__steps": 23}
     dropout = {"model__residual_dropout": 0.1}
     return config_of(data__paths=(str(corpus),), **periods, **dropout, **DELAYED)
-
-
-def hold_nothing(self: Interrupt, run: Path | None = None) -> None:
-    """An interrupt without a signal, so that ``pending`` can be set instead."""
-    self._run, self._before, self._timed, self._saving = run, {}, False, False
 
 
 def test_a_stopped_run_goes_back_to_its_last_drain_and_resumes_to_the_same_bits(
@@ -45,18 +46,39 @@ def test_a_stopped_run_goes_back_to_its_last_drain_and_resumes_to_the_same_bits(
 
     def with_a_signal(trainer: Trainer) -> Any:
         if trainer.standing.step == 10:
-            monkeypatch.setattr(Interrupt, "pending", 15, raising=False)
+            os.kill(os.getpid(), signal.SIGTERM)
         return one_step(trainer)
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_one_step", with_a_signal)
-        patched.setattr(Interrupt, "__init__", hold_nothing)
-        patched.setattr(Interrupt, "pending", 0, raising=False)
         with pytest.raises(InterruptedRunError, match="after step 9;"):
             start(delayed, told, out=stopped)
     assert RunDirectory.open(stopped).steps()[-1] == 9
     resume(stopped, [], told)
     assert_same_run(stopped, straight)
+
+
+def test_a_time_budget_is_refused(delayed: Config, tmp_path: Path, told: Any) -> None:
+    """What it measures is the plain loop."""
+    with pytest.raises(UsageError, match=r"--time .* train\.pipeline\.mode = 'delayed'"):
+        start(delayed, told, out=tmp_path / "run", seconds=60.0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_copy_of_the_last_drain_is_made_once(
+    step_of: Callable[..., TrainStep], delayed: Config
+) -> None:
+    step = step_of()
+    ahead = Ahead(step, delayed.train, lambda at: [], lambda at: None)
+    ahead.keep(Standing(step=1))
+    places = [kept.data_ptr() for kept in ahead._buffers]
+    step.arena.weights.add_(1.0)
+    expected = step.arena.weights.clone()
+    ahead.keep(Standing(step=2))
+    assert [kept.data_ptr() for kept in ahead._buffers] == places
+    step.arena.weights.zero_()
+    assert ahead.rewind() == Standing(step=2)
+    assert torch.equal(step.arena.weights, expected)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,11 @@ def check_team(config: Config, launch: Launch) -> None:
             "train.pipeline.mode = 'delayed' is for one process, and torchrun made several; "
             "set it to off or to stages"
         )
+    if ":" in train.device:
+        kind = train.device.partition(":")[0]
+        raise UsageError(
+            f"train.device = {train.device!r}: each process of torchrun takes its own; say {kind}"
+        )
     for setting, why in config.against_sharing():
         raise UsageError(f"several processes of torchrun: {setting} {why}")
     if train.dtype == "fp16" and runs_eagerly(train):

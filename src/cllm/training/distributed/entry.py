@@ -70,14 +70,34 @@ def follow(launch: Launch) -> NoReturn:
     leave(0)
 
 
-def earlier_run(job: str, out: Path | str | None) -> RunDirectory | None:
-    """The run that an earlier start of the same torchrun began and did not end."""
+class EndedRunError(UserError):
+    """Torchrun started its processes again, and there is nothing to go on with."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        status = run.status()
+        why = f" ({status.reason})" if status.reason else ""
+        super().__init__(
+            f"torchrun started its processes again, but {run.path} ended before: {status.state}{why}"
+        )
+        self.exit_code = 1 if status.state == "diverged" else 0
+
+
+def earlier_run(launch: Launch, out: Path | str | None) -> RunDirectory | None:
+    """The run that an earlier start of the same torchrun began and did not end.
+
+    Raises ``EndedRunError`` where it has ended and torchrun has started its processes again all the same:
+    what diverged would diverge again, and what is finished would be trained twice.
+    """
     found = [RunDirectory(Path(out))] if out is not None else runs_in(Path("runs"))
     for run in reversed(found):
         if not (run.path / "status.json").is_file():
             continue
         status = run.status()
         ended = status.state in ("finished", "stopped early", "diverged")
-        if status.facts.get("job") == job and not ended:
+        if status.facts.get("job") != launch.job:
+            continue
+        if not ended:
             return run
+        if launch.attempt:
+            raise EndedRunError(run)
     return None

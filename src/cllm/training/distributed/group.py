@@ -8,6 +8,7 @@ neighbours see at once.
 from __future__ import annotations
 
 import json
+import re
 import struct
 import time
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ _NUMBERS = 8
 _STORE_PATIENCE = timedelta(seconds=2)
 _DYING = 1.0
 """Seconds in which a process that closed its connections is expected to be dead."""
-_NETWORK = ("gloo", "NCCL", "Connection", "connection", "Socket", "socket", "Timed out", "store")
+_NETWORK = re.compile(r"gloo|NCCL|[Cc]onnection|[Ss]ocket|Timed out|\bstore\b|TCPStore")
 """Words of what torch says when another process is not there any more."""
 
 
@@ -171,9 +172,7 @@ class Group:
         try:
             yield
         except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and not any(
-                word in str(error) for word in _NETWORK
-            ):
+            if not isinstance(error, dist.DistError) and not _NETWORK.search(str(error)):
                 raise
             raise LostProcessError(self._who_is_lost(error)) from error
 

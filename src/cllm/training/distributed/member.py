@@ -33,6 +33,10 @@ class Member(ABC):
     def evaluation_windows(self, ids_bt: Tensor, targets_bt: Tensor) -> list[Tensor]:
         """The same shape for a batch to score."""
 
+    def rows_at_once(self, batch_size: int) -> int:
+        """Windows of a batch to score, where a step's micro-batches have ``batch_size``."""
+        return batch_size
+
     @abstractmethod
     def evaluate(self, windows: Tensor) -> Tensor:
         """The summed loss of all processes' windows, float64."""

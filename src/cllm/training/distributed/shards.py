@@ -58,7 +58,8 @@ class Shards(Writer):
         self.optimizer = OPTIMIZERS[train.optimizer](train)
         self.shards = deal_evenly(train.batch_size, train.accumulate, size)
         self.device = torch.device(train.device)
-        self.model = Transformer(config.model, train.attention).to(self.device)
+        with torch.device("meta"):  # a device has its shares, and never the whole
+            self.model = Transformer(config.model, train.attention)
         self._mesh = init_device_mesh(self.device.type, (size,))
         dtype, master = arithmetic(train), torch.get_default_dtype()
         policy = MixedPrecisionPolicy(
@@ -67,6 +68,7 @@ class Shards(Writer):
         self._losses = _Losses(self.model, train.loss_chunk)
         for module in (*self.model.layers, self._losses):
             fully_shard(module, mesh=self._mesh, mp_policy=policy)
+        self._losses.to_empty(device=self.device)  # filled by ``load``
         for fsdp in self._losses.modules():
             if isinstance(fsdp, FSDPModule):
                 fsdp.set_gradient_divide_factor(1.0)  # the sum is wanted,

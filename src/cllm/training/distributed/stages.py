@@ -113,8 +113,12 @@ class Stages(Member):
         self._changed()
         return Figures(loss, norm, applied)
 
+    def rows_at_once(self, batch_size: int) -> int:
+        """All of a step's: the pipeline is filled with as many, or with rows that count for nothing."""
+        return batch_size * self.config.train.accumulate if self.scores else batch_size
+
     def evaluation_windows(self, ids_bt: Tensor, targets_bt: Tensor) -> list[Tensor]:
-        rows = self.config.train.batch_size * self.config.train.accumulate
+        rows = self.rows_at_once(self.config.train.batch_size)
         pair = padded(ids_bt, targets_bt, rows)
         return [torch.stack(pair)[:, None].cpu()] * self.size
 

@@ -13,7 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -114,6 +116,14 @@ class Crew:
         self._buffers = self.shared.buffers(model)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._sockets: list[socket.socket] = []
+        self.when_lost: Callable[[Callable[[], UserError]], None] | None = None
+        """Called, by another thread, where a worker is gone and the parent has not seen it within a
+        second; what it is given makes the error."""
+        self._watcher: threading.Thread | None = None
+        self._over = threading.Event()
+        self._end: tuple[socket.socket, socket.socket] | None = None
+        self._mine: set[int] = set()
+        """The cores that this thread is pinned to after the first step, if it is; compiling takes all."""
         self._affinity: set[int] = set()
         """The cores of this thread before it was pinned, as long as it is."""
 
@@ -143,10 +153,14 @@ class Crew:
 
         Raises ``WorkerError`` with what a worker reports, or if it is gone.
         """
-        return [
+        found = [
             (self._answer(number, sock), self.shared.grads[number])
             for number, sock in enumerate(self._sockets, start=1)
         ]
+        if self._mine and not self._affinity:
+            self._affinity = os.sched_getaffinity(0)
+            os.sched_setaffinity(0, self._mine)
+        return found
 
     def _answer(self, number: int, sock: socket.socket) -> float:
         """The summed loss of worker ``number``."""
@@ -164,17 +178,23 @@ class Crew:
         for batch in share:
             for number, sock in enumerate(self._sockets, start=1):
                 if wire.is_closed(sock):
-                    self._answer(number, sock)
-                    raise self._lost(number)
+                    raise self._why(number)
             yield batch
 
     def close(self) -> None:
         """Let the workers end, wait until they have, and give this thread its cores back."""
+        if self._watcher is not None and self._end is not None:
+            self._over.set()
+            self._end[0].close()
+            self._watcher.join()
+            self._end[1].close()
+            self._watcher = None
         for sock in self._sockets:
             sock.close()
+        end = time.monotonic() + _PATIENCE  # one for all: several may hang
         for process in self._processes:
             try:
-                process.wait(_PATIENCE)
+                process.wait(max(end - time.monotonic(), 0.0))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -208,9 +228,29 @@ class Crew:
                 wire.send_facts(mine, facts | {"cores": cores[number] if cores else []})
             except OSError as error:
                 raise self._lost(number) from error
-        if cores:
-            self._affinity = os.sched_getaffinity(0)
-            os.sched_setaffinity(0, cores[0])
+        self._over.clear()
+        self._end = socket.socketpair()
+        watched = [self._end[1], *self._sockets]
+        self._watcher = threading.Thread(
+            target=self._watch, args=[watched], name="workers", daemon=True
+        )
+        self._watcher.start()
+        self._mine = set(cores[0]) if cores else set()
+
+    def _watch(self, sockets: Sequence[socket.socket]) -> None:
+        """See ``when_lost``: the parent may be in the middle of a micro-batch, or of compiling. First of
+        ``sockets`` is what tells that all is over."""
+        place = wire.first_closed(sockets)
+        if place and not self._over.wait(_PATIENCE) and self.when_lost is not None:
+            self.when_lost(lambda: self._why(place))
+
+    def _why(self, number: int) -> WorkerError:
+        """Why worker ``number`` is gone: what it reports, if it does."""
+        try:
+            self._answer(number, self._sockets[number - 1])
+        except WorkerError as error:
+            return error
+        return self._lost(number)
 
     def _lost(self, number: int) -> WorkerError:
         process = self._processes[number - 1]
@@ -240,8 +280,12 @@ def _signals_held() -> Iterator[None]:
 
 
 def cores_of_workers(config: Config) -> list[list[int]]:
-    """The processor cores of each worker, ``train.threads`` each; none where they are not to be pinned,
-    or too few."""
+    """The processor cores of each worker, ``train.threads`` each; none where they are not to be pinned.
+
+    That is where others may want some of the cores, as a second run would the very same ones, while the
+    rest stays idle: the system then places them better. Together the workers must have all cores that this
+    process may run on.
+    """
     train = config.train
     assert isinstance(train.parallel.workers, int)
     assert isinstance(train.threads, int)
@@ -249,10 +293,10 @@ def cores_of_workers(config: Config) -> list[list[int]]:
 
 
 def cores_of_processes(each: int, count: int) -> list[list[int]]:
-    """``each`` of this process's cores for each of ``count`` processes; none where there are too few."""
+    """``each`` of this process's cores for each of ``count`` processes; none unless that is all of them."""
     if not hasattr(os, "sched_getaffinity"):
         return []
     mine = sorted(os.sched_getaffinity(0))
-    if len(mine) < each * count:
+    if len(mine) != each * count:
         return []
     return [mine[n * each : (n + 1) * each] for n in range(count)]

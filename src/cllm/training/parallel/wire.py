@@ -6,6 +6,7 @@ import json
 import select
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 ORDER = struct.Struct("<dq")
@@ -20,6 +21,15 @@ def is_closed(sock: socket.socket, seconds: float | None = 0.0) -> bool:
     poller = select.poll()
     poller.register(sock, select.POLLRDHUP)
     return bool(poller.poll(None if seconds is None else 1000 * seconds))
+
+
+def first_closed(sockets: Sequence[socket.socket]) -> int:
+    """Waits until the other side of one of some sockets is gone; its place among them."""
+    poller = select.poll()
+    places = {sock.fileno(): place for place, sock in enumerate(sockets)}
+    for number in places:
+        poller.register(number, select.POLLRDHUP)
+    return places[poller.poll()[0][0]]
 
 
 def receive(sock: socket.socket, size: int) -> bytes:

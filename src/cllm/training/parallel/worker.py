@@ -10,6 +10,8 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Iterable
+from contextlib import suppress
 
 from cllm.core.threads import spin_briefly
 from cllm.training.parallel import wire
@@ -23,8 +25,6 @@ def main(arguments: list[str]) -> None:
     threading.Thread(target=_end_with_the_parent, args=[sock], daemon=True).start()
     try:
         facts = wire.receive_facts(sock)
-        if facts["cores"]:
-            os.sched_setaffinity(0, facts["cores"])
         _serve(sock, memory_fd, number, facts)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
@@ -64,6 +64,8 @@ def _serve(sock: socket.socket, memory_fd: int, number: int, facts: dict[str, ob
         if table.incidence is not None:
             table.incidence.transpose()
     model.train()
+    cores = facts["cores"]
+    assert isinstance(cores, list)
     shards = deal(config.train.batch_size, config.train.accumulate, workers)[number]
     while True:
         scale, seed = wire.ORDER.unpack(wire.receive(sock, wire.ORDER.size))
@@ -77,6 +79,16 @@ def _serve(sock: socket.socket, memory_fd: int, number: int, facts: dict[str, ob
             sock.sendall(wire.ANSWER.pack(False, float(len(text))) + text)
             raise SystemExit(1) from error
         sock.sendall(wire.ANSWER.pack(True, loss))
+        if cores:  # not before what is compiled in the first step has taken as many as it can
+            _pin(cores)
+            cores = []
+
+
+def _pin(cores: Iterable[int]) -> None:
+    """Have all threads of this process stay on ``cores``."""
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(thread), cores)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import copy
 from collections import deque
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from cllm.core.config import TrainConfig
@@ -35,7 +36,8 @@ class Ahead:
         self.config, self.batches_of, self.seed_of = config, batches_of, seed_of
         self._step, self._delayed = step, Delayed(step)
         self._targets = deque[int]()
-        self._kept: tuple[Standing, list[Tensor]] | None = None
+        self._kept: Standing | None = None
+        self._buffers: list[Tensor] = []
 
     def step(self, at: int) -> tuple[StepResult, int]:
         """Make step ``at``, after all before it; returns its result and number of targets."""
@@ -52,23 +54,30 @@ class Ahead:
 
     def keep(self, standing: Standing) -> None:
         """Keep a copy of where training stands, if it is drained."""
-        if not self._delayed.in_flight:
-            self._kept = copy.deepcopy(standing), [tensor.clone() for tensor in self._state()]
+        if self._delayed.in_flight:
+            return
+        if not self._buffers:
+            self._buffers = [torch.empty_like(tensor) for tensor in self._state()]
+        for kept, tensor in zip(self._buffers, self._state(), strict=True):
+            kept.copy_(tensor)
+        self._kept = copy.deepcopy(standing)
 
-    def rewind(self) -> Standing:
+    def rewind(self, patience: float | None = None) -> Standing | None:
         """End the pipeline and bring weights, moments and counters back to what was kept last; returns
-        where that stood."""
-        self.close()
-        assert self._kept is not None
-        standing, state = self._kept
-        for tensor, kept in zip(self._state(), state, strict=True):
+        where that stood. ``None`` where a stage does not end within ``patience`` seconds, and could change
+        them meanwhile."""
+        if not self.close(patience):
+            return None
+        standing = self._kept
+        assert standing is not None
+        for tensor, kept in zip(self._state(), self._buffers, strict=True):
             tensor.copy_(kept)
         self._step.refresh()
         return standing
 
-    def close(self) -> None:
-        """End the threads."""
-        self._delayed.close()
+    def close(self, patience: float | None = None) -> bool:
+        """End the threads; False where one does not end (see ``Delayed.close``)."""
+        return self._delayed.close(patience)
 
     def _state(self) -> list[Tensor]:
         arena, counters = self._step.arena, self._step.counters

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -116,11 +117,17 @@ class Delayed:
         for table in self.step.model.tables.values():
             table.after_step()
 
-    def close(self) -> None:
-        """End the threads; what is on its way is dropped."""
+    def close(self, patience: float | None = None) -> bool:
+        """End the threads; what is on its way is dropped.
+
+        False where a stage, as one that compiles, has not ended within ``patience`` seconds, if that is
+        given: it ends with the process.
+        """
         self.line.end()
+        end = None if patience is None else time.monotonic() + patience
         for thread in self._threads:
-            thread.join()
+            thread.join(None if end is None else max(end - time.monotonic(), 0.0))
+        return not any(thread.is_alive() for thread in self._threads)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
