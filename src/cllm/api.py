@@ -174,6 +174,7 @@ class Model(ABC):
         measured to be the fastest of fp32, bf16 and int8 on this machine, run in the same way.
         ``index``: tokens are chosen by an exact index of the output table (``IndexHead``).
         """
+        tokens = self.tokenizer.vocab_size
         if weights == "auto":
 
             def ready(options: EngineOptions) -> Engine:
@@ -181,11 +182,11 @@ class Model(ABC):
                 made.use_compiled(compiled)
                 return made
 
-            asked = EngineOptions(slots=slots, cache=cache)
+            asked = EngineOptions(slots=slots, cache=cache, tokens=tokens)
             how = f"{index} {what_is_compiled(self.compiled) if compiled else 'eager'}"
             weights, line = fastest_weights(self.config.model, asked, ready, how)
             say(line)
-        key = EngineOptions(slots=slots, weights=weights, cache=cache), index
+        key = EngineOptions(slots=slots, weights=weights, cache=cache, tokens=tokens), index
         if key not in self._engines:
             self._engines[key] = ready_engine(self.model, *key, self.compiled, say)
         found, line = self._engines[key]

@@ -32,13 +32,15 @@ class EngineOptions:
 
     ``slots``: texts that are continued at once. ``weights``: see ``cllm.infer.weights``. ``cache``: see
     ``cllm.infer.cache``. ``capacity``: tokens that a slot holds, at most the model's context; none means
-    all of it.
+    all of it. ``tokens``: how many the tokenizer has, of which alone one is chosen; none means all rows of
+    the model's table.
     """
 
     slots: int = 1
     weights: str = "fp32"
     cache: str = "fp32"
     capacity: int | None = None
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.slots < 1:
@@ -54,10 +56,17 @@ class EngineOptions:
             raise UsageError(f"capacity = {self.capacity} must be in 1…{context}, the context")
         return self.capacity
 
+    def tokens_of(self, model: Transformer) -> int:
+        """The tokens of ``model`` that may be chosen; the rest of its table only takes its share of the
+        probability."""
+        rows = model.config.vocab_size
+        assert rows is not None
+        return rows if self.tokens is None else min(self.tokens, rows)
+
 
 @dataclass(frozen=True)
 class Scores:
-    """Logits (S, V) after a step, and the likeliest token of each slot."""
+    """Logits (S, V) after a step, and the likeliest token of each slot among those that may be chosen."""
 
     logits: Tensor
     best: list[int]
@@ -81,8 +90,10 @@ class Engine:
         options = options or EngineOptions()
         self._model, self.head = model, head
         self.options, self.capacity = options, options.capacity_of(model)
-        scored = head is None
-        self.network = Network(model, options.weights, options.cache, scored=scored).eval()
+        scored, self.tokens = head is None, options.tokens_of(model)
+        self.network = Network(
+            model, options.weights, options.cache, scored=scored, tokens=self.tokens
+        ).eval()
         self.device = self.network.table.device
         self.cache = Cache(
             model.config, options.slots, self.capacity, options.cache, self.network.gain
@@ -140,7 +151,7 @@ class Engine:
         if len(full) < len(tokens):
             ids, places = [0] * self.options.slots, [0] * self.options.slots
             going = [slot for slot in tokens if self._lengths[slot] < self.capacity]
-            if self._native is not None:
+            if self._native is not None and self._native.scores_all:
                 return self._native_step(tokens, going, full)
             for slot in going:
                 ids[slot], places[slot] = tokens[slot], self._lengths[slot]
@@ -214,14 +225,14 @@ class Engine:
         ids = self._seen[slot][-most:]
         self._lengths[slot] = len(ids)
         del self._seen[slot][: -self.capacity]
-        if self._native is not None:
+        if self._native is not None and self._native.scores_all:
             logits, best, finite = self._native.scores_of(slot, ids)
             refuse_unless(finite)
             return Scores(logits, [best])
         given = torch.tensor(ids, device=self.device)
         logits = self.network.logits(self.network.read(given, slot, *self.cache.buffers)[-1:])
         _refuse_damaged(logits.sum(-1).tolist())
-        return Scores(logits, logits.argmax(-1).tolist())
+        return Scores(logits, logits[:, : self.network.tokens].argmax(-1).tolist())
 
     @torch.no_grad()
     def _eager(self, given: list[Tensor]) -> Sequence[Tensor]:

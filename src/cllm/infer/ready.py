@@ -31,7 +31,7 @@ def ready_engine(
     if index:
         from cllm.infer.lookup.head import index_head  # brings scipy along
 
-        head = index_head(model, say)
+        head = index_head(model, say, options.tokens)
     engine = Engine(model, options, head=head)
     engine.native, line = load_native(engine)
     if engine.native is None:
