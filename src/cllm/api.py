@@ -8,7 +8,7 @@ import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from cllm.core.errors import UsageError, UserError
 from cllm.core.settings import build, flatten, load_config, merge, read_toml, write_setting
 from cllm.infer.constrain import Format
 from cllm.infer.engine import Engine, EngineOptions
+from cllm.infer.engines import Engines
 from cllm.infer.harness import harness_model
 from cllm.infer.measure import fastest_weights
 from cllm.infer.ready import ready_engine, what_is_compiled
@@ -95,10 +96,7 @@ def resolve_config(
     changes: dict[str, Any],
     from_run: str | Path | None = None,
 ) -> Config:
-    """A configuration file (or object, or the defaults) with dotted ``changes``.
-
-    With ``from_run``, the model is that run's.
-    """
+    """A configuration file (or object, or the defaults) with ``changes``; the model is ``from_run``'s."""
     # A Config object doesn't tell what was set and what is a default; a file does, so that its fields
     # win over a preset among the changes.
     asked = read_toml(Path(config)) if isinstance(config, str | Path) else {}
@@ -154,8 +152,8 @@ class Model(ABC):
         return model.eval()
 
     @cached_property
-    def _engines(self) -> dict[tuple[EngineOptions, bool], tuple[Engine, str]]:
-        return {}
+    def _engines(self) -> Engines:
+        return Engines()
 
     def engine(
         self,
@@ -165,9 +163,10 @@ class Model(ABC):
         cache: str = "fp32",
         compiled: bool = True,
         index: bool = False,
+        number: int = 0,
         say: Callable[[str], None] = lambda line: None,
     ) -> Engine:
-        """The inference engine of these options, made once.
+        """The engine of these options and this ``number``, made once; it writes for one caller at a time.
 
         It runs the step that ``cllm compile`` left beside the run, if there is one for it, unless
         ``compiled`` is False. ``say`` is told which, in one line. ``weights`` may be ``auto``: what was
@@ -186,14 +185,9 @@ class Model(ABC):
             how = f"{index} {what_is_compiled(self.compiled) if compiled else 'eager'}"
             weights, line = fastest_weights(self.config.model, asked, ready, how)
             say(line)
-        key = EngineOptions(slots=slots, weights=weights, cache=cache, tokens=tokens), index
-        if key not in self._engines:
-            self._engines[key] = ready_engine(self.model, *key, self.compiled, say)
-        found, line = self._engines[key]
-        found.use_compiled(compiled)
-        if line and compiled:
-            say(line)
-        return found
+        options = EngineOptions(slots=slots, weights=weights, cache=cache, tokens=tokens)
+        make = partial(ready_engine, self.model, options, index, self.compiled, say)
+        return self._engines.kept((options, index, number), make, compiled, say)
 
     @property
     def compiled(self) -> Path:
@@ -216,7 +210,8 @@ class Model(ABC):
         engine: Engine | None = None,
     ) -> Iterator[str]:
         """The same piece by piece, never cutting a character in two or showing part of a stop text."""
-        return write(engine or self.engine(), self.tokenizer, Prompt(prompt, sampling, form))
+        with self._engines.lent(engine, self.engine) as own:
+            yield from write(own, self.tokenizer, Prompt(prompt, sampling, form))
 
     def complete(
         self,
@@ -229,7 +224,8 @@ class Model(ABC):
         """Completions of many prompts, ``slots`` at once, in the order of the prompts."""
         common = Sampling(**sampling)
         given = (p if isinstance(p, Prompt) else Prompt(p, common) for p in prompts)
-        found = dict(write_all(engine or self.engine(slots=slots), self.tokenizer, given))
+        with self._engines.lent(engine, partial(self.engine, slots=slots)) as own:
+            found = dict(write_all(own, self.tokenizer, given))
         return [found[index] for index in sorted(found)]
 
     def score(self, text: str, prompt: str | None = None) -> Score:

@@ -94,8 +94,14 @@ def serve(
 
     A request is taken from the iterable when a slot is free for it. What it is given depends on its own
     ids and sampling and not on its neighbours, but for rounding where rows of a product are not computed
-    alike. Raises ``UserError`` for a request without tokens and ``NonFiniteLogitsError``.
+    alike. Raises ``UserError`` for a request without tokens, ``NonFiniteLogitsError``, and ``UsageError``
+    where the engine is still at other requests.
     """
+    with engine.taken():
+        yield from _serve(engine, requests, end_id)
+
+
+def _serve(engine: Engine, requests: Iterable[Request], end_id: int | None) -> Iterator[Step]:
     head = engine.head
     waiting = enumerate(requests if head is None else map(_fit_for_head, requests))
     live: dict[int, _Live] = {}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -106,6 +108,28 @@ class Engine:
         self._decode: Decode = self._eager
         self._seen: list[list[int]] = [[] for _ in range(options.slots)]
         self._lengths = [0] * options.slots
+        self._taken = threading.Lock()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Hold all slots: whoever else wrote into them meanwhile would spoil both texts.
+
+        Raises ``UsageError`` where someone holds them already.
+        """
+        if not self._taken.acquire(blocking=False):
+            raise UsageError(
+                "this engine is writing another text: finish or close that one first, or take a second "
+                "engine (number=1)"
+            )
+        try:
+            yield
+        finally:
+            self._taken.release()
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether someone holds the slots."""
+        return self._taken.locked()
 
     def use_compiled(self, wanted: bool) -> None:
         """Decode by ``native`` or ``compiled``, where there is such a step and it is ``wanted``."""
