@@ -103,6 +103,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(cache: Path) -> Iterator[None]:
+    """No test sees what the developer's cache directory holds (compiled kernels, measurements)."""
+    with environ("CLLM_CACHE", str(cache)):
+        yield
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file of some 65 kB."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,54 @@ def test_generate_and_stream_write_the_same(trained: Path) -> None:
     text = run.generate("The old", max_tokens=25, seed=3)
     assert text == "".join(run.stream("The old", Sampling(max_tokens=25, seed=3)))
     assert run.generate(max_tokens=5, seed=1) == run.generate("", max_tokens=5, seed=1)
+
+
+def test_streams_that_are_read_in_turns_do_not_disturb_each_other(trained: Path) -> None:
+    run = cllm.load(trained)
+    alone = {p: run.generate(p, max_tokens=30, temperature=0) for p in ("The old", "A", "x 7")}
+    sampling = Sampling(max_tokens=30, temperature=0)
+    streams = {prompt: run.stream(prompt, sampling) for prompt in alone}
+    found = dict.fromkeys(alone, "")
+    for _ in range(40):
+        for prompt, stream in streams.items():
+            found[prompt] += next(stream, "")
+    assert found == alone
+    within = ""
+    for number, piece in enumerate(run.stream("The old", sampling)):
+        within += piece
+        if number == 2:
+            assert run.generate("A", max_tokens=30, temperature=0) == alone["A"]
+            many = run.complete(["A", "x 7"], slots=2, max_tokens=30, temperature=0)
+            assert [made.text for made in many] == [alone["A"], alone["x 7"]]
+    assert within == alone["The old"]
+
+
+def test_threads_write_at_once(trained: Path) -> None:
+    run = cllm.load(trained)
+    prompts = ["The old", "A", "x 7", "The quiet child"]
+    alone = [run.generate(prompt, max_tokens=30, temperature=0) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        made = pool.map(lambda p: run.generate(p, max_tokens=30, temperature=0), prompts * 3)
+        assert list(made) == alone * 3
+
+
+def test_an_engine_of_ones_own_writes_one_text_at_a_time(trained: Path) -> None:
+    run = cllm.load(trained)
+    engine, sampling = run.engine(), Sampling(max_tokens=9, temperature=0)
+    stream = run.stream("The old", sampling, engine=engine)
+    text = next(stream)
+    with pytest.raises(cllm.UserError, match="this engine is writing another text"):
+        next(run.stream("A", sampling, engine=engine))
+    assert run.generate("A", max_tokens=9, temperature=0), "the run makes another"
+    text += "".join(stream)
+    assert text == "".join(run.stream("The old", sampling, engine=engine))
+    abandoned = run.stream("A", sampling, engine=engine)
+    next(abandoned)
+    del abandoned
+    assert "".join(run.stream("The old", sampling, engine=engine)) == text
+    eager = run.engine(compiled=False)
+    assert eager is not engine
+    assert run.engine() is engine
 
 
 def test_evaluate_scores_splits_and_texts(trained: Path, corpus: Path) -> None:

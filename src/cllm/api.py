@@ -8,7 +8,7 @@ import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from cllm.core.errors import UsageError, UserError
 from cllm.core.settings import build, flatten, load_whole, merge, read_toml, write_setting
 from cllm.infer.constrain import Format
 from cllm.infer.engine import Engine, EngineOptions
+from cllm.infer.engines import Engines
 from cllm.infer.harness import harness_model
 from cllm.infer.ready import fastest_kind, ready_engine
 from cllm.infer.request import Sampling, refuse_unless
@@ -156,8 +157,8 @@ class Model(ABC):
         return model.eval()
 
     @cached_property
-    def _engines(self) -> dict[tuple[EngineOptions, bool], tuple[Engine, str]]:
-        return {}
+    def _engines(self) -> Engines:
+        return Engines()
 
     def engine(
         self,
@@ -167,26 +168,23 @@ class Model(ABC):
         cache: str = "fp32",
         compiled: bool = True,
         index: bool = False,
+        number: int = 0,
         say: Callable[[str], None] = lambda line: None,
     ) -> Engine:
-        """The inference engine of these options, made once.
+        """The engine of these options and this ``number``, made once; it writes for one caller at a time.
 
         It runs the step that ``cllm compile`` left beside the run, if there is one for it, unless
         ``compiled`` is False. ``say`` is told which, in one line. ``weights`` may be ``auto``: what was
         measured to be the fastest here. ``index``: tokens are chosen by an exact index (``IndexHead``).
         """
+        tokens = self.tokenizer.vocab_size
         held = self.integers if weights in ("auto", *KINDS) else None
         if weights == "auto":
-            asked = EngineOptions(slots=slots, cache=cache)
+            asked = EngineOptions(slots=slots, cache=cache, tokens=tokens)
             weights = fastest_kind(self.model, asked, index, self.compiled, compiled, held, say)
-        key = EngineOptions(slots=slots, weights=weights, cache=cache), index
-        if key not in self._engines:
-            self._engines[key] = ready_engine(self.model, *key, self.compiled, say, held)
-        found, line = self._engines[key]
-        found.use_compiled(compiled)
-        if line and compiled:
-            say(line)
-        return found
+        options = EngineOptions(slots=slots, weights=weights, cache=cache, tokens=tokens)
+        make = partial(ready_engine, self.model, options, index, self.compiled, say, held)
+        return self._engines.kept((options, index, number), make, compiled, say)
 
     @property
     def compiled(self) -> Path:
@@ -209,7 +207,8 @@ class Model(ABC):
         engine: Engine | None = None,
     ) -> Iterator[str]:
         """The same piece by piece, never cutting a character in two or showing part of a stop text."""
-        return write(engine or self.engine(), self.tokenizer, Prompt(prompt, sampling, form))
+        with self._engines.lent(engine, self.engine) as own:
+            yield from write(own, self.tokenizer, Prompt(prompt, sampling, form))
 
     def complete(
         self,
@@ -222,7 +221,8 @@ class Model(ABC):
         """Completions of many prompts, ``slots`` at once, in the order of the prompts."""
         common = Sampling(**sampling)
         given = (p if isinstance(p, Prompt) else Prompt(p, common) for p in prompts)
-        found = dict(write_all(engine or self.engine(slots=slots), self.tokenizer, given))
+        with self._engines.lent(engine, partial(self.engine, slots=slots)) as own:
+            found = dict(write_all(own, self.tokenizer, given))
         return [found[index] for index in sorted(found)]
 
     def score(self, text: str, prompt: str | None = None) -> Score:

@@ -191,6 +191,10 @@ def test_cgroup_limit_bounds_available_memory(monkeypatch: pytest.MonkeyPatch) -
     assert memory.available_memory() == 3_000_000
 
 
+def test_the_tests_have_a_cache_directory_of_their_own(cache: Path) -> None:
+    assert machine.cache_dir() == cache
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the other systems have their own places")
 def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CLLM_CACHE", str(tmp_path / "mine"))

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import cllm
-from cllm.core.errors import UserError
 from cllm.core.model_config import EmbeddingConfig, ModelConfig
 from cllm.infer.direct import Direct, load_direct, rotary_arrays, uniforms
 from cllm.infer.engine import Engine
@@ -27,15 +26,6 @@ from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
 
 Train = Callable[..., Any]
-
-
-@pytest.fixture
-def library(isolated: Path) -> Path:
-    """The compiled loop; skipped where there is no compiler."""
-    try:
-        return compile_library()
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -23,15 +23,6 @@ FIT = {"d_model": 64, "d_ff": 48, "n_heads": 4, "context": 12, "vocab_size": 45}
 
 
 @pytest.fixture
-def library(isolated: Path) -> Path:
-    """The compiled library (once, in the tests' cache); skipped where there is no compiler."""
-    try:
-        return compile_library()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture
 def engine_of(library: Path, model_of: Make, isolated: Path) -> Callable[..., Engine]:
     """Makes an engine with the compiled loop, on as many threads as asked."""
 

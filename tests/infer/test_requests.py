@@ -201,6 +201,40 @@ def test_answers_to_something_else_are_not_overwritten(run: cllm.Run, tmp_path: 
     assert out.read_text() == "my thesis\n"
 
 
+@pytest.mark.parametrize(
+    "body", [b"my thesis", b'{"index": 1, "request": "', b'{"index": 0}', b"\xff"]
+)
+def test_what_has_no_line_end_is_dropped_only_where_it_is_half_of_our_line(
+    body: bytes, run: cllm.Run, tmp_path: Path
+) -> None:
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts.write_text(as_lines(PROMPTS[:1]))
+    out.write_bytes(body)
+    with pytest.raises(UsageError, match=r"o.jsonl:1 is no answer"):
+        answer_file(run.engine(), run.tokenizer, prompts, out, Sampling())
+    assert out.read_bytes() == body
+    out.unlink()
+    answer_file(run.engine(), run.tokenizer, prompts, out, Sampling())
+    whole = out.read_bytes() + body
+    out.write_bytes(whole)
+    with pytest.raises(UsageError, match=r"o.jsonl:2 is no answer"):
+        answer_file(run.engine(), run.tokenizer, prompts, out, Sampling())
+    assert out.read_bytes() == whole
+
+
+def test_answers_do_not_go_into_the_file_of_the_prompts(run: cllm.Run, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.jsonl"
+    body = '{"prompt": "The old", "text": "dog"}'
+    prompts.write_text(body)
+    (tmp_path / "link.jsonl").hardlink_to(prompts)
+    for out in (prompts, tmp_path / "link.jsonl"):
+        with pytest.raises(UsageError, match="is the file that is to be answered"):
+            answer_file(run.engine(), run.tokenizer, prompts, out, Sampling())
+        with pytest.raises(UsageError, match="is the file that is to be answered"):
+            score_file(run.engine(), run.tokenizer, prompts, out)
+    assert prompts.read_text() == body
+
+
 def test_scores_of_a_file_are_those_of_its_texts(run: cllm.Run, tmp_path: Path) -> None:
     texts, out = tmp_path / "t.jsonl", tmp_path / "o.jsonl"
     texts.write_text(

@@ -31,14 +31,16 @@ def request_key(*parts: object) -> str:
 
 
 @contextmanager
-def answers(path: Path, keys: list[str]) -> Iterator[Answers]:
-    """Open ``path`` for the answers to requests of these ``keys``, in their order.
+def answers(path: Path, keys: list[str], asked: Path) -> Iterator[Answers]:
+    """Open ``path`` for the answers to requests of these ``keys``, in their order; ``asked`` holds them.
 
     Answers may come in any order; each is written when all before it are. Lines that an earlier call, or
-    one that was killed, wrote for the same requests are kept, and half a line at the end is dropped. Raises
-    ``UsageError`` if the file holds anything else.
+    one that was killed, wrote for the same requests are kept, and half a line of the next one is dropped.
+    Raises ``UsageError`` if the file holds anything else.
     """
     fresh = not path.exists()
+    if not fresh and asked.exists() and path.samefile(asked):
+        raise UsageError(f"--out {path} is the file that is to be answered; choose another --out")
     with clear_errors(path):
         file = open(path, "x+b" if fresh else "r+b")  # noqa: SIM115
     with _removed_if_empty(path if fresh else None), file:
@@ -52,7 +54,7 @@ def answers(path: Path, keys: list[str]) -> Iterator[Answers]:
             nonlocal following
             waiting[index] = body
             while following in waiting:
-                line = {"index": following, "request": keys[following]} | waiting.pop(following)
+                line = _head(following, keys[following]) | waiting.pop(following)
                 with clear_errors(path):
                     file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                     file.flush()
@@ -74,21 +76,35 @@ def _removed_if_empty(made: Path | None) -> Iterator[None]:
         raise
 
 
+def _head(index: int, key: str) -> Record:
+    """What an answer begins with."""
+    return {"index": index, "request": key}
+
+
 def _finished(file: IO[bytes], path: Path, keys: list[str]) -> tuple[int, int]:
     """How many answers stand in ``file`` already, and their size in bytes."""
     count = size = 0
     for line in file:
+        wanted = _head(count, keys[count]) if count < len(keys) else {}
         if not line.endswith(b"\n"):
-            break  # cut off by a kill
-        try:
-            record = json.loads(line)
-            known = (record["index"], record["request"])
-        except (ValueError, TypeError, KeyError):
-            known = (-1, "")
-        if count >= len(keys) or known != (count, keys[count]):
+            begun = json.dumps(wanted).encode()[:-1]
+            ours = bool(wanted) and (line.startswith(begun) or begun.startswith(line))
+            if ours:
+                break  # cut off by a kill
+        else:
+            ours = bool(wanted) and _answers(line, wanted)
+        if not ours:
             raise UsageError(
                 f"{path}:{count + 1} is no answer to this request with these options; choose another "
                 "--out, or delete the file"
             )
         count, size = count + 1, size + len(line)
     return count, size
+
+
+def _answers(line: bytes, wanted: Record) -> bool:
+    try:
+        record = json.loads(line)
+        return {name: record[name] for name in wanted} == wanted
+    except (ValueError, TypeError, KeyError):
+        return False

@@ -52,6 +52,8 @@ def artifact_path(engine: Engine, directory: Path) -> Path:
     }
     if engine.network.integers:  # the same numbers in other kernels
         facts["integers"] = engine.network.integers
+    if engine.tokens != engine.network.config.vocab_size:
+        facts["tokens"] = engine.tokens
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return directory / f"decode-{options.slots}x{engine.capacity}-{options.weights}-{key}.pt2"
 

@@ -94,8 +94,14 @@ def serve(
 
     A request is taken from the iterable when a slot is free for it. What it is given depends on its own
     ids and sampling and not on its neighbours, but for rounding where rows of a product are not computed
-    alike. Raises ``UserError`` for a request without tokens and ``NonFiniteLogitsError``.
+    alike. Raises ``UserError`` for a request without tokens, ``NonFiniteLogitsError``, and ``UsageError``
+    where the engine is still at other requests.
     """
+    with engine.taken():
+        yield from _serve(engine, requests, end_id)
+
+
+def _serve(engine: Engine, requests: Iterable[Request], end_id: int | None) -> Iterator[Step]:
     head = engine.head
     waiting = enumerate(requests if head is None else map(_fit_for_head, requests))
     live: dict[int, _Live] = {}
@@ -109,7 +115,7 @@ def serve(
                     break
                 one = _begin(*taken)
                 scores = engine.start(slot, one.request.ids)
-                yield from _advance([one], scores.logits, scores.best, end_id, head)
+                yield from _advance([one], scores.logits, scores.best, end_id, engine)
                 if not one.over:
                     live[slot] = one
         if not live:
@@ -123,7 +129,7 @@ def serve(
         slots = sorted(live)
         ones = [live[slot] for slot in slots]
         logits = scores.logits if len(slots) == len(scores.logits) else scores.logits[slots]
-        yield from _advance(ones, logits, [scores.best[slot] for slot in slots], end_id, head)
+        yield from _advance(ones, logits, [scores.best[slot] for slot in slots], end_id, engine)
         live = {slot: one for slot, one in live.items() if not one.over}
 
 
@@ -192,10 +198,11 @@ def _advance(
     logits_nv: Tensor,
     best: Sequence[int],
     end_id: int | None,
-    head: IndexHead | None,
+    engine: Engine,
 ) -> Iterator[Step]:
     """Choose a token for each of ``ones`` and note what it means."""
-    for row, token in enumerate(_choose(ones, logits_nv, best, head)):
+    known = logits_nv if engine.head is not None else logits_nv[:, : engine.tokens]
+    for row, token in enumerate(_choose(ones, known, best, engine.head)):
         one = ones[row]
         if token == end_id:
             one.over = True
@@ -208,7 +215,7 @@ def _advance(
         if one.request.sampling.logprobs is None:
             yield Step(one.index, token)
         else:
-            yield _with_logprobs(one, token, logits_nv[row])
+            yield _with_logprobs(one, token, logits_nv[row], engine.tokens)
         reason = _end_of(one, token)
         if reason:
             one.over = True
@@ -245,16 +252,19 @@ def _choose(
         for place, row in enumerate(rows):
             constraint = ones[row].request.constraint
             if constraint is not None:
+                allowed = constraint.allowed()
                 logits = logits.clone()
-                logits[place, ~constraint.allowed()] = float("-inf")
+                logits[place, len(allowed) :] = float("-inf")  # rows that no token has
+                logits[place, : len(allowed)][~allowed] = float("-inf")
         numbers = [0.0 if sampling.is_greedy else uniform(ones[row].generator) for row in rows]
         for row, token in zip(rows, choose_tokens(logits, sampling, numbers), strict=True):
             chosen[row] = token
     return chosen
 
 
-def _with_logprobs(one: _Live, token: int, logits_v: Tensor) -> Step:
-    logprobs = torch.log_softmax(logits_v.double(), -1)
+def _with_logprobs(one: _Live, token: int, logits_v: Tensor, known: int) -> Step:
+    """Shares of all rows of the table, those of the ``known`` tokens told."""
+    logprobs = torch.log_softmax(logits_v.double(), -1)[:known]
     top = logprobs.topk(min(one.request.sampling.logprobs or 0, len(logprobs)))
     pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
     return Step(one.index, token, logprob=float(logprobs[token]), top=pairs)

@@ -103,10 +103,10 @@ def load_direct(path: Path) -> Direct | None:
         embedding = config.embedding
         if unknown_shape(config) or (embedding.kind, embedding.lattice) != ("dense", "none"):
             return None
-        weights = loop_weights(config, load_arrays(path))
+        tokenizer = Tokenizer.load(run.tokenizer)
+        weights = loop_weights(config, load_arrays(path), tokenizer.vocab_size)
         if weights is None:
             return None
-        tokenizer = Tokenizer.load(run.tokenizer)
         shape = (1, config.kv_heads, config.context, config.head_dim)
         caches = [np.zeros(shape, np.float32) for _ in range(2 * config.n_layers)]
         return Direct(config, tokenizer, Loop(compiled, config, weights, caches, team_threads()))
@@ -114,9 +114,12 @@ def load_direct(path: Path) -> Direct | None:
         return None
 
 
-def loop_weights(config: ModelConfig, arrays: dict[str, np.ndarray]) -> LoopWeights | None:
+def loop_weights(
+    config: ModelConfig, arrays: dict[str, np.ndarray], tokens: int
+) -> LoopWeights | None:
     """The weights of a Llama with a dense table as the loop wants them, scales of norms folded into what
-    follows them; none where ``arrays`` are not those of ``config`` in float32."""
+    follows them and the table cut to the tokenizer's ``tokens``; none where ``arrays`` are not those of
+    ``config`` in float32."""
     width, kept = config.d_model, config.kv_heads * config.head_dim
     matrices = {
         "attention.qkv": ("attention_norm", config.n_heads * config.head_dim + 2 * kept, width),
@@ -149,8 +152,8 @@ def loop_weights(config: ModelConfig, arrays: dict[str, np.ndarray]) -> LoopWeig
             found += np.split(matrix, 2) if name == "mlp.gate_up" else [matrix]
         layers.append(found)
     cos, sin = rotary_arrays(config.head_dim, config.context, config.rope_theta)
-    table = arrays["embedding.weight"]
-    scores = table if config.tie_embeddings else arrays["head.weight"]
+    table = arrays["embedding.weight"][:tokens]
+    scores = table if config.tie_embeddings else arrays["head.weight"][:tokens]
     return LoopWeights(table, scores, arrays["norm.weight"], cos, sin, layers)
 
 

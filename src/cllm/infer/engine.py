@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,13 +35,15 @@ class EngineOptions:
 
     ``slots``: texts that are continued at once. ``weights``: see ``cllm.infer.weights``. ``cache``: see
     ``cllm.infer.cache``. ``capacity``: tokens that a slot holds, at most the model's context; none means
-    all of it.
+    all of it. ``tokens``: how many the tokenizer has, of which alone one is chosen; none means all rows of
+    the model's table.
     """
 
     slots: int = 1
     weights: str = "fp32"
     cache: str = "fp32"
     capacity: int | None = None
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.slots < 1:
@@ -55,10 +59,17 @@ class EngineOptions:
             raise UsageError(f"capacity = {self.capacity} must be in 1…{context}, the context")
         return self.capacity
 
+    def tokens_of(self, model: Transformer) -> int:
+        """The tokens of ``model`` that may be chosen; the rest of its table only takes its share of the
+        probability."""
+        rows = model.config.vocab_size
+        assert rows is not None
+        return rows if self.tokens is None else min(self.tokens, rows)
+
 
 @dataclass(frozen=True)
 class Scores:
-    """Logits (S, V) after a step, and the likeliest token of each slot."""
+    """Logits (S, V) after a step, and the likeliest token of each slot among those that may be chosen."""
 
     logits: Tensor
     best: list[int]
@@ -84,8 +95,14 @@ class Engine:
         options = options or EngineOptions()
         self._model, self.head = model, head
         self.options, self.capacity = options, options.capacity_of(model)
+        self.tokens = options.tokens_of(model)
         self.network = Network(
-            model, options.weights, options.cache, scored=head is None, integers=integers
+            model,
+            options.weights,
+            options.cache,
+            scored=head is None,
+            tokens=self.tokens,
+            integers=integers,
         ).eval()
         self.device = self.network.table.device
         self.cache = Cache(
@@ -99,6 +116,28 @@ class Engine:
         self._decode: Decode = self._eager
         self._seen: list[list[int]] = [[] for _ in range(options.slots)]
         self._lengths = [0] * options.slots
+        self._taken = threading.Lock()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Hold all slots: whoever else wrote into them meanwhile would spoil both texts.
+
+        Raises ``UsageError`` where someone holds them already.
+        """
+        if not self._taken.acquire(blocking=False):
+            raise UsageError(
+                "this engine is writing another text: finish or close that one first, or take a second "
+                "engine (number=1)"
+            )
+        try:
+            yield
+        finally:
+            self._taken.release()
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether someone holds the slots."""
+        return self._taken.locked()
 
     def use_compiled(self, wanted: bool) -> None:
         """Decode by ``native`` or ``compiled``, where there is such a step and it is ``wanted``."""
@@ -144,7 +183,7 @@ class Engine:
         if len(full) < len(tokens):
             ids, places = [0] * self.options.slots, [0] * self.options.slots
             going = [slot for slot in tokens if self._lengths[slot] < self.capacity]
-            if self._native is not None:
+            if self._native is not None and self._native.scores_all:
                 return self._native_step(tokens, going, full)
             for slot in going:
                 ids[slot], places[slot] = tokens[slot], self._lengths[slot]
@@ -218,14 +257,14 @@ class Engine:
         ids = self._seen[slot][-most:]
         self._lengths[slot] = len(ids)
         del self._seen[slot][: -self.capacity]
-        if self._native is not None:
+        if self._native is not None and self._native.scores_all:
             logits, best, finite = self._native.scores_of(slot, ids)
             refuse_unless(finite)
             return Scores(logits, [best])
         given = torch.tensor(ids, device=self.device)
         logits = self.network.logits(self.network.read(given, slot, *self.cache.buffers)[-1:])
         _refuse_damaged(logits.sum(-1).tolist())
-        return Scores(logits, logits.argmax(-1).tolist())
+        return Scores(logits, logits[:, : self.network.tokens].argmax(-1).tolist())
 
     @torch.no_grad()
     def _eager(self, given: list[Tensor]) -> Sequence[Tensor]:

@@ -130,7 +130,7 @@ def answer_file(
         constraint_of(prompt.form, tokenizer)  # type: ignore[arg-type]
     keys = [request_key(facts, p.text, p.sampling, p.form) for p in made]
     cut = 0
-    with answers(out, keys) as file:
+    with answers(out, keys, prompts) as file:
         left = made[file.done :]
         for index, completion in write_all(engine, tokenizer, left):
             place = file.done + index
@@ -163,7 +163,7 @@ def score_file(
         wanted.append((text, text_field(record, "prompt", where) if conditional else None))
     facts = (engine.fingerprint(), engine.options.weights)
     keys = [request_key(facts, text, prompt) for text, prompt in wanted]
-    with answers(out, keys) as file:
+    with answers(out, keys, texts) as file:
         for place in range(file.done, len(wanted)):
             text, prompt = wanted[place]
             file.write(place, score(engine, tokenizer, text, prompt).to_json())

@@ -49,12 +49,17 @@ def load_native(engine: Engine) -> tuple[Native | None, str]:
 
 
 class Native(Loop):
-    """The loop with an engine's weights; keys and values are the engine's."""
+    """The loop with an engine's weights; keys and values are the engine's.
+
+    It knows the tokenizer's tokens alone. Where the model's table has more rows, their logits are not
+    among those that it gives (``scores_all``).
+    """
 
     def __init__(self, network: Network, cache: Cache, path: Path) -> None:
+        self.scores_all = network.tokens is None
         weights = LoopWeights(
-            table=_array(network.table),
-            scores=_array(network.head.weight),
+            table=_array(network.table)[: network.tokens],
+            scores=_array(network.head.weight)[: network.tokens],
             gain=_array(network.gain),
             cos=_array(network.cos),
             sin=_array(network.sin),

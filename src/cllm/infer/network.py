@@ -125,8 +125,9 @@ class Network(nn.Module):
     """A model ready for inference, with weights of ``kind`` (``cllm.infer.weights``).
 
     ``integers`` that a compressed file holds are taken as they are by a kind that is made of integers
-    (``cllm.infer.stored``); raises ``UsageError`` where it cannot hold them. Without
-    ``scored`` there is no output table, and logits are the hidden vectors.
+    (``cllm.infer.stored``); raises ``UsageError`` where it cannot hold them. Without ``scored`` there is no
+    output table, and logits are the hidden vectors. ``tokens``: those that are known to the tokenizer, the
+    first rows of the table (none: all).
     """
 
     table: Tensor
@@ -143,9 +144,11 @@ class Network(nn.Module):
         cache_kind: str = "fp32",
         *,
         scored: bool = True,
+        tokens: int | None = None,
         integers: Integers | None = None,
     ) -> None:
         super().__init__()
+        self.tokens = tokens if scored and tokens != model.config.vocab_size else None
         integers = {} if kind not in KINDS else integers or {}
         self.config, self.cache_kind = model.config, cache_kind
         self.integers = summary(integers)
@@ -184,7 +187,7 @@ class Network(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One token for each slot, at its position; keys and values are written into the cache.
 
-        Returns logits (S, V), the likeliest token (S,) and the sum of the logits (S,), which is not
+        Returns logits (S, V), the likeliest known token (S,) and the sum of the logits (S,), which is not
         finite if one of them is not.
         """
         slots = torch.arange(len(tokens_s), device=tokens_s.device)[:, None]
@@ -203,7 +206,7 @@ class Network(nn.Module):
             mixed = attend_one(q, load(keys, x.dtype), load(values, x.dtype), unseen)
             x = block.finish(x, mixed)
         logits = self.logits(self.finished(x))
-        return logits, logits.argmax(-1), logits.sum(-1)
+        return logits, logits[:, : self.tokens].argmax(-1), logits.sum(-1)
 
     forward = decode  # what is exported
 

@@ -38,7 +38,7 @@ def ready_engine(
     if index:
         from cllm.infer.lookup.head import index_head  # brings scipy along
 
-        head = index_head(model, say)
+        head = index_head(model, say, options.tokens)
     engine = Engine(model, options, head=head, integers=integers)
     if integers is not None and options.weights in KINDS:
         own = f"the file's own integers, {engine.network.integers}"

@@ -20,7 +20,13 @@ def sample_texts(model: Transformer, tokenizer: Tokenizer, *, count: int, tokens
     for seed in range(count * DRAWS):
         sampling = Sampling(max_tokens=tokens, seed=seed)
         try:
-            ids = generate(model, [tokenizer.end_id], sampling, end_id=tokenizer.end_id)
+            ids = generate(
+                model,
+                [tokenizer.end_id],
+                sampling,
+                end_id=tokenizer.end_id,
+                tokens=tokenizer.vocab_size,
+            )
         except NonFiniteLogitsError:
             break
         text = tokenizer.decode(ids)

@@ -43,9 +43,14 @@ class IndexHead:
         return int(found.ids[0, chosen])
 
 
-def index_head(model: Transformer, say: Callable[[str], None] = lambda line: None) -> IndexHead:
-    """An exact head over the model's output table; ``say`` is told in a line what its queries do."""
-    index = TokenIndex.build(model.output.table().detach().float())
+def index_head(
+    model: Transformer,
+    say: Callable[[str], None] = lambda line: None,
+    known: int | None = None,
+) -> IndexHead:
+    """An exact head over the model's output table, of which the tokenizer has the first ``known`` rows
+    (none: all); ``say`` is told in a line what its queries do."""
+    index = TokenIndex.build(model.output.table().detach()[:known].float())
     tokens = f"{index.shape[0]:,} tokens"
     if index.cells:
         say(f"output head: an exact index of {tokens} in {index.cells:,} cells")
