@@ -235,6 +235,52 @@ def test_answers_do_not_go_into_the_file_of_the_prompts(run: cllm.Run, tmp_path:
     assert prompts.read_text() == body
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_a_file_that_may_not_grow_is_one_line_and_gone_on_with(
+    run: cllm.Run, tmp_path: Path
+) -> None:
+    import resource
+
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts.write_text(as_lines(PROMPTS))
+    engine = run.engine(slots=3)
+    answer_file(engine, run.tokenizer, prompts, out, Sampling())
+    whole = out.read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 7, len(whole) // 2):
+        out.unlink(missing_ok=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            with pytest.raises(UserError, match=r"cannot write .*o.jsonl: .*larger than allowed"):
+                answer_file(engine, run.tokenizer, prompts, out, Sampling())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert out.exists() == (size > 0)
+        assert size == 0 or whole.startswith(out.read_bytes())
+        answer_file(engine, run.tokenizer, prompts, out, Sampling())
+        assert out.read_bytes() == whole
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs flock")
+def test_two_do_not_write_one_file(run: cllm.Run, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts.write_text(as_lines(PROMPTS))
+    engine = run.engine(slots=3)
+    answer_file(engine, run.tokenizer, prompts, out, Sampling())
+    half = out.read_bytes()[:-20]
+    out.write_bytes(half)
+    with out.open("rb") as file:
+        import fcntl
+
+        fcntl.flock(
+            file, fcntl.LOCK_EX
+        )  # an open file of its own holds it, as another process does
+        with pytest.raises(UsageError, match=r"another process is writing .*o.jsonl"):
+            answer_file(engine, run.tokenizer, prompts, out, Sampling())
+        assert out.read_bytes() == half
+    assert answer_file(engine, run.tokenizer, prompts, out, Sampling()).kept == 6
+
+
 def test_scores_of_a_file_are_those_of_its_texts(run: cllm.Run, tmp_path: Path) -> None:
     texts, out = tmp_path / "t.jsonl", tmp_path / "o.jsonl"
     texts.write_text(
