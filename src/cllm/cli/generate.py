@@ -121,7 +121,7 @@ def generate(
     from cllm.api import load
 
     form, loaded = _format(regex, json_schema), load(run)
-    count = 1 if prompts is None else slots or BATCH_SLOTS
+    count = 1 if prompts is None else BATCH_SLOTS if slots is None else slots
     engine = loaded.engine(
         slots=count,
         weights=weights,

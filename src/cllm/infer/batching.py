@@ -103,7 +103,7 @@ def serve(
 
 def _serve(engine: Engine, requests: Iterable[Request], end_id: int | None) -> Iterator[Step]:
     head = engine.head
-    waiting = enumerate(requests if head is None else map(_fit_for_head, requests))
+    waiting = enumerate(requests if head is None else map(_fitting, requests))
     live: dict[int, _Live] = {}
     more = True
     while True:
@@ -170,21 +170,20 @@ def _take(one: _Live, token: int, end_id: int | None) -> Iterator[Step]:
         yield Step(one.index, reason=reason)
 
 
-def _fit_for_head(request: Request) -> Request:
-    """``request``, if it asks nothing that takes the logits of all tokens."""
-    sampling = request.sampling
+def _fitting(request: Request) -> Request:
+    check_for_head(request.sampling, request.constraint is not None)
+    return request
+
+
+def check_for_head(sampling: Sampling, has_form: bool) -> None:
+    """Raises ``UsageError`` if a request asks what takes the logits of all tokens."""
     if sampling.temperature > 0 and sampling.top_k == 0:
         raise UsageError("an index as output head needs top_k of at least 1, or temperature 0")
-    if (
-        sampling.repetition_penalty != 1
-        or sampling.logprobs is not None
-        or request.constraint is not None
-    ):
+    if sampling.repetition_penalty != 1 or sampling.logprobs is not None or has_form:
         raise UsageError(
             "an index as output head knows no log-probabilities, repetition penalty or format; leave them "
             "out, or the index"
         )
-    return request
 
 
 def _begin(index: int, request: Request) -> _Live:
