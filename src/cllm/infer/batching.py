@@ -113,7 +113,7 @@ def _serve(engine: Engine, requests: Iterable[Request], end_id: int | None) -> I
                 if taken is None:
                     more = False
                     break
-                one = _begin(*taken)
+                one = _begin(*taken, end_id)
                 scores = engine.start(slot, one.request.ids)
                 yield from _advance([one], scores.logits, scores.best, end_id, engine)
                 if not one.over:
@@ -186,10 +186,11 @@ def check_for_head(sampling: Sampling, has_form: bool) -> None:
         )
 
 
-def _begin(index: int, request: Request) -> _Live:
+def _begin(index: int, request: Request, end_id: int | None) -> _Live:
     generator = torch.Generator().manual_seed(request.sampling.seed)
     penalised = request.sampling.repetition_penalty != 1
-    return _Live(index, request, generator, set(request.ids) if penalised else set())
+    # The end token that a text begins after is not part of it: its end is not to become less likely.
+    return _Live(index, request, generator, set(request.ids) - {end_id} if penalised else set())
 
 
 def _advance(
