@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,15 @@ def prompt_of(record: Record, where: str, sampling: Sampling, form: Format | Non
 def _refuse_misspelt(record: Record, where: str) -> None:
     """Fields of any other name are the user's own; one that nearly is ours was meant."""
     for name in record:
-        plain = name.lower().replace("-", "_")
-        close = difflib.get_close_matches(plain, FIELDS, n=1, cutoff=ALIKE)
-        if name not in FIELDS and close:
-            raise UserError(f"{where}: unknown field {name!r}: did you mean {close[0]!r}?")
+        meant = "" if name in FIELDS else _nearly(name)
+        if meant:
+            raise UserError(f"{where}: unknown field {name!r}: did you mean {meant!r}?")
+
+
+@lru_cache  # the same names come on every line
+def _nearly(name: str) -> str:
+    plain = name.lower().replace("-", "_")
+    return next(iter(difflib.get_close_matches(plain, FIELDS, n=1, cutoff=ALIKE)), "")
 
 
 def _fitting(name: str, value: Any) -> Any:
