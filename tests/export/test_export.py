@@ -128,6 +128,32 @@ def test_what_is_not_an_export_is_never_replaced(cllm: Cllm, run: Path, isolated
     assert everything(isolated) == before
 
 
+@pytest.mark.parametrize("to", [name for name in FORMATS if name != "aoti"])
+def test_force_replaces_our_own_export_and_nothing_that_looks_like_one(
+    run: Path, isolated: Path, to: str
+) -> None:
+    pytest.importorskip({"gguf": "gguf", "onnx": "onnxscript"}.get(to, "torch"))
+    target = FORMATS[to]
+    made = export(run, to, out=isolated / f"x{target.suffix}", checking=False).path
+    export(run, to, out=made, force=True, checking=False)
+    if target.directory:
+        (made / "thesis.tex").write_text("mine")
+        with pytest.raises(UserError, match=r"it holds thesis.tex\): remove it yourself"):
+            export(run, to, out=made, force=True, checking=False)
+        assert (made / "thesis.tex").read_text() == "mine"
+        (made / "thesis.tex").unlink()
+    file = (
+        made / {"hf": "model.safetensors", "onnx": "model.onnx"}[to] if target.directory else made
+    )
+    whole = file.read_bytes()
+    for mark in (b"cllm.export", b"\x12\x04cllm"):  # as another program writes such a file
+        whole = whole.replace(mark, mark[:-1] + b"x")
+    file.write_bytes(whole)
+    with pytest.raises(UserError, match=r"says that cllm made it\): remove it yourself"):
+        export(run, to, out=made, force=True, checking=False)
+    assert file.read_bytes() == whole
+
+
 @pytest.mark.parametrize("to", FORMATS)
 def test_damaged_runs_leave_nothing(cllm: Cllm, run: Path, to: str) -> None:
     step = checkpoints.find(run, "best")
@@ -148,7 +174,7 @@ def test_a_failing_check_leaves_the_older_export(
     from cllm.export import hf
 
     made = export(run, "hf", out=isolated / "out", checking=False)
-    (made.path / "mark").touch()
+    (made.path / "README.md").write_text("mine")
     before = everything(isolated)
 
     def other(source: Any, dtype: str, path: Path) -> Any:
@@ -162,6 +188,7 @@ def test_a_failing_check_leaves_the_older_export(
     with pytest.raises(UserError, match="nothing was written"):
         export(run, "hf", out=isolated / "out", force=True)
     assert everything(isolated) == before
+    assert (made.path / "README.md").read_text() == "mine"
 
 
 def test_a_truncated_export_is_one_line(cllm: Cllm, run: Path, isolated: Path) -> None:

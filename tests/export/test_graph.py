@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cllm.export.check import batches
-from cllm.export.graph import Affine, Cached, Whole, factors, graph_model
+from cllm.export.graph import Affine, Cached, Whole, graph_model
 from cllm.export.source import Source
-from cllm.model.norms import BatchNorm
+from cllm.model.norms import BatchNorm, folded
 from cllm.model.transformer import Transformer
 
 SourceOf = Callable[..., Source]
@@ -50,7 +50,7 @@ def test_batch_norm_is_a_factor_and_a_shift(source_of: SourceOf) -> None:
     assert isinstance(norm, BatchNorm)
     x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(Affine(norm)(x), norm(x), atol=1e-6, rtol=1e-5)
-    assert not torch.allclose(factors(norm)[0], torch.ones(64), atol=0.1)
+    assert not torch.allclose(folded(norm)[0], torch.ones(64), atol=0.1)
 
 
 @pytest.mark.parametrize("kind", ["batchnorm", "reduced"])

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from cllm.core.errors import UserError
 from cllm.export import hf
 from cllm.export.check import CheckFailedError, check, random_texts
-from cllm.export.source import Source
+from cllm.export.model_card import model_card
+from cllm.export.source import Source, open_source
+from cllm.store import checkpoint as checkpoints
 
 pytest.importorskip("transformers")
 
@@ -118,6 +120,18 @@ def test_generation_defaults_are_those_of_cllm(source_of: SourceOf, exported: Ex
         ("max_new_tokens", "max_tokens"),
     ):
         assert written[theirs] == getattr(ours, name)
+
+
+def test_the_card_of_an_earlier_checkpoint_has_no_figures_of_the_best(trained: Path) -> None:
+    best = checkpoints.find(trained, "best")
+    others = [p for p in (trained / "checkpoints").glob("step-*") if p.name != best.name]
+    assert others
+    for path in (trained, best, *others):
+        source = open_source(path)
+        card = model_card(source, "fp32", {})
+        assert f"Checkpoint: {(best if path == trained else path).name}" in card
+        assert "the run trained 40 steps" in card
+        assert ("bits per byte" in card) == (path not in others)
 
 
 def test_model_card_has_the_facts_of_the_run_and_no_others(

@@ -18,6 +18,7 @@ from cllm.core.machine import cannot_compile
 from cllm.export.check import CheckFailedError, check
 from cllm.export.formats import FORMATS, format_of
 from cllm.export.fresh import PROGRAM
+from cllm.export.marks import obstacle
 from cllm.export.source import Source
 
 SourceOf = Callable[..., Source]
@@ -85,6 +86,7 @@ def test_a_compiled_package_looks_at_lengths(source_of: SourceOf, exported: Expo
         pytest.skip(str(cannot_compile()))
     source = source_of("learned", n_layers=1)
     path, _ = exported(source, "aoti")
+    assert obstacle(path, FORMATS["aoti"]) == "", "it bears our mark"
     context, rng = source.config.context, np.random.default_rng(3)
     for batch in (1, 2, 7):
         for length in (1, 2, context - 1, context, context + 1, 2 * context, 40 * context):

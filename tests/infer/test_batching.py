@@ -104,6 +104,21 @@ def test_reasons_tell_why_a_request_ended(model_of: Make) -> None:
     assert [step.token for step in before] == made[: made.index(stop) + 1]
 
 
+def test_the_penalty_does_not_count_the_end_token_that_a_text_begins_after(model_of: Make) -> None:
+    model = model_of().eval()
+    pairs = torch.cartesian_prod(torch.arange(31), torch.arange(31))
+    with torch.no_grad():
+        best = model(pairs)[:, -1].max(-1)
+    likely = pairs[(best.indices == pairs[:, 0]) & (best.values > 0)]
+    assert len(likely), "no pair is followed by its first"
+    ids = likely[0].tolist()
+    sampling = Sampling(max_tokens=1, temperature=0, repetition_penalty=1e6)
+    step, *_ = serve(Engine(model), [Request(ids, sampling)])
+    assert step.token not in ids
+    step, *_ = serve(Engine(model), [Request(ids, sampling)], end_id=ids[0])
+    assert step.reason == "end"
+
+
 def test_logprobs_are_the_models_own(model_of: Make) -> None:
     model = model_of().eval()
     sampling = Sampling(max_tokens=6, temperature=2.0, repetition_penalty=1.5, logprobs=3)

@@ -153,6 +153,25 @@ def test_the_command_imports_no_torch_where_the_loop_is_compiled(
     assert "compiled decoding loop" in done.stderr
 
 
+def test_compiling_for_auto_measures_with_the_loop_as_generating_does(
+    library: Path,
+    fitting: Callable[..., Path],
+    cllm: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    by_loop: dict[str, bool] = {}
+
+    def measured(engine: Engine) -> float:
+        by_loop[engine.options.weights] = engine._native is not None
+        return {"fp32": 1.0, "bf16": 2.0, "int8": 3.0}[engine.options.weights]
+
+    monkeypatch.setattr("cllm.infer.measure._step_seconds", measured)
+    result = cllm("compile", fitting(), "--weights", "auto")
+    assert result.code == 0, result.err
+    assert by_loop == {"fp32": True, "bf16": False, "int8": False}
+    assert result.out.strip() == str(library)
+
+
 def test_auto_measures_weights_as_they_would_run(
     library: Path, fitting: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,13 @@ def test_wrong_lines_leave_no_answers(cllm: Cllm, run: Path, body: bytes, part: 
     assert everything(run.parent) == before
 
 
+def test_no_slots_are_not_the_usual_number(cllm: Cllm, run: Path) -> None:
+    before = everything(run.parent)
+    command = ("generate", run, "--prompts", "p.jsonl", "--out", "o.jsonl", "--slots", "0")
+    refused(cllm(*command), 2, "slots = 0 must be at least 1")
+    assert everything(run.parent) == before
+
+
 @pytest.mark.parametrize(
     ("body", "part"),
     [

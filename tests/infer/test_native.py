@@ -41,6 +41,29 @@ def engine_of(library: Path, model_of: Make, isolated: Path) -> Callable[..., En
     return make
 
 
+@pytest.mark.parametrize("head", [32, 48, 64])
+def test_heads_of_every_width_and_more_slots_than_a_panel_holds_rows(
+    head: int, engine_of: Callable[..., Engine]
+) -> None:
+    engine = engine_of(slots=9, d_model=3 * head, n_heads=3, n_kv_heads=1, d_ff=80, context=24)
+    requests = [
+        Request([1 + n, *range(2 * n)], Sampling(max_tokens=30, temperature=0.0)) for n in range(12)
+    ]
+    found, logits = [], []
+    for wanted in (False, True):
+        engine.use_compiled(wanted)
+        rows = [engine.start(slot, [slot + 1] * (3 * slot + 1)).logits[0] for slot in range(9)]
+        for number in range(4):
+            scores = engine.step({slot: (7 * number + slot) % 45 for slot in range(9)})
+            rows += list(scores.logits.clone())
+        logits.append(torch.stack(rows))
+        found.append([(s.index, s.token) for s in serve(engine, requests)])
+    assert torch.allclose(*logits, rtol=1e-4, atol=1e-4)
+    assert float(logits[0].std()) > 0.1
+    for index in range(12):
+        assert [s for s in found[0] if s[0] == index] == [s for s in found[1] if s[0] == index]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     "fields",
@@ -106,6 +129,8 @@ SAMPLINGS = [
     Sampling(max_tokens=40, temperature=0.0),
     Sampling(max_tokens=40, seed=1),
     Sampling(max_tokens=40, top_k=5, seed=2),
+    Sampling(max_tokens=40, top_k=2**64 + 1, seed=2),
+    Sampling(max_tokens=40, temperature=5e-324, seed=2),
     Sampling(max_tokens=40, top_k=0, top_p=0.7, seed=3),
     Sampling(max_tokens=40, top_k=0, temperature=1.5, min_p=0.05, seed=4),
     Sampling(max_tokens=40, top_k=20, top_p=0.8, min_p=0.02, seed=5),
@@ -176,6 +201,16 @@ def test_other_models_and_options_are_not_for_it(
     assert why({}, cache="int8") == "a cache of int8"
     double = Engine(model_of(**FIT).double().eval())
     assert obstacle(double.network, double.options) == "torch.float64 on cpu"
+
+
+def test_memory_or_threads_that_are_refused_leave_the_eager_step(
+    library: Path, model_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model_of(**FIT).float().eval())
+    monkeypatch.setattr("cllm.infer.native.torch.get_num_threads", lambda: 2**40)
+    made, line = load_native(engine)
+    assert made is None
+    assert "cannot be loaded (no memory, or no 1099511627776 threads, for it): not used" in line
 
 
 def test_without_a_compiler_it_says_so_and_nothing_is_loaded(

@@ -235,6 +235,52 @@ def test_answers_do_not_go_into_the_file_of_the_prompts(run: cllm.Run, tmp_path:
     assert prompts.read_text() == body
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_a_file_that_may_not_grow_is_one_line_and_gone_on_with(
+    run: cllm.Run, tmp_path: Path
+) -> None:
+    import resource
+
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts.write_text(as_lines(PROMPTS))
+    engine = run.engine(slots=3)
+    answer_file(engine, run.tokenizer, prompts, out, Sampling())
+    whole = out.read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 7, len(whole) // 2):
+        out.unlink(missing_ok=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            with pytest.raises(UserError, match=r"cannot write .*o.jsonl: .*larger than allowed"):
+                answer_file(engine, run.tokenizer, prompts, out, Sampling())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert out.exists() == (size > 0)
+        assert size == 0 or whole.startswith(out.read_bytes())
+        answer_file(engine, run.tokenizer, prompts, out, Sampling())
+        assert out.read_bytes() == whole
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs flock")
+def test_two_do_not_write_one_file(run: cllm.Run, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts.write_text(as_lines(PROMPTS))
+    engine = run.engine(slots=3)
+    answer_file(engine, run.tokenizer, prompts, out, Sampling())
+    half = out.read_bytes()[:-20]
+    out.write_bytes(half)
+    with out.open("rb") as file:
+        import fcntl
+
+        fcntl.flock(
+            file, fcntl.LOCK_EX
+        )  # an open file of its own holds it, as another process does
+        with pytest.raises(UsageError, match=r"another process is writing .*o.jsonl"):
+            answer_file(engine, run.tokenizer, prompts, out, Sampling())
+        assert out.read_bytes() == half
+    assert answer_file(engine, run.tokenizer, prompts, out, Sampling()).kept == 6
+
+
 def test_scores_of_a_file_are_those_of_its_texts(run: cllm.Run, tmp_path: Path) -> None:
     texts, out = tmp_path / "t.jsonl", tmp_path / "o.jsonl"
     texts.write_text(
@@ -252,7 +298,7 @@ WRONG = [
     (b'{"prompt": "a"}\n\xff\xfe\n', "p.jsonl:2 is not UTF-8"),
     (b'{"prompt": ', "p.jsonl:1 is not JSON"),
     (b"[1]\n", "p.jsonl:1 is a JSON list"),
-    (b'{"promt": "a"}', r"no field 'prompt' \(did you mean 'promt'"),
+    (b'{"promt": "a"}', "unknown field 'promt': did you mean 'prompt'"),
     (b'{"prompt": 3}', "'prompt' is a JSON int, not a string"),
     (b'{"prompt": "\\ud800"}', "holds a lone surrogate"),
     (b'{"prompt": "a", "max_tokens": 0}', "max_tokens = 0 must be at least 1"),
@@ -260,6 +306,14 @@ WRONG = [
     (b'{"prompt": "a", "temperature": "hot"}', "'temperature' must be a number"),
     (b'{"prompt": "a", "stop": [1]}', "'stop' must be a string or a list"),
     (b'{"prompt": "a", "stop": ""}', "stop = "),
+    (
+        b'{"prompt": "a", "max_token": 5}',
+        "p.jsonl:1: unknown field 'max_token': did you mean 'max_t",
+    ),
+    (b'{"prompt": "a", "temprature": 0}', "did you mean 'temperature'"),
+    (b'{"prompt": "a", "topK": 1}', "did you mean 'top_k'"),
+    (b'{"prompt": "a", "Max-Tokens": 1}', "did you mean 'max_tokens'"),
+    (b'{"prompt": "a", "regex": "a", "json_schema": {}}', "exclude each other"),
 ]
 
 
@@ -274,8 +328,33 @@ def test_wrong_lines_are_named_before_anything_is_written(
     assert not out.exists()
 
 
+def test_what_the_engine_cannot_do_is_told_with_its_line_before_anything_is_written(
+    run: cllm.Run, tmp_path: Path
+) -> None:
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    lines = [{"prompt": "a"}, {"prompt": "b", "top_k": 0}]
+    prompts.write_text(as_lines(lines))
+    engine = run.engine(index=True)
+    with pytest.raises(UsageError, match=r"p.jsonl:2: an index as output head needs top_k"):
+        answer_file(engine, run.tokenizer, prompts, out, Sampling(max_tokens=2))
+    prompts.write_text(as_lines([{"prompt": "a"}, {"prompt": "b", "repetition_penalty": 1.1}]))
+    with pytest.raises(UsageError, match=r"p.jsonl:2: an index as output head knows no log-prob"):
+        answer_file(engine, run.tokenizer, prompts, out, Sampling(max_tokens=2))
+    assert not out.exists()
+    pytest.importorskip("llguidance")
+    for line, part in (
+        ({"prompt": "b", "regex": "(["}, "p.jsonl:3: the regex is not valid"),
+        ({"prompt": "b", "json_schema": {"type": "objct"}}, "p.jsonl:3: the json is not valid"),
+    ):
+        prompts.write_text(as_lines([{"prompt": "a"}, {"prompt": "a", "regex": "a"}, line]))
+        with pytest.raises(UsageError, match=part):
+            answer_file(run.engine(), run.tokenizer, prompts, out, Sampling(max_tokens=2))
+        assert not out.exists()
+
+
 def test_a_record_sets_what_it_names_and_leaves_the_rest() -> None:
     record = {"prompt": "a", "stop": "b", "seed": 3, "logprobs": None, "regex": "x+", "note": 1}
+    record |= {"prompt_id": 2, "id": 3, "tokens": 4, "text": "b", "step": 1, "top": 2}
     made = prompt_of(record, "here", Sampling(top_k=9, seed=1, logprobs=2), None)
     assert made.sampling == Sampling(top_k=9, seed=3, stop=("b",))
     assert made.form == Format("regex", "x+")

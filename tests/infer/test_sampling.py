@@ -66,6 +66,13 @@ def test_the_draws_have_the_probabilities_of_the_softmax() -> None:
         assert (found - expected).abs().max() < 0.03
 
 
+def test_the_lowest_temperature_takes_the_likeliest() -> None:
+    logits = torch.tensor([3.0, 5.0, -40.0, float("-inf")])
+    for kept in ({}, {"top_k": 2}, {"top_k": 0, "top_p": 0.5}, {"top_k": 0, "min_p": 0.1}):
+        for temperature in (5e-324, 1e-300):
+            assert set(draw(logits, count=20, temperature=temperature, **kept)) == {1}
+
+
 def test_top_p_keeps_what_its_definition_says() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     for p, kept in ((0.4, {0}), (0.5, {0}), (0.51, {0, 1}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})):

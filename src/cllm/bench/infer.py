@@ -5,6 +5,7 @@ All have the same weights in float32; a peer whose package is not installed is l
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 from cllm.bench.harness import Claim, Contestant, Options, Result, contest, interleaved, load_now
 from cllm.bench.reference import reference_run
+from cllm.core.atomic import remove
 from cllm.core.config import Config
 from cllm.core.cpu import is_busy
 from cllm.core.settings import load_config, merge
@@ -27,6 +29,7 @@ from cllm.store.run import RunDirectory
 TAKES = frozenset({"minutes"})
 ROUNDS, STARTS = 5, 5
 FIGURES = ("decode 1", "decode 32", "prefill")
+FIRST = "first (ms)"
 MODULE, PEERS = "cllm.bench.infer_contestant", "cllm.bench.infer_peers"
 PACKAGES = {
     "transformers": ("transformers", "cllm[bench]"),
@@ -48,7 +51,8 @@ NOTES = [
     "Tokens a second, float32, greedy; medians of rounds in turns, a process for each contestant, the first"
     " call apart (ready: seconds until all was loaded, compiled and called once). decode: a whole call, 16"
     " tokens read and 100 written after each prompt, with 1 and with 32 prompts. prefill: 512 tokens, as"
-    " texts of the model's whole context (4 of 128 for the demo, 2 of 256 for small). The models have the"
+    " texts of the model's whole context (4 of 128 for the demo, 2 of 256 for small). first: milliseconds"
+    " until 16 tokens are read and one is written, all being ready. The models have the"
     " presets' shapes and two steps of training: speed does not depend on the weights.",
     "llama.cpp by its batch interface, a sequence of its own for each prompt, cache in float32, logits of"
     " last tokens only; ONNX Runtime with keys and values kept in its own memory. Both have one thread or"
@@ -141,6 +145,7 @@ def measured(path: Path, quick: bool, notes: list[str]) -> dict[str, dict[str, f
     return {
         who: {name: median(r[name] for r in figures) for name in FIGURES}
         | {
+            FIRST: 1e3 * median(1 / r["first"] for r in figures),
             "ready (s)": ready[who]["start_seconds"],
             "peak RSS (MiB)": max(r["peak_rss"] for r in figures) / 2**20,
         }
@@ -159,12 +164,18 @@ def contestant(who: str, path: Path, new: int, env: dict[str, str]) -> Contestan
 
 
 def exported(path: Path, to: str) -> Path:
-    """The run in another program's format: kept beside it, made now if it is not there."""
-    from cllm.export.export import export
+    """The run in another program's format: kept beside it, made now if it is not there, or was made by
+    another version of the exporters."""
+    from cllm.export import export as exporter
 
-    place = path / "export" / f"bench-{to}{'.gguf' if to == 'gguf' else ''}"
+    sources = sorted(Path(exporter.__file__).parent.glob("*.py"))
+    version = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
+    folder, suffix = path / "export", ".gguf" if to == "gguf" else ""
+    place = folder / f"bench-{to}-{version}{suffix}"
     if not place.exists():
-        export(path, to, out=place, checking=False)
+        for older in folder.glob(f"bench-{to}*"):
+            remove(older)
+        exporter.export(path, to, out=place, checking=False)
     return place
 
 

@@ -13,6 +13,9 @@ from cllm.bench.infer_measures import BATCH, Measures, answer, prompts, whole_te
 from cllm.core.config import Config
 from cllm.core.machine import machine
 from cllm.core.settings import load_config
+from cllm.export.hf import config_json
+from cllm.export.llama import as_llama as llama_tensors
+from cllm.export.source import plain
 from cllm.infer.batching import Request, serve
 from cllm.infer.engine import Engine, EngineOptions
 from cllm.infer.native import compile_library, load_native
@@ -83,7 +86,9 @@ def ours(run: Trained, new: int, *, compiled: bool) -> Measures:
         engine.use_compiled(compiled)
     sampling = Sampling(max_tokens=new, temperature=0.0)
     requests = [Request(ids, sampling) for ids in prompts_of(run).tolist()]
+    first = [Request(requests[0].ids, Sampling(max_tokens=1, temperature=0.0))]
     return {
+        "first": (1, lambda: list(serve(one, first))),
         "decode 1": (new, lambda: list(serve(one, requests[:1]))),
         "decode 32": (new * BATCH, lambda: list(serve(many, requests))),
         "prefill": (
@@ -96,17 +101,19 @@ def ours(run: Trained, new: int, *, compiled: bool) -> Measures:
 def theirs(run: Trained, new: int, *, static: bool) -> Measures:
     """``generate`` of transformers' Llama with our weights; ``static``: static cache, compiled forward."""
     llama = as_llama(run)
-    options: dict[str, Any] = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new}
+    options: dict[str, Any] = {"do_sample": False}
     if static:
         llama.forward = torch.compile(llama.forward)
         options["cache_implementation"] = "static"
     ids = prompts_of(run)
     texts = texts_of(run)
 
-    def write(given: torch.Tensor) -> object:
-        return llama.generate(given, attention_mask=torch.ones_like(given), **options)
+    def write(given: torch.Tensor, count: int = new) -> object:
+        length = {"min_new_tokens": count, "max_new_tokens": count}
+        return llama.generate(given, attention_mask=torch.ones_like(given), **options, **length)
 
     return {
+        "first": (1, lambda: write(ids[:1], 1)),
         "decode 1": (new, lambda: write(ids[:1])),
         "decode 32": (new * BATCH, lambda: write(ids)),
         "prefill": (texts.numel(), lambda: llama(texts, logits_to_keep=1, use_cache=True)),
@@ -114,47 +121,14 @@ def theirs(run: Trained, new: int, *, static: bool) -> Measures:
 
 
 def as_llama(run: Trained) -> Any:
-    """A ``LlamaForCausalLM`` of the run's weights (the presets are Llamas)."""
+    """A ``LlamaForCausalLM`` as ``cllm export --to hf`` makes it of the run; nothing ends a text."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config, model = run.config.model, run.model
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.d_model,
-            intermediate_size=config.d_ff,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.kv_heads,
-            max_position_embeddings=config.context,
-            rms_norm_eps=config.norm_eps,
-            rope_theta=config.rope_theta,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-            eos_token_id=None,
-            bos_token_id=None,
-        )
-    ).eval()
-    weights = {
-        "model.embed_tokens.weight": model.embedding.table(),
-        "model.norm.weight": model.norm.weight,
-    }
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    heads = [config.n_heads * config.head_dim, *[config.kv_heads * config.head_dim] * 2]
-    for number in range(config.n_layers):
-        ours, theirs = f"layers.{number}.", f"model.layers.{number}."
-        mine = {
-            k.removeprefix(ours): v for k, v in model.state_dict().items() if k.startswith(ours)
-        }
-        for name, rows in zip("qkv", mine["attention.qkv.weight"].split(heads), strict=True):
-            weights[f"{theirs}self_attn.{name}_proj.weight"] = rows
-        weights[f"{theirs}self_attn.o_proj.weight"] = mine["attention.out.weight"]
-        gate, up = mine["mlp.gate_up.weight"].chunk(2)
-        weights |= {f"{theirs}mlp.gate_proj.weight": gate, f"{theirs}mlp.up_proj.weight": up}
-        weights[f"{theirs}mlp.down_proj.weight"] = mine["mlp.out.weight"]
-        weights[f"{theirs}input_layernorm.weight"] = mine["attention_norm.weight"]
-        weights[f"{theirs}post_attention_layernorm.weight"] = mine["mlp_norm.weight"]
-    llama.load_state_dict(weights)
+    made = llama_tensors(plain(run.model))
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    llama = LlamaForCausalLM(LlamaConfig.from_dict(config_json(made, 0, "float32") | ends)).eval()
+    tied = {"lm_head.weight": made.tensors["model.embed_tokens.weight"]}
+    llama.load_state_dict(tied | made.tensors)
     return llama
 
 

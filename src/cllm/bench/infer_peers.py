@@ -6,7 +6,6 @@ Both get the number of threads that was faster for each figure when they were wa
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +23,7 @@ from cllm.bench.infer_measures import (
     whole_texts,
 )
 from cllm.core.machine import machine
-
-F32 = 0
-"""``GGML_TYPE_F32``."""
+from cllm.export.llama_library import F32, hush
 
 
 def main() -> None:
@@ -66,7 +63,7 @@ def llama_cpp(path: Path, vocab: int, context: int, new: int, threads: int) -> M
     attention (with a float32 cache it was measured to be several times slower)."""
     library = importlib.import_module("llama_cpp")
 
-    _hush(library)
+    hush(library)
     model = library.llama_model_load_from_file(
         str(path).encode(), library.llama_model_default_params()
     )
@@ -85,20 +82,11 @@ def llama_cpp(path: Path, vocab: int, context: int, new: int, threads: int) -> M
 
     one, many, reading = (context_of(n) for n in (1, BATCH, len(texts)))
     return {
+        "first": (1, lambda: _llama_write(library, one, ids[:1], 1, vocab)),
         "decode 1": (new, lambda: _llama_write(library, one, ids[:1], new, vocab)),
         "decode 32": (new * BATCH, lambda: _llama_write(library, many, ids, new, vocab)),
         "prefill": (texts.size, lambda: _llama_write(library, reading, texts, 1, vocab)),
     }
-
-
-_KEPT: list[Any] = []
-"""Callbacks that llama.cpp may call as long as the process lives."""
-
-
-def _hush(library: Any) -> None:
-    callback = library.llama_log_callback(lambda level, text, data: None)
-    _KEPT.append(callback)
-    library.llama_log_set(callback, ctypes.c_void_p(0))
 
 
 def _llama_write(library: Any, context: Any, ids_st: np.ndarray, new: int, vocab: int) -> None:
@@ -146,6 +134,7 @@ def onnxruntime(path: Path, vocab: int, context: int, new: int, threads: int) ->
         _onnx_write(library, session, ids_st, count)
 
     return {
+        "first": (1, lambda: write(ids[:1], 1)),
         "decode 1": (new, lambda: write(ids[:1], new)),
         "decode 32": (new * BATCH, lambda: write(ids, new)),
         "prefill": (texts.size, lambda: write(texts, 1)),

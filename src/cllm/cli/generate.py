@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -121,7 +122,7 @@ def generate(
     from cllm.api import load
 
     form, loaded = _format(regex, json_schema), load(run)
-    count = 1 if prompts is None else slots or BATCH_SLOTS
+    count = 1 if prompts is None else BATCH_SLOTS if slots is None else slots
     engine = loaded.engine(
         slots=count,
         weights=weights,
@@ -159,9 +160,13 @@ def compile_run(
     from cllm.training.progress import open_progress
 
     loaded, progress = load(run), open_progress(quiet=quiet)
-    engine = loaded.engine(
-        slots=slots, weights=weights, cache=cache, compiled=False, say=progress.say
-    )
+    make = partial(loaded.engine, slots=slots, cache=cache, say=progress.say)
+    engine = make(weights="fp32" if weights == "auto" else weights, compiled=False)
+    if weights == "auto":  # measured as `cllm generate` will: with the loop, where it fits
+        if not obstacle(engine.network, engine.options):
+            with progress.stage("compiling"):
+                compile_library()
+        engine = make(weights=weights)
     with progress.stage("compiling"):
         unknown = obstacle(engine.network, engine.options)
         path = compile_decode(engine, loaded.compiled) if unknown else compile_library()

@@ -13,6 +13,7 @@ from cllm.core.errors import UserError
 from cllm.core.machine import cannot_compile
 from cllm.export.fresh import open_fresh
 from cllm.export.graph import Whole, graph_model
+from cllm.export.marks import MARK
 from cllm.export.runtime import Runtime
 from cllm.export.source import Source
 from cllm.export.torch_program import program
@@ -43,7 +44,11 @@ def write(source: Source, dtype: str, path: Path) -> Transformer:
     model = graph_model(source.model)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch._inductor.aoti_compile_and_package(program(Bounded(model)), package_path=str(path))
+        torch._inductor.aoti_compile_and_package(
+            program(Bounded(model)),
+            package_path=str(path),
+            inductor_configs={"aot_inductor.metadata": {MARK: "1"}},
+        )
     return model
 
 

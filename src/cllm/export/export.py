@@ -18,9 +18,10 @@ from cllm.core.atomic import (
     new_directory,
     temporary_beside,
 )
-from cllm.core.errors import UsageError, UserError, require
+from cllm.core.errors import UsageError, require
 from cllm.export.check import Checked, CheckFailedError, check
-from cllm.export.formats import Format, FormatModule, find_dtype, find_format, format_of
+from cllm.export.formats import Format, FormatModule, find_dtype, find_format
+from cllm.export.marks import obstacle
 from cllm.export.source import Source, open_source
 from cllm.model.transformer import Transformer
 from cllm.store.container import is_container
@@ -114,17 +115,12 @@ def _refuse_place(place: Path, target: Format, force: bool) -> None:
     if place.is_dir() != target.directory:
         kind, other = ("file", "directory") if target.directory else ("directory", "file")
         raise UsageError(f"{place} is a {kind}, and {target.name} makes a {other}; choose --out")
-    if not _was_exported(place, target):
-        raise UsageError(f"{place} is no earlier {target.name} export; choose --out")
-
-
-def _was_exported(place: Path, target: Format) -> bool:
-    if place.is_dir() and not any(place.iterdir()):
-        return True
-    try:
-        return format_of(place).name == target.name
-    except UserError:
-        return False
+    foreign = obstacle(place, target)
+    if foreign:
+        raise UsageError(
+            f"{place} is no earlier {target.name} export by cllm alone ({foreign}): remove it yourself, "
+            "or choose --out"
+        )
 
 
 @contextmanager

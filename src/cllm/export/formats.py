@@ -46,6 +46,8 @@ class Format:
     """What one should know before choosing it."""
     checked_by: str = ""
     """The package that a check needs, of the extra that is called as the format is."""
+    entries: tuple[str, ...] = ()
+    """What a directory holds."""
 
     def load(self) -> FormatModule:
         """The module that writes and opens it."""
@@ -64,6 +66,14 @@ FORMATS = {
             ("fp32", "bf16", "fp16"),
             directory=True,
             checked_by="transformers",
+            entries=(
+                "README.md",
+                "config.json",
+                "generation_config.json",
+                "model.safetensors",
+                "tokenizer.json",
+                "tokenizer_config.json",
+            ),
         ),
         Format("gguf", "gguf", ".gguf", ("f32", "f16", "bf16", "q8_0", "q4_0"), checked_by="gguf"),
         Format(
@@ -73,6 +83,7 @@ FORMATS = {
             ("fp32", "int8", "int4"),
             directory=True,
             checked_by="onnxruntime",
+            entries=("model.onnx", "model-cached.onnx", "tokenizer.json"),
         ),
         Format("torch-export", "torch_program", ".pt2", ("fp32",), ending=".pt2"),
         Format("aoti", "aoti", "-aoti.pt2", ("fp32",), ending=".pt2"),

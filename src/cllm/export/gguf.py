@@ -17,6 +17,7 @@ from cllm.core.model_config import ModelConfig
 from cllm.export.gguf_blocks import Stored, gguf_package, store
 from cllm.export.gguf_tokenizer import vocabulary
 from cllm.export.llama import refuse
+from cllm.export.marks import MARK
 from cllm.export.runtime import Runtime
 from cllm.export.source import Source, plain
 from cllm.model.transformer import Transformer
@@ -122,6 +123,7 @@ def _write_file(source: Source, dtype: str, path: Path, stored: dict[str, Stored
     assert config.vocab_size is not None
     words = vocabulary(source.tokenizer, config.vocab_size)
     file = gguf.GGUFWriter(path, "llama")
+    file.add_string(MARK, "1")
     file.add_name(source.name)
     file.add_file_type(gguf.LlamaFileType[file_type(dtype, stored)])
     file.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -7,7 +7,6 @@ positions and gives them back with the new ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from cllm.export.source import plain
 from cllm.model.attention import Attention, KeyValueCache
 from cllm.model.mlp import GELU, SwiGLU
-from cllm.model.norms import BatchNorm, Statistics, wide
+from cllm.model.norms import BatchNorm, Statistics, folded, wide
 from cllm.model.transformer import Block, Transformer
 
 
@@ -25,7 +24,7 @@ class Affine(nn.Module):
 
     def __init__(self, norm: BatchNorm) -> None:
         super().__init__()
-        scale, shift = factors(norm)
+        scale, shift = folded(norm)
         self.scale, self.shift = nn.Parameter(scale), nn.Parameter(shift)
 
     def forward(self, x_btd: Tensor, statistics: Statistics | None = None) -> Tensor:
@@ -39,13 +38,6 @@ class Passed(nn.Module):
     def forward(self, x_btd: Tensor, statistics: Statistics | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         return x_btd
-
-
-def factors(norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """(scale, shift), each (D,) float32: what batch norm does in inference, by its running averages."""
-    mean, square = norm.running_mean.double(), norm.running_square.double()
-    scale = norm.weight.double() * torch.rsqrt((square - mean**2).clamp_min(0) + norm.eps)
-    return scale.float(), (norm.bias.double() - mean * scale).float()
 
 
 def graph_model(model: Transformer) -> Transformer:
@@ -79,7 +71,7 @@ def _fold_mlp(block: Block, norm: BatchNorm) -> None:
 
 def _folded(norm: BatchNorm, linear: nn.Linear) -> nn.Linear:
     """W (x · scale + shift) as (W · scale) x + W shift."""
-    scale, shift = factors(norm)
+    scale, shift = folded(norm)
     weight = linear.weight.detach()
     made = nn.Linear(linear.in_features, linear.out_features, bias=True)
     made.weight.data = weight * scale
@@ -134,7 +126,3 @@ class _Growing:
 def cache_names(layers: int, what: str) -> list[str]:
     """``past.0.key``, ``past.0.value``, … (``what`` is ``past`` or ``present``)."""
     return [f"{what}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
-
-
-Reference = Callable[[Tensor], Tensor]
-"""ids (B, T) -> logits (B, T, V)."""

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from cllm.core.errors import UserError, require
 from cllm.export.llama import Llama, as_llama, refuse
+from cllm.export.marks import MARK
 from cllm.export.model_card import model_card
 from cllm.export.runtime import Runtime
 from cllm.export.source import Source, plain, rounded
@@ -34,7 +35,7 @@ def write(source: Source, dtype: str, path: Path) -> Transformer:
     path.mkdir()
     # `clone`: gate and up, q, k and v are views of one weight, which safetensors refuses.
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt", MARK: "1"})
     (path / "model.safetensors").chmod(0o644)  # it writes for the owner alone
     end = source.tokenizer.end_id
     _json(path / "config.json", config_json(llama, end, DTYPES[dtype]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,8 @@ import numpy as np
 from cllm.core.errors import UserError
 from cllm.export.gguf_blocks import gguf_package
 from cllm.export.gguf_reading import broken
+from cllm.export.llama_library import F32, hush
 from cllm.export.runtime import Runtime
-
-F32 = 0
-"""``GGML_TYPE_F32``: the cache holds float16 if nothing is said."""
 
 
 def open_llama_cpp(path: Path) -> Runtime:
@@ -25,7 +22,7 @@ def open_llama_cpp(path: Path) -> Runtime:
     """
     llama_cpp = importlib.import_module("llama_cpp")
     kind, context = _facts(path)
-    _hush(llama_cpp)
+    hush(llama_cpp)
     try:
         model = llama_cpp.Llama(
             str(path),
@@ -45,21 +42,6 @@ def open_llama_cpp(path: Path) -> Runtime:
     caller = _Caller(model)
     # On F16, BF16 and blocks llama.cpp rounds activations, too, before it multiplies.
     return Runtime(name, caller.logits, caller.encode, exact=kind == "ALL_F32")
-
-
-@cache
-def _hush(llama_cpp: Any) -> Any:
-    """Have llama.cpp log nothing: it rounds the context up to 256 and then warns that it is too long.
-
-    Cached, so that the callback lives as long as llama.cpp may call it.
-    """
-
-    def ignore(level: int, text: bytes, data: Any) -> None:
-        pass
-
-    callback = llama_cpp.llama_log_callback(ignore)
-    llama_cpp.llama_log_set(callback, None)
-    return callback
 
 
 class _Caller:

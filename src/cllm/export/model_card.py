@@ -53,7 +53,8 @@ def _facts(facts: dict[str, Any]) -> list[str]:
             f"- Corpus: {corpus['bytes']:,} bytes of text, {corpus.get('documents', 0):,} documents"
         )
     if "step" in facts:
-        lines.append(f"- Training: {facts['step']:,} steps, {facts.get('tokens', 0):,} tokens")
+        tokens = facts.get("tokens", 0)
+        lines.append(f"- Training: the run trained {facts['step']:,} steps, {tokens:,} tokens")
     if "checkpoint" in facts:
         lines.append(f"- Checkpoint: {facts['checkpoint']}")
     for split in ("validation", "test"):

@@ -25,6 +25,7 @@ from cllm.core.atomic import clear_errors
 from cllm.core.errors import UserError, require
 from cllm.export.graph import Cached, Whole, cache_names, graph_model
 from cllm.export.hf import tokenizer_json
+from cllm.export.marks import PRODUCER
 from cllm.export.onnx_blocks import Packed, key, pack
 from cllm.export.rounding import BLOCK, round_blocks
 from cllm.export.runtime import Runtime
@@ -153,7 +154,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _describe(graph: Any, source: Source) -> None:
-    graph.producer_name, graph.doc_string = "cllm", source.name
+    graph.producer_name, graph.doc_string = PRODUCER, source.name
     facts = {"context": source.config.context, "end_id": source.tokenizer.end_id}
     for name, value in facts.items():
         graph.metadata_props.add(key=f"cllm.{name}", value=str(value))

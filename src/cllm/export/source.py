@@ -19,6 +19,7 @@ from cllm.core.model_config import EmbeddingConfig, ModelConfig
 from cllm.core.settings import build, flatten, load_whole
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
+from cllm.store import steps
 from cllm.store.container import Container, is_container
 from cllm.store.run import RunDirectory
 from cllm.text.dataset import load_prepared
@@ -73,7 +74,7 @@ def open_source(path: Path) -> Source:
         raise UserError(
             f"the weights in {step} do not fit {run.config}; one was altered"
         ) from error
-    facts = run.status().facts | {"checkpoint": step.name}
+    facts = _facts(run, step)
     sample = _sample(run, config)
     field_name = whole.data.field
     return Source(run.name, model.eval(), tokenizer, sample, facts, data_field=field_name)
@@ -170,3 +171,14 @@ def _sample(run: RunDirectory, config: ModelConfig) -> np.ndarray:
 def _random_sample(config: ModelConfig) -> np.ndarray:
     assert config.vocab_size is not None
     return np.random.default_rng(0).integers(0, config.vocab_size, SAMPLE_TOKENS)
+
+
+def _facts(run: RunDirectory, step: Path) -> dict[str, Any]:
+    """What the run knows; its figures of quality only with the checkpoint that they are of: the best, or
+    the last where none was scored before."""
+    facts = run.status().facts | {"checkpoint": step.name}
+    best = steps.best_step(run.path)
+    scored = steps.steps(run.path)[-1] if best is None else best
+    if steps.step_of(step) != scored:
+        facts = {name: fact for name, fact in facts.items() if not name.endswith("_bpb")}
+    return facts

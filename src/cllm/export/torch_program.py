@@ -10,6 +10,7 @@ from torch.export import Dim, ExportedProgram
 
 from cllm.export.fresh import open_fresh
 from cllm.export.graph import Whole, graph_model
+from cllm.export.marks import MARK
 from cllm.export.runtime import Runtime
 from cllm.export.source import Source
 from cllm.model.transformer import Transformer
@@ -20,7 +21,7 @@ def write(source: Source, dtype: str, path: Path) -> Transformer:
     model = graph_model(source.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about suffixes and shapes of constants
-        torch.export.save(program(Whole(model)), path)
+        torch.export.save(program(Whole(model)), path, extra_files={MARK: "1"})
     return model
 
 

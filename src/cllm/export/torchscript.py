@@ -9,6 +9,7 @@ import torch
 
 from cllm.export.fresh import open_fresh
 from cllm.export.graph import Whole, graph_model
+from cllm.export.marks import MARK
 from cllm.export.runtime import Runtime
 from cllm.export.source import Source
 from cllm.model.transformer import Transformer
@@ -21,7 +22,7 @@ def write(source: Source, dtype: str, path: Path) -> Transformer:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # that it is deprecated, and that sizes become tensors
         traced = torch.jit.trace(Whole(model), example, check_trace=False)
-        torch.jit.save(traced, str(path))
+        torch.jit.save(traced, str(path), _extra_files={MARK: "1"})
     return model
 
 

@@ -103,7 +103,7 @@ def serve(
 
 def _serve(engine: Engine, requests: Iterable[Request], end_id: int | None) -> Iterator[Step]:
     head = engine.head
-    waiting = enumerate(requests if head is None else map(_fit_for_head, requests))
+    waiting = enumerate(requests if head is None else map(_fitting, requests))
     live: dict[int, _Live] = {}
     more = True
     while True:
@@ -113,7 +113,7 @@ def _serve(engine: Engine, requests: Iterable[Request], end_id: int | None) -> I
                 if taken is None:
                     more = False
                     break
-                one = _begin(*taken)
+                one = _begin(*taken, end_id)
                 scores = engine.start(slot, one.request.ids)
                 yield from _advance([one], scores.logits, scores.best, end_id, engine)
                 if not one.over:
@@ -170,27 +170,27 @@ def _take(one: _Live, token: int, end_id: int | None) -> Iterator[Step]:
         yield Step(one.index, reason=reason)
 
 
-def _fit_for_head(request: Request) -> Request:
-    """``request``, if it asks nothing that takes the logits of all tokens."""
-    sampling = request.sampling
+def _fitting(request: Request) -> Request:
+    check_for_head(request.sampling, request.constraint is not None)
+    return request
+
+
+def check_for_head(sampling: Sampling, has_form: bool) -> None:
+    """Raises ``UsageError`` if a request asks what takes the logits of all tokens."""
     if sampling.temperature > 0 and sampling.top_k == 0:
         raise UsageError("an index as output head needs top_k of at least 1, or temperature 0")
-    if (
-        sampling.repetition_penalty != 1
-        or sampling.logprobs is not None
-        or request.constraint is not None
-    ):
+    if sampling.repetition_penalty != 1 or sampling.logprobs is not None or has_form:
         raise UsageError(
             "an index as output head knows no log-probabilities, repetition penalty or format; leave them "
             "out, or the index"
         )
-    return request
 
 
-def _begin(index: int, request: Request) -> _Live:
+def _begin(index: int, request: Request, end_id: int | None) -> _Live:
     generator = torch.Generator().manual_seed(request.sampling.seed)
     penalised = request.sampling.repetition_penalty != 1
-    return _Live(index, request, generator, set(request.ids) if penalised else set())
+    # The end token that a text begins after is not part of it: its end is not to become less likely.
+    return _Live(index, request, generator, set(request.ids) - {end_id} if penalised else set())
 
 
 def _advance(

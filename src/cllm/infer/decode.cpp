@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <mutex>
 #include <numeric>
 #include <thread>
@@ -221,7 +222,9 @@ class Model {
           qkv_rows((s.heads + 2 * s.groups) * s.head), x(s.rows * s.width),
           normed(s.threads * s.rows * s.width), qkv(s.rows * qkv_rows),
           mixed(s.rows * s.heads * s.head), act(s.rows * s.hidden),
-          scores(s.threads * (s.capacity + 8)), best(s.rows), finite(s.rows) {
+          scores(s.threads * (s.capacity + 8)), best(s.rows), finite(s.rows) {}
+
+    void begin() {  // not by the constructor: a thread that is refused would leave the others behind
         for (int64_t number = 1; number < s.threads; ++number)
             team.emplace_back([this, number] { serve(static_cast<int>(number)); });
     }
@@ -550,7 +553,16 @@ void cllm_pack(const float *from, int64_t rows, int64_t width, float *out) {
                 *out++ = p * PANEL + j < rows ? from[(p * PANEL + j) * width + k] : 0;
 }
 
-void *cllm_open(const Shape *shape) { return new Model(*shape); }
+// Null where memory or threads are refused: no exception may leave for Python.
+void *cllm_open(const Shape *shape) {
+    try {
+        auto model = std::make_unique<Model>(*shape);
+        model->begin();
+        return model.release();
+    } catch (...) {
+        return nullptr;
+    }
+}
 
 void cllm_close(void *handle) { delete static_cast<Model *>(handle); }
 

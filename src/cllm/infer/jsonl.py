@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from cllm.core.atomic import clear_errors
 from cllm.core.errors import UsageError, UserError, nearest
 from cllm.infer.answers import Record, answers, request_key
+from cllm.infer.batching import check_for_head
 from cllm.infer.constrain import Format, constraint_of
 from cllm.infer.engine import Engine
 from cllm.infer.sampling import Sampling
@@ -21,6 +24,9 @@ from cllm.text.tokenizer import Tokenizer
 Advance = Callable[[float], None]
 """Told which share of the work was done."""
 SAMPLING = tuple(f.name for f in fields(Sampling))
+FIELDS = ("prompt", *SAMPLING, "regex", "json_schema")
+ALIKE = 0.88
+"""Of two names, as difflib measures it: "topk" and "top_k" are 0.89 alike, "top" and "stop" 0.86."""
 
 
 def read_records(path: Path) -> list[tuple[str, Record]]:
@@ -68,6 +74,9 @@ def prompt_of(record: Record, where: str, sampling: Sampling, form: Format | Non
 
     ``regex`` or ``json_schema`` (an object) take the place of ``form``. ``UserError`` names ``where``.
     """
+    _refuse_misspelt(record, where)
+    if "regex" in record and "json_schema" in record:
+        raise UserError(f"{where}: 'regex' and 'json_schema' exclude each other; leave one out")
     given = {name: record[name] for name in SAMPLING if name in record}
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
@@ -81,6 +90,20 @@ def prompt_of(record: Record, where: str, sampling: Sampling, form: Format | Non
     elif "json_schema" in record:
         form = Format("json", json.dumps(record["json_schema"]))
     return Prompt(text_field(record, "prompt", where), merged, form)
+
+
+def _refuse_misspelt(record: Record, where: str) -> None:
+    """Fields of any other name are the user's own; one that nearly is ours was meant."""
+    for name in record:
+        meant = "" if name in FIELDS else _nearly(name)
+        if meant:
+            raise UserError(f"{where}: unknown field {name!r}: did you mean {meant!r}?")
+
+
+@lru_cache  # the same names come on every line
+def _nearly(name: str) -> str:
+    plain = name.lower().replace("-", "_")
+    return next(iter(difflib.get_close_matches(plain, FIELDS, n=1, cutoff=ALIKE)), "")
 
 
 def _fitting(name: str, value: Any) -> Any:
@@ -120,14 +143,14 @@ def answer_file(
     """Complete every prompt of a JSONL file into another one, in the same order.
 
     All lines are checked before ``out`` is touched. Raises ``UserError`` as ``read_records``,
-    ``prompt_of`` and ``answers`` do.
+    ``prompt_of`` and ``answers`` do, and with the line for what the engine cannot do.
     """
-    made = [prompt_of(record, where, sampling, form) for where, record in read_records(prompts)]
+    records = read_records(prompts)
+    made = [prompt_of(record, where, sampling, form) for where, record in records]
+    _check(engine, tokenizer, [where for where, _ in records], made)
     facts: tuple[str, ...] = (engine.fingerprint(), engine.options.weights, engine.options.cache)
     if engine.head is not None:  # whose seeds draw other texts
         facts += ("index",)
-    for prompt in {p.form: p for p in made if p.form}.values():
-        constraint_of(prompt.form, tokenizer)  # type: ignore[arg-type]
     keys = [request_key(facts, p.text, p.sampling, p.form) for p in made]
     cut = 0
     with answers(out, keys, prompts) as file:
@@ -139,6 +162,20 @@ def answer_file(
             cut += completion.unread > 0
             advance(1 / len(left))
         return Done(len(made), file.done, cut)
+
+
+def _check(engine: Engine, tokenizer: Tokenizer, places: list[str], prompts: list[Prompt]) -> None:
+    """Raises ``UserError`` with the place of the first prompt that could not be begun."""
+    known: set[Format] = set()
+    for where, prompt in zip(places, prompts, strict=True):
+        try:
+            if engine.head is not None:
+                check_for_head(prompt.sampling, prompt.form is not None)
+            if prompt.form is not None and prompt.form not in known:
+                constraint_of(prompt.form, tokenizer)
+                known.add(prompt.form)
+        except UserError as error:
+            raise type(error)(f"{where}: {error}") from error
 
 
 def score_file(

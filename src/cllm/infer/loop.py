@@ -129,7 +129,7 @@ class LoopWeights:
 
 
 class Loop:
-    """A model in the library's memory.
+    """A model in the library's memory. Raises ``OSError`` where that or threads are refused.
 
     ``caches``: keys and values of each layer in turn, (slots, groups, capacity, K) float32, which may be
     another's and are written. ``most``: threads that there are. ``threads``: those that a call uses.
@@ -190,7 +190,10 @@ class Loop:
             caches=ctypes.addressof(self._held[4]),
             **{name: array.ctypes.data for name, array in fixed.items()},
         )
-        self._handle = ctypes.c_void_p(self._library.cllm_open(ctypes.byref(shape)))
+        opened = self._library.cllm_open(ctypes.byref(shape))
+        if opened is None:
+            raise OSError(f"no memory, or no {most} threads, for it")
+        self._handle = ctypes.c_void_p(opened)
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
@@ -304,4 +307,5 @@ def _pointers(arrays: Sequence[np.ndarray]) -> Any:
 
 
 def _as_draw(how: Sampling) -> _Draw:
-    return _Draw(how.temperature, how.top_p, how.min_p, how.top_k)
+    # More than any vocabulary is as good, and ctypes would cut off what exceeds 64 bits.
+    return _Draw(how.temperature, how.top_p, how.min_p, min(how.top_k, 2**31 - 1))

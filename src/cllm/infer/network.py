@@ -15,7 +15,7 @@ from cllm.infer.stored import KINDS, Integers, head_of, matrix_of, summary
 from cllm.infer.weights import keep, pack
 from cllm.model.attention import rotate
 from cllm.model.mlp import gelu_tanh
-from cllm.model.norms import BatchNorm, LayerNorm, RMSNorm, wide
+from cllm.model.norms import BatchNorm, LayerNorm, RMSNorm, folded, wide
 from cllm.model.transformer import Block, Transformer
 from cllm.store.packing import GridMatrix
 
@@ -57,13 +57,6 @@ class Normed(nn.Module):
 def _affine(norm: nn.Module) -> Tensor:
     assert isinstance(norm.weight, Tensor)
     return wide(norm.weight.detach())
-
-
-def folded(norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """Gain and shift (D,) with norm(x) = gain·x + shift in evaluation."""
-    mean, square = norm.running_mean, norm.running_square
-    gain = _affine(norm) * torch.rsqrt((square - mean.square()).clamp_min(0) + norm.eps)
-    return gain, wide(norm.bias.detach()) - mean * gain
 
 
 def normalised(x_nd: Tensor, norm: str, eps: float) -> Tensor:

@@ -69,7 +69,9 @@ def candidates(logits_nv: Tensor, sampling: Sampling) -> tuple[Tensor | None, Te
         logits, ids = logits.topk(k, sorted=True)
     elif sampling.top_p < 1:
         logits, ids = logits.sort(descending=True, stable=True)
-    shares = torch.softmax(logits.double() / sampling.temperature, -1)
+    logits = logits.double()
+    # Less the highest, so that no temperature, however low, makes an infinity of it.
+    shares = torch.softmax((logits - logits.amax(-1, keepdim=True)) / sampling.temperature, -1)
     if sampling.min_p > 0:
         shares = shares * (shares >= sampling.min_p * shares.amax(-1, keepdim=True))
     if sampling.top_p < 1:

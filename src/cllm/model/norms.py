@@ -89,6 +89,16 @@ class BatchNorm(nn.Module):
         return x.to(self.weight.dtype) * self.weight + self.bias
 
 
+def folded(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Gain and shift (D,) with norm(x) = gain·x + shift in evaluation, worked out in float64."""
+    mean, square = norm.running_mean.double(), norm.running_square.double()
+    variance = (square - mean.square()).clamp_min(0)
+    gain = norm.weight.detach().double() * torch.rsqrt(variance + norm.eps)
+    shift = norm.bias.detach().double() - mean * gain
+    dtype = wide(norm.weight).dtype
+    return gain.to(dtype), shift.to(dtype)
+
+
 NORMS: dict[str, type[RMSNorm | LayerNorm | BatchNorm]] = {
     "rmsnorm": RMSNorm,
     "layernorm": LayerNorm,

@@ -26,6 +26,7 @@ from cllm.core.atomic import clear_errors, new_directory
 from cllm.core.errors import UserError
 from cllm.store import sharded
 from cllm.store import steps as folder
+from cllm.store.arrays import WEIGHTS
 from cllm.store.manifest import (
     DamagedCheckpointError,
     Manifest,
@@ -35,7 +36,6 @@ from cllm.store.manifest import (
     write_manifest,
 )
 
-WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
 
 Which = Literal["last", "best"] | int
