@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cllm.bench import arena, parallel
+from cllm.bench import arena, parallel, training
 from cllm.bench.harness import Options, render
 from cllm.core.cpu import usable_threads
 from cllm.core.errors import UserError
@@ -49,6 +51,38 @@ def test_one_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         parallel.run(Options())
 
 
+def test_as_many_workers_as_the_batch_divides_among(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ten cores the demo's 16 windows take eight: ten would be refused, and end the bench."""
+
+    class MeasuredError(Exception):
+        pass
+
+    asked: list[str] = []
+
+    def start(name: str, settings: list[str], steps: int, small: bool) -> None:
+        asked.append(f"{name}: {settings[0]}")
+
+    @contextmanager
+    def contest(starts: list[Callable[[], None]]) -> Iterator[None]:
+        for begin in starts:
+            begin()
+        raise MeasuredError
+        yield
+
+    for module in (parallel, training):
+        monkeypatch.setattr(module, "usable_threads", lambda: 10)
+        monkeypatch.setattr(module, "contest", contest)
+    monkeypatch.setattr(parallel, "_start", start)
+    with pytest.raises(MeasuredError):
+        parallel.run(Options())
+    assert "8 workers of one thread: train.parallel.workers=8" in asked
+    monkeypatch.setattr(training, "require", lambda *names: None)
+    monkeypatch.setattr(training, "_start", lambda name, call, *rest: asked.append(call))
+    with pytest.raises(MeasuredError):
+        training.run(Options())
+    assert "ours --set train.parallel.workers=8" in asked
+
+
 @pytest.mark.parametrize(
     ("crew", "beside", "holds"),
     [(1.9, 0.5, (True, True, True)), (1.8, 0.3, (False, False, False))],
@@ -60,7 +94,7 @@ def test_claims_compare_workers_with_a_thread_a_team_and_the_fair_share(
         "idle": {parallel.ONE: [1.0], "team": [1.7], "crew": [crew], parallel.DELAYED: [1.0]},
         "beside another program": {"team": [0.2], "crew": [crew * beside]},
     }
-    claims = {c.name: c for c in parallel._claims(rates, 2, "team", "crew", "")}
+    claims = {c.name: c for c in parallel._claims(rates, 2, 2, "team", "crew", "")}
     names = (
         f"crew ÷ {parallel.ONE}",
         "crew ÷ team",

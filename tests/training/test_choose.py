@@ -76,6 +76,16 @@ def test_compiling_where_the_run_is_long_enough(machine: Machine) -> None:
     assert unknown.config.train.compile == "on"
 
 
+def test_compiling_saves_each_worker_its_share_alone(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = module.compile_seconds(build(AUTO))
+    gain = module._compile_gain(chosen(train__steps=10_000))
+    steps = int(10_000 * costs / gain * 1.5)  # saves half more than it costs, in one process
+    assert chosen(train__steps=steps).train.compile == "on"
+    assert chosen(train__steps=steps, train__parallel__workers=2).train.compile == "off"
+
+
 def test_without_a_compiler_it_is_eager_or_refused(machine: Machine) -> None:
     machine(obstacle="there is none")
     choices = choose(build(AUTO | {"train.steps": 100_000}))

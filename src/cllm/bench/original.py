@@ -58,9 +58,10 @@ PROMISED = {
 TAKES = frozenset({"data", "ladder"})
 BEST = "all together"
 PROMISES = (
-    "`promised`: what the older system promised, multiplied on paper; it also promised 2–4× from reduction "
-    "and 2–3× from a pipeline, which are not built here yet. Nothing here goes below the floor. The "
-    "products' own libraries choose their vectors for themselves in all rows."
+    "`promised`: what the older system promised, multiplied on paper; it also promised 2–4× from "
+    "reduction, which makes another model (docs/embeddings.md), and 2–3× from a pipeline, which "
+    "`cllm bench parallel` measures. Nothing here goes below the floor. The products' own libraries "
+    "choose their vectors for themselves in all rows."
 )
 
 

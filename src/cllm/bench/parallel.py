@@ -29,8 +29,10 @@ from cllm.bench.harness import (
     ratio_of_medians,
     spread,
 )
+from cllm.core.config import Config
 from cllm.core.cpu import is_busy, usable_threads
 from cllm.core.errors import UserError
+from cllm.training.parallel.shards import most_workers
 
 ROUNDS, STEPS = 5, 10
 ONE = "one process, one thread"
@@ -44,11 +46,13 @@ def run(options: Options) -> Result:
     cores, load, busy = usable_threads(), load_now(), is_busy()
     if cores < 2:
         raise UserError("there is one core here, and workers need two: nothing to measure")
-    team, crew = f"one process, {cores} threads", f"{cores} workers of one thread"
+    train = Config().train
+    workers = most_workers(train.batch_size, train.accumulate, cores)
+    team, crew = f"one process, {cores} threads", f"{workers} workers of one thread"
     settings = {
         ONE: ["train.threads=1"],
         team: [f"train.threads={cores}"],
-        crew: [f"train.parallel.workers={cores}"],
+        crew: [f"train.parallel.workers={workers}"],
         DELAYED: ["train.pipeline.mode=delayed"],
     }
     rounds, steps = (2, 2) if options.quick else (ROUNDS, STEPS)
@@ -81,7 +85,7 @@ def run(options: Options) -> Result:
     return Result(
         bench="parallel",
         rows=rows + quality + ends + beside_steps,
-        claims=_claims(rates, cores, team, crew, why) + end_claims,
+        claims=_claims(rates, cores, workers, team, crew, why) + end_claims,
         notes=[
             f"Shape and batch: {contestants[0].ready['shape']}; {contestants[0].ready['dtype']}. Medians "
             f"of {rounds} interleaved rounds of {steps} steps, compilation and warm-up apart. Workers take "
@@ -91,7 +95,8 @@ def run(options: Options) -> Result:
             *quality_notes,
             *beside_notes,
             "The other program counts in a loop. The fair share of n threads of ours beside it on c cores "
-            f"is c·n/(n + 1): {cores}·{cores}/({cores} + 1) cores here, of {cores}.",
+            f"is c·n/(n + 1), and n at most; c is {cores} here. As many workers begin as there are "
+            f"cores, or as the batch divides among: {workers}.",
             *end_notes,
         ],
         packages=("torch",),
@@ -106,16 +111,21 @@ def run(options: Options) -> Result:
 
 
 def _claims(
-    rates: dict[str, dict[str, list[float]]], cores: int, team: str, crew: str, why: str
+    rates: dict[str, dict[str, list[float]]],
+    cores: int,
+    workers: int,
+    team: str,
+    crew: str,
+    why: str,
 ) -> list[Claim]:
     idle, beside = rates["idle"], rates["beside another program"]
-    share = cores / (cores + 1)
     wanted: list[tuple[str, float, float | None, float | None]] = [
         (f"{crew} ÷ {ONE}", ratio_of_medians(idle[crew], idle[ONE]), 1.85, 1.95),
         (f"{crew} ÷ {team}", ratio_of_medians(idle[crew], idle[team]), 1.1, None),
         (f"{DELAYED} ÷ {team}", ratio_of_medians(idle[DELAYED], idle[team]), None, 1.1),
     ]
-    for name, required in ((crew, 0.6), (team, None)):
+    for name, count, required in ((crew, workers, 0.6), (team, cores, None)):
+        share = min(1.0, cores / (count + 1))  # of what they have alone
         kept = ratio_of_medians(beside[name], idle[name]) / share
         wanted.append((f"{name}, beside another program: of the fair share", kept, required, None))
     claims = []

@@ -25,10 +25,12 @@ from cllm.bench.harness import (
     ratio_of_medians,
     spread,
 )
+from cllm.core.config import Config
 from cllm.core.cpu import is_busy, usable_threads
 from cllm.core.errors import require
 from cllm.core.machine import machine
 from cllm.core.threads import spin_briefly
+from cllm.training.parallel.shards import most_workers
 
 ROUNDS, STEPS = 7, 12
 PEERS = {
@@ -51,8 +53,9 @@ VARIANTS = {
     "cllm, memory given back": "ours --give-memory-back",
 }
 WORKERS = "cllm, {} workers"
-WORKERS_REQUIRED = 1.3
-"""Speed of as many workers as there are cores over that of the strongest peer."""
+WORKERS_REQUIRED, WORKERS_AIM = 1.3, 1.8
+"""Speed of as many workers as there are cores (and the batch divides among) over that of the strongest
+peer."""
 VECTORS = {"default": "1", "avx2": "256", "avx512": "512"}
 """ATEN_CPU_CAPABILITY to Inductor's vector width in bits (1: no vectors)."""
 
@@ -66,9 +69,11 @@ def run(options: Options) -> Result:
     shape = ["--steps", str(steps)] + (["--small"] if options.quick else [])
     wanted = PEERS | TUNED | VARIANTS
     cores = usable_threads()
-    crew = WORKERS.format(cores)
-    if cores > 1 and hasattr(os, "memfd_create"):
-        wanted[crew] = f"ours --set train.parallel.workers={cores}"
+    train = Config().train
+    workers = most_workers(train.batch_size, train.accumulate, cores)
+    crew = WORKERS.format(workers)
+    if workers > 1 and hasattr(os, "memfd_create"):
+        wanted[crew] = f"ours --set train.parallel.workers={workers}"
     if options.quick:
         wanted = {name: wanted[name] for name in (STRONGEST, OURS)}
     starts = [partial(_start, name, call, shape) for name, call in wanted.items()]
@@ -139,6 +144,7 @@ def _crew_claim(rates: dict[str, list[float]], crew: str, busy: str | None) -> l
             name=f"{crew} ÷ {STRONGEST}",
             value=round(ratio_of_medians(rates[crew], rates[STRONGEST]), 3),
             required=WORKERS_REQUIRED,
+            aim=WORKERS_AIM,
             why=busy or "",
             judged=not busy,
         )

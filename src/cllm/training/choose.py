@@ -22,7 +22,7 @@ from cllm.core.measurements import recall, remember
 from cllm.core.torchrun import launched
 from cllm.model.transformer import flops_per_token
 from cllm.training.distributed.check import check_launch, check_team, runs_eagerly
-from cllm.training.parallel.shards import deal
+from cllm.training.parallel.shards import deal, most_workers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BF16_PAYS = 1.5
@@ -173,12 +173,17 @@ def _choose_workers(choices: Choices) -> None:
     """``auto``: as many as there are cores, where nothing speaks against it. Others are checked."""
     config, cores = choices.config, machine().threads
     asked = config.train.parallel.workers
-    workers = cores if asked == "auto" else asked
+    train = config.train
+    most = most_workers(train.batch_size, train.accumulate, cores)
+    workers = most if asked == "auto" else asked
     against = [f"{setting} {why}" for setting, why in config.against_workers()]
     if config.train.pipeline.mode == "delayed":
-        against.append("the pipeline trains in one process")
+        against.append("train.pipeline.mode = 'delayed' trains in one process; set it to off")
     if workers > 1 and not hasattr(os, "memfd_create"):
-        against.append("workers share memory through memfd, which Linux has")
+        against.append(
+            f"train.parallel.workers = {workers}: workers share memory through memfd, which Linux alone "
+            "has; set it to 1"
+        )
     try:
         deal(config.train.batch_size, config.train.accumulate, workers)
     except ValueError as error:
@@ -187,7 +192,13 @@ def _choose_workers(choices: Choices) -> None:
         if against:
             choices.settle("parallel.workers", 1, against[0])
         else:
-            choices.settle("parallel.workers", workers, f"{cores} cores")
+            why = f"{cores} cores"
+            if workers < cores:
+                why += (
+                    f", and train.batch_size = {train.batch_size} (train.accumulate = {train.accumulate}) "
+                    "divides among no more of them"
+                )
+            choices.settle("parallel.workers", workers, why)
     elif workers > 1 and against:
         raise UsageError(against[0])
     elif workers > cores:
@@ -254,14 +265,20 @@ def compile_seconds(config: Config) -> float:
 
 
 def _compile_gain(config: Config) -> float:
-    """Rough seconds that compiling saves: eager steps reach a third of the matmul rate, compiled two."""
+    """Rough seconds that compiling saves: eager steps reach a third of the matmul rate, compiled two.
+
+    Workers, or the processes of torchrun, take a share of the windows each.
+    """
     train, model = config.train, config.model
     if train.device.startswith("cuda"):
         return float("inf") if train.steps >= 300 else 0.0
     assert isinstance(train.threads, int)
     tokens = train.steps * train.batch_size * train.accumulate * model.context
     rate = matmul_rates(train.threads)["bf16" if train.dtype == "bf16" else "fp32"]
-    return tokens * flops_per_token(model) / rate * (3.0 - 1.5)
+    launch, workers = launched(), train.parallel.workers
+    assert isinstance(workers, int)
+    sharing = workers if launch is None else launch.size
+    return tokens / sharing * flops_per_token(model) / rate * (3.0 - 1.5)
 
 
 def _choose_attention(choices: Choices) -> None:
@@ -282,6 +299,17 @@ def _choose_attention(choices: Choices) -> None:
 
 def _choose_chunk(choices: Choices) -> None:
     config = choices.config
+    if config.train.pipeline.mode == "stages":
+        if config.train.loss_chunk == "auto":
+            choices.settle(
+                "loss_chunk", 0, "the last stage takes all logits of a micro-batch at once"
+            )
+        elif config.train.loss_chunk:
+            choices.warnings.append(
+                f"train.loss_chunk = {config.train.loss_chunk} is not used: the last stage takes all "
+                "logits of a micro-batch at once; raise train.pipeline.micro_batches to make them fewer"
+            )
+        return
     if config.train.loss_chunk != "auto":
         return
     assert config.model.vocab_size is not None

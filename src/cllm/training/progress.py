@@ -262,3 +262,24 @@ def amount(number: float) -> str:
     if number < 999.5:
         return f"{number:.0f}"
     return f"{number / 1000:.1f}k" if number < 999_950 else f"{number / 1e6:.2f}M"
+
+
+def as_one(advance: Callable[[float], None]) -> Callable[[str, float], None]:
+    """Turn the shares of preparation's stages into one count of a hundred."""
+    weights = {
+        "reading": 25.0,
+        "duplicates": 10.0,
+        "tokenizer": 25.0,
+        "encoding train": 36.0,
+        "encoding validation": 2.0,
+        "encoding test": 2.0,
+    }
+    shown: dict[str, float] = {}
+
+    def show(stage: str, share: float) -> None:
+        part = weights.get(stage, 0.0) * min(max(share, 0.0), 1.0)
+        if part > shown.get(stage, 0.0):
+            advance(part - shown.get(stage, 0.0))
+            shown[stage] = part
+
+    return show

@@ -7,7 +7,7 @@ goes on from a run's last checkpoint. Both end in a fit, the test score and the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -38,7 +38,7 @@ from cllm.training.draw_sources import draws_of
 from cllm.training.interrupt import Interrupt
 from cllm.training.pace import measure_pace
 from cllm.training.pieces import resolve_pieces
-from cllm.training.progress import Progress
+from cllm.training.progress import Progress, as_one
 from cllm.training.report import write_report
 from cllm.training.snapshot import Standing, differences, restore
 from cllm.training.start_tables import start_tables
@@ -269,29 +269,8 @@ def _prepare(
             reuse=reuse,
             cache=cache_dir() / "data",
             say=progress.say,
-            progress=_as_one(advance),
+            progress=as_one(advance),
         )
-
-
-def _as_one(advance: Callable[[float], None]) -> Callable[[str, float], None]:
-    """Turn the shares of preparation's stages into one count of a hundred."""
-    weights = {
-        "reading": 25.0,
-        "duplicates": 10.0,
-        "tokenizer": 25.0,
-        "encoding train": 36.0,
-        "encoding validation": 2.0,
-        "encoding test": 2.0,
-    }
-    shown: dict[str, float] = {}
-
-    def show(stage: str, share: float) -> None:
-        part = weights.get(stage, 0.0) * min(max(share, 0.0), 1.0)
-        if part > shown.get(stage, 0.0):
-            advance(part - shown.get(stage, 0.0))
-            shown[stage] = part
-
-    return show
 
 
 def _resolve(

@@ -8,10 +8,10 @@ replay and gives the same bits.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +25,7 @@ from cllm.text.batches import BatchSource
 from cllm.text.dataset import Dataset
 from cllm.training.background import Background
 from cllm.training.board import Board
+from cllm.training.clock import Clock
 from cllm.training.evaluate import Evaluation, evaluate, norm_mode_gap
 from cllm.training.feed import Feed, target_count
 from cllm.training.figures import StepResult
@@ -37,6 +38,7 @@ from cllm.training.saving import Saver
 from cllm.training.schedule import learning_rate, similarity_weight
 from cllm.training.snapshot import Standing
 from cllm.training.step import TrainStep
+from cllm.training.stop import save_and_raise
 
 RISING_VALIDATIONS = 3
 """Validations in a row that rise while training falls, after which over-fitting is warned of."""
@@ -108,7 +110,7 @@ class Trainer:
 
     def _steps(self, interrupt: Interrupt, show: Callable[[Reading], None]) -> str:
         train, standing = self.config.train, self.standing
-        clock = _Clock(standing.tokens)
+        clock = Clock(standing.tokens)
         while standing.step < train.steps or standing.unvalidated:
             again = standing.unvalidated  # the step is made, and its validation was given up
             if not again:
@@ -136,29 +138,10 @@ class Trainer:
         return "finished"
 
     def _stop(self, interrupt: Interrupt, besides: str, patience: float) -> NoReturn:
-        """Save what was trained (before what was given up, if anything was) and raise ``interrupt``'s
-        error, which says ``besides``, or what was lost. ``patience``: of the stages of a pipeline."""
-        standing: Standing | None = self.standing
-        with interrupt.saving():
-            self.step.undo()
-            whole = self.step.is_whole
-            if self.standing.unvalidated:  # the pipeline, if there is one, is drained
-                besides = "; its validation was given up, and is the first that comes"
-            elif self.ahead is not None:
-                standing = self.ahead.rewind(patience)
-            else:
-                whole = whole and self.step.number - self._offset == self.standing.step
-            if whole and standing is not None:
-                self.saver.save_once(standing)
-                interrupt.raise_pending(standing.step, besides)
-            self.background.wait()
-            last = self.run.steps()[-1]
-        if last == self.standing.step:
-            interrupt.raise_pending(last, besides)
-        lost = "was changing the weights" if self.ahead is None else "does not end"
-        interrupt.raise_pending(
-            last, f"; what followed is lost, as a step that {lost} was given up"
-        )
+        """See ``save_and_raise``, which is told what belongs together."""
+        made = self.step.number - self._offset
+        rewind = partial(self.ahead.rewind, patience) if self.ahead is not None else None
+        save_and_raise(self.saver, self.standing, interrupt, besides, made=made, rewind=rewind)
 
     def _one_step(self) -> tuple[StepResult, int]:
         """Make the next step: its result and number of targets."""
@@ -174,7 +157,8 @@ class Trainer:
 
     def _seed(self, at: int) -> int | None:
         """Of the dropout of step ``at``, if there is any."""
-        if not _has_dropout(self.config):
+        model = self.config.model
+        if not model.embedding_dropout + model.attention_dropout + model.residual_dropout:
             return None
         return (self.config.train.seed * 1_000_003 + at) % 2**63
 
@@ -190,7 +174,7 @@ class Trainer:
                 self.ahead.close(PATIENCE)
 
     def _after_step(
-        self, result: StepResult, clock: _Clock, show: Callable[[Reading], None]
+        self, result: StepResult, clock: Clock, show: Callable[[Reading], None]
     ) -> None:
         standing, train = self.standing, self.config.train
         rate = learning_rate(train, standing.step)
@@ -361,32 +345,3 @@ class Trainer:
         """End the threads beside the steps, once they have done what they were handed."""
         self.feed.close()
         self.background.close()
-
-
-class _Clock:
-    """Seconds of steps alone, and tokens a second since the last reading."""
-
-    def __init__(self, tokens: int) -> None:
-        self._begin = time.perf_counter()
-        self._seconds, self._tokens_then = 0.0, tokens
-
-    def start_lap(self) -> None:
-        self._begin = time.perf_counter()
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        seconds, self._begin = now - self._begin, now
-        self._seconds += seconds
-        return seconds
-
-    def rate(self, tokens: int) -> float:
-        """Tokens a second since the last call (the first time: since the clock was made)."""
-        done = tokens - self._tokens_then
-        speed = done / self._seconds if self._seconds else 0.0
-        self._tokens_then, self._seconds = tokens, 0.0
-        return speed
-
-
-def _has_dropout(config: Config) -> bool:
-    model = config.model
-    return model.embedding_dropout + model.attention_dropout + model.residual_dropout > 0

@@ -19,6 +19,7 @@ from cllm.store import checkpoint
 from cllm.store.metrics import read_columns, read_lines
 from cllm.store.run import RunDirectory
 from cllm.training import session, trainer
+from cllm.training.clock import Clock
 from cllm.training.conclude import Outcome
 from cllm.training.report import write_report
 from cllm.training.trainer import DivergedError
@@ -183,7 +184,7 @@ def test_a_run_that_was_trained_on_meanwhile_is_left_alone(
 
 
 def test_the_first_speed_after_a_resume_counts_its_own_tokens() -> None:
-    clock = trainer._Clock(tokens=1_000_000)
+    clock = Clock(tokens=1_000_000)
     seconds = clock.lap()
     assert clock.rate(1_000_500) == pytest.approx(500 / seconds)
 

@@ -17,20 +17,28 @@ class Shard:
 def deal(batch_size: int, accumulate: int, workers: int) -> list[list[Shard]]:
     """The shards of each worker; together all windows of a step, in order.
 
-    Whole micro-batches where there are as many as workers (some workers then have one more than others),
-    else each micro-batch in ``workers`` equal parts.
+    Whole micro-batches where they divide evenly, else each micro-batch in ``workers`` equal parts. Where
+    neither divides, whole micro-batches, of which some workers have one more than others.
 
     Raises:
-        ValueError: fewer micro-batches than workers, and windows that do not divide.
+        ValueError: neither divides, and there are fewer micro-batches than workers.
     """
-    if accumulate >= workers:
+    parts_divide = batch_size % workers == 0
+    if accumulate % workers == 0 or (accumulate > workers and not parts_divide):
         return whole_ones(batch_size, accumulate, workers)
-    if batch_size % workers:
+    if not parts_divide:
         raise ValueError(
             f"train.batch_size = {batch_size} does not divide into train.parallel.workers = {workers}: "
             f"make it a multiple of {workers}, or train.accumulate at least {workers}"
         )
     return equal_parts(batch_size, accumulate, workers)
+
+
+def most_workers(batch_size: int, accumulate: int, cores: int) -> int:
+    """The largest number of workers, at most ``cores``, that the windows of a step can be dealt to."""
+    return next(
+        count for count in range(cores, 0, -1) if accumulate >= count or batch_size % count == 0
+    )
 
 
 def whole_ones(batch_size: int, accumulate: int, shares: int) -> list[list[Shard]]:
