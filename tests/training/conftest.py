@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from cllm.core.config import Config, TrainConfig
 from cllm.core.model_config import ModelConfig
@@ -111,6 +112,42 @@ def batches_of() -> Callable[..., MicroBatches]:
         return batches
 
     return make
+
+
+GRAPH = "the model's graph"
+
+
+def _in_graph(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call``, marked for the profiler."""
+
+    def marked(*arguments: Any) -> Any:
+        with record_function(GRAPH):
+            return call(*arguments)
+
+    return marked
+
+
+def _allocations(step: TrainStep, batches: Callable[[int], MicroBatches]) -> tuple[int, int]:
+    """See the fixture."""
+    for name in ("_only", "_part"):
+        setattr(step, name, _in_graph(getattr(step, name)))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        for number in range(2):
+            some = batches(number + 1)
+            assert step(some, 1e-3).applied
+    events = found.profiler.kineto_results.events()  # type: ignore[union-attr]
+    graphs = [(e.start_ns(), e.end_ns()) for e in events if e.name() == GRAPH]
+    assert len(graphs) == 2 * len(some)
+    taken = [e.start_ns() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
+    inside = sum(any(begin <= at <= end for begin, end in graphs) for at in taken)
+    return len(taken) - inside, inside
+
+
+@pytest.fixture(scope="session")
+def allocations() -> Callable[..., tuple[int, int]]:
+    """How often memory was allocated in two steps on given batches: outside of forward and backward, and
+    in them."""
+    return _allocations
 
 
 @pytest.fixture(scope="session")

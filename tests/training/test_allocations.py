@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from cllm.core.machine import cannot_compile
 from cllm.training.feed import MicroBatches
@@ -15,32 +14,7 @@ from cllm.training.step import TrainStep
 
 Steps = Callable[..., TrainStep]
 Batches = Callable[..., MicroBatches]
-GRAPH = "the model's graph"
-
-
-def allocations(step: TrainStep, batches: MicroBatches) -> tuple[int, int]:
-    """How often memory was allocated in two steps: outside of forward and backward, and in them."""
-    for name in ("_only", "_part"):
-        setattr(step, name, in_graph(getattr(step, name)))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        for _ in range(2):
-            assert step(batches, 1e-3).applied
-    events = found.profiler.kineto_results.events()  # type: ignore[union-attr]
-    graphs = [(e.start_ns(), e.end_ns()) for e in events if e.name() == GRAPH]
-    assert len(graphs) == 2 * len(batches)
-    taken = [e.start_ns() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
-    inside = sum(any(begin <= at <= end for begin, end in graphs) for at in taken)
-    return len(taken) - inside, inside
-
-
-def in_graph(call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call``, marked for the profiler."""
-
-    def marked(*arguments: Any) -> Any:
-        with record_function(GRAPH):
-            return call(*arguments)
-
-    return marked
+Allocations = Callable[..., tuple[int, int]]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -62,6 +36,7 @@ def test_an_eager_step_allocates_in_the_graph_only(
     optimizer: str,
     step_of: Steps,
     batches_of: Batches,
+    allocations: Allocations,
 ) -> None:
     torch.set_num_threads(threads)
     step, batches = (
@@ -69,21 +44,25 @@ def test_an_eager_step_allocates_in_the_graph_only(
         batches_of(count),
     )
     step(batches, 1e-3)
-    outside, inside = allocations(step, batches)
+    outside, inside = allocations(step, lambda number: batches)
     assert outside == 0
     assert inside > 0
 
 
 @pytest.mark.slow
 def test_a_compiled_step_allocates_in_the_graph_only(
-    step_of: Steps, batches_of: Batches, cache: object, monkeypatch: pytest.MonkeyPatch
+    step_of: Steps,
+    batches_of: Batches,
+    allocations: Allocations,
+    cache: object,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if cannot_compile():
         pytest.skip(str(cannot_compile()))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{cache}/inductor")
     step, batches = step_of(dtype=torch.float32, n_layers=1, compiled=True), batches_of()
     step(batches, 1e-3)
-    outside, inside = allocations(step, batches)
+    outside, inside = allocations(step, lambda number: batches)
     assert outside == 0
     assert inside > 0
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,15 @@ import torch
 from cllm.core.config import Config
 from cllm.core.errors import UsageError
 from cllm.core.machine import machine
+from cllm.text.batches import BatchSource
+from cllm.text.packed import PackedTokens
 from cllm.training import choose as choosing
 from cllm.training.build import build
 from cllm.training.choose import choose
-from cllm.training.feed import MicroBatches
-from cllm.training.parallel.crew import WorkerError
+from cllm.training.feed import Feed, MicroBatches, target_count
+from cllm.training.figures import Numbers, Summed
+from cllm.training.gradient import Micro
+from cllm.training.parallel.crew import WorkerError, cores_of_workers
 from cllm.training.step import TrainStep
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd")
@@ -112,6 +118,65 @@ def test_more_micro_batches_than_workers(step_with: Callable[..., TrainStep]) ->
     assert float(difference) <= 1e-5
 
 
+@pytest.mark.parametrize(("workers", "accumulate"), [(3, 4), (4, 6)])
+def test_any_split_gives_the_bits_of_its_summation_tree(
+    workers: int, accumulate: int, double: None, step_with: Callable[..., TrainStep]
+) -> None:
+    """Each worker's shards are added in order, then the workers' sums: whole micro-batches, of which one
+    has two, and parts of each."""
+    changes = {"model__d_model": 32, "model__n_layers": 1, "model__context": 16}
+    changes["train__accumulate"] = accumulate
+    together, alone = step_with(workers, **changes), step_with(1, **changes)
+    for number in range(2):
+        some = batches(number, count=accumulate, length=16)
+        found = together(some, 1e-2)
+        assert together.crew is not None
+        assert len(together.crew.shards) == workers
+        scale, loss, sums = 1.0 / target_count(some), 0.0, []
+        for share in together.crew.shards:
+            micros = [Micro(*(side[s.first : s.last] for side in some[s.micro])) for s in share]
+            loss += alone.accumulate(micros, len(micros), scale)
+            sums.append(alone.arena.grad.clone())
+        grad = sums[0]
+        for other in sums[1:]:
+            grad += other
+        figures = alone.finish(Summed(loss), grad, Numbers(scale, 1.0, 1e-2, number + 1))
+        assert (figures.norm, figures.applied) == (found.grad_norm, True)
+        assert torch.equal(together.arena.grad, grad)
+        assert torch.equal(together.arena.weights, alone.arena.weights)
+
+
+def test_the_same_seed_and_workers_give_the_same_bits(step_with: Callable[..., TrainStep]) -> None:
+    changes = {"train__accumulate": 3, "model__residual_dropout": 0.2, "model__d_model": 32}
+    found = []
+    for _ in range(2):
+        step = step_with(2, **changes)
+        for number in range(3):
+            torch.manual_seed(number)
+            step(batches(number, count=3), 1e-2)
+        found.append(step.arena.weights.clone())
+        step.close()
+    assert torch.equal(*found)
+
+
+def test_a_step_with_workers_allocates_in_the_graph_only(
+    step_with: Callable[..., TrainStep], allocations: Callable[..., tuple[int, int]]
+) -> None:
+    step = step_with(2)
+    feed = Feed(token_source(), step.config)
+    step(feed(0), 1e-2)
+    outside, inside = allocations(step, feed)
+    assert outside == 0
+    assert inside > 0
+
+
+def token_source() -> BatchSource:
+    """Windows of random tokens."""
+    ids = np.append(np.random.default_rng(1).integers(1, 300, 3000), 0)
+    ids[0] = 0
+    return BatchSource(PackedTokens.from_arrays(ids, text_bytes=3000), 64, 4, seed=4)
+
+
 def test_four_workers_follow_the_curve_of_one(
     double: None, step_with: Callable[..., TrainStep]
 ) -> None:
@@ -198,7 +263,76 @@ def test_auto_takes_one_worker_where_several_do_not_do(
 
 def test_the_cores_of_the_parent_are_its_own_again(step_with: Callable[..., TrainStep]) -> None:
     before = os.sched_getaffinity(0)
-    step = step_with(2)
-    step(batches(0), 1e-2)
-    step.close()
-    assert os.sched_getaffinity(0) == before
+    if len(before) < 2:
+        pytest.skip("needs two cores")
+    two = set(sorted(before)[:2])
+    os.sched_setaffinity(0, two)
+    try:
+        step = step_with(2)
+        assert step.crew is not None
+        own = step.crew.results
+        during: list[set[int]] = []
+
+        def results() -> Any:
+            during.append(os.sched_getaffinity(0))
+            return own()
+
+        step.crew.results = results  # type: ignore[method-assign]
+        for number in range(2):
+            step(batches(number), 1e-2)
+        # Pinned after the first step, in which code may be compiled; the other has the other core.
+        assert during == [two, {min(two)}]
+        (process,) = step.crew._processes
+        tasks = [int(task) for task in os.listdir(f"/proc/{process.pid}/task")]
+        assert all(os.sched_getaffinity(task) == {max(two)} for task in tasks)
+        step.close()
+        assert os.sched_getaffinity(0) == two
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_cores_are_taken_only_where_all_are(
+    config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs of two workers would have the same two of four cores, and the others would be idle."""
+    config = config_of(**BASE | {"train__parallel__workers": 2})
+    for cores, pinned in ((1, []), (2, [[0], [1]]), (4, [])):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: set(range(n)))
+        assert cores_of_workers(config) == pinned
+
+
+def test_auto_takes_as_many_workers_as_the_windows_divide_among(
+    config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = dataclasses.replace(machine(), cores=12, quota=None, threads=12)
+    monkeypatch.setattr(choosing, "machine", lambda: many)
+    asked = BASE | {"train__parallel__workers": "auto", "train__batch_size": 16}
+    choices = choose(config_of(**asked))
+    assert choices.config.train.parallel.workers == 8
+    assert choices.reasons["parallel.workers"].startswith("8: 12 cores, and train.batch_size = 16")
+
+
+def test_a_worker_that_hangs_does_not_keep_the_others_waiting(
+    step_with: Callable[..., TrainStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One deadline for all."""
+    waited: list[float | None] = []
+
+    class Hangs:
+        def wait(self, seconds: float | None = None) -> None:
+            waited.append(seconds)
+            if seconds:
+                time.sleep(seconds)
+            if seconds is not None:
+                raise subprocess.TimeoutExpired("worker", seconds)
+
+        def kill(self) -> None:
+            pass
+
+    monkeypatch.setattr("cllm.training.parallel.crew._PATIENCE", 0.2)
+    step = step_with(4)
+    assert step.crew is not None
+    step.crew._processes = [Hangs() for _ in range(3)]  # type: ignore[misc]
+    step.crew.close()
+    assert sum(seconds for seconds in waited if seconds is not None) <= 0.2
+    assert waited.count(None) == 3
