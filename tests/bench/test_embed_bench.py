@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from cllm.bench import embed, embed_speed
 from cllm.bench.embed import UNMEASURED, Trainings, _Judge
 from cllm.bench.embed_cases import BUDGETS, NORMAL, RATES, main_cases, other_cases
 from cllm.bench.harness import Options, render
 
 
+@pytest.mark.slow
 def test_a_quick_run_trains_and_judges_nothing(isolated: Path, corpus: Path) -> None:
     options = Options(quick=True, data=(str(corpus),))
     result = embed.run(options)

@@ -128,7 +128,13 @@ def test_what_is_not_an_export_is_never_replaced(cllm: Cllm, run: Path, isolated
     assert everything(isolated) == before
 
 
-@pytest.mark.parametrize("to", [name for name in FORMATS if name != "aoti"])
+@pytest.mark.parametrize(
+    "to",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("onnx", "aoti") else ())
+        for name in FORMATS
+    ],
+)
 def test_force_replaces_our_own_export_and_nothing_that_looks_like_one(
     run: Path, isolated: Path, to: str
 ) -> None:

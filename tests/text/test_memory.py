@@ -36,6 +36,7 @@ def prepared(place: Path, size: int) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_thirty_megabytes(tmp_path: Path) -> None:
     """About 100 MiB on top, whatever the size: the buffers of one batch and of the trainer. The text as
     one string and its four million tokens as a list alone would take 190."""

@@ -101,7 +101,7 @@ def kill_and_resume(
             assert int(line.rsplit(" ", 1)[1]) == saved
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1, pytest.param(50, marks=pytest.mark.slow)])
 def test_random_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(
     count: int,
     tmp_path: Path,
@@ -274,6 +274,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_ends_all_workers(
     assert lines[-1] == "code 0"
 
 
+@pytest.mark.slow
 def test_a_limit_on_files_at_a_checkpoint_ends_all_workers(
     tmp_path: Path,
     corpus: Path,

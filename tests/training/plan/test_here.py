@@ -96,7 +96,7 @@ def test_this_machine_has_threads_and_workers(
     assert threads == "cllm train --set train.threads=2"
     odd = here.plan_here(config_of(model__vocab_size=300, train__batch_size=3), 1, told.append)
     for estimate in odd.estimates[2:]:  # workers and all of torchrun
-        assert "train.batch_size = 3" in estimate.obstacle
+        assert "train.batch_size" in estimate.obstacle
 
 
 def test_this_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
