@@ -24,11 +24,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """
     run, step = steps.locate(path)
     if step is None:
-        known = steps.steps(run)
-        if not known:
-            raise UserError(f"{run} has no checkpoint yet: remove it and begin anew")
-        best = steps.best_step(run, certain=True)
-        step = known[-1] if best is None else best
+        step = steps.chosen_step(run)
     directory = steps.step_directory(run, step)
     manifest = read_manifest(directory)
     if WEIGHTS not in manifest.files:

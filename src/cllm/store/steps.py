@@ -54,6 +54,18 @@ def best_step(run: Path, *, certain: bool = False) -> int | None:
     return None
 
 
+def chosen_step(run: Path) -> int:
+    """The step that a run stands for: its best, else its last.
+
+    Raises ``UserError`` where there is none, and ``DamagedCheckpointError`` as ``best_step`` does.
+    """
+    known = steps(run)
+    if not known:
+        raise UserError(f"{run} has no checkpoint yet: remove it and begin anew")
+    best = best_step(run, certain=True)
+    return known[-1] if best is None else best
+
+
 def locate(path: Path) -> tuple[Path, int | None]:
     """(run directory, step) of a path to a run, to one of its checkpoints, or to ``best``/``last``.
 
