@@ -25,9 +25,10 @@ from cllm.training.distributed.check import check_team
 from cllm.training.distributed.entry import EndedRunError, earlier_run
 from cllm.training.distributed.group import Group, Kind, LostProcessError, Order
 from cllm.training.distributed.shards import Shards
-from cllm.training.distributed.shares import deal_evenly, evaluation_parts, packed
+from cllm.training.distributed.shares import evaluation_parts, packed
 from cllm.training.distributed.stages import Stages
 from cllm.training.distributed.traffic import sent_bytes
+from cllm.training.parallel.shards import deal_evenly
 
 STAGES = {"train__pipeline__mode": "stages"}
 TWO_EACH = STAGES | {"train__pipeline__schedule": "zbv"}

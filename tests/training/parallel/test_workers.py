@@ -228,7 +228,7 @@ def test_more_workers_than_cores_are_warned_of(
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"train__batch_size": 3}, r"train\.batch_size = 3 does not divide"),
+        ({"train__batch_size": 3}, r"the 3 windows of a step .* do not divide into 2 workers"),
         ({"model__norm": "batchnorm"}, "batchnorm"),
         ({"train__loss": "sampled", "train__sampled__candidates": 8}, "sampled"),
         ({"train__similarity__weight": 0.1}, "similarity"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cllm.core.config import Config, TrainConfig
 from cllm.core.errors import UsageError
 from cllm.core.torchrun import Launch
-from cllm.training.distributed.shares import deal_evenly
+from cllm.training.parallel.shards import deal_evenly
 
 
 def check_launch(config: Config) -> None:

@@ -16,10 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cllm.core.config import Config
 from cllm.training.distributed.member import Member
-from cllm.training.distributed.shares import deal_evenly, evaluation_parts, packed
+from cllm.training.distributed.shares import evaluation_parts, packed
 from cllm.training.feed import MicroBatches
 from cllm.training.figures import Figures, Numbers, Summed
 from cllm.training.gradient import Micro
+from cllm.training.parallel.shards import deal_evenly
 from cllm.training.step import TrainStep
 
 

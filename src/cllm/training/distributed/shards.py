@@ -27,10 +27,11 @@ from cllm.training.arena import Part
 from cllm.training.choose import arithmetic
 from cllm.training.clipping import clip_factor
 from cllm.training.distributed.member import Writer
-from cllm.training.distributed.shares import deal_evenly, evaluation_parts, packed
+from cllm.training.distributed.shares import evaluation_parts, packed
 from cllm.training.feed import MicroBatches
 from cllm.training.figures import Figures, Numbers
 from cllm.training.optimizer import OPTIMIZERS
+from cllm.training.parallel.shards import deal_evenly
 from cllm.training.step import TrainStep
 
 

@@ -1,8 +1,6 @@
-"""Which windows of a step each process takes: equal shares, so that all take part in every exchange."""
+"""Windows as the processes of torchrun are sent them: equal parts, as all take part in every exchange."""
 
 from __future__ import annotations
-
-from math import gcd
 
 import torch
 from torch import Tensor
@@ -10,26 +8,6 @@ from torch import Tensor
 from cllm.text.batches import IGNORED
 from cllm.training.feed import MicroBatches
 from cllm.training.parallel.shards import Shard
-
-
-def deal_evenly(batch_size: int, accumulate: int, processes: int) -> list[list[Shard]]:
-    """The shards of each process; together all windows of a step, in order.
-
-    Each process has as many windows, in as few shards of as many rows each as keep to one micro-batch.
-
-    Raises:
-        ValueError: the windows do not divide.
-    """
-    each, left = divmod(batch_size * accumulate, processes)
-    if left or not each:
-        raise ValueError(
-            f"the {batch_size * accumulate} windows of a step (train.batch_size times train.accumulate) do "
-            f"not divide into the {processes} processes of torchrun: make either a multiple of {processes}"
-        )
-    rows = gcd(batch_size, each)
-    starts = range(0, batch_size * accumulate, rows)
-    shards = [Shard(at // batch_size, at % batch_size, at % batch_size + rows) for at in starts]
-    return [shards[n : n + each // rows] for n in range(0, len(shards), each // rows)]
 
 
 def packed(batches: MicroBatches, shards: list[Shard]) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from cllm.core.config import Config
 from cllm.model.transformer import Transformer
 from cllm.training.choose import arithmetic
-from cllm.training.distributed.shares import deal_evenly
+from cllm.training.parallel.shards import deal_evenly
 
 
 def sent_bytes(config: Config, processes: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from cllm.core.config import Config
-from cllm.training.distributed.shares import deal_evenly
+from cllm.training.parallel.shards import deal_evenly
 from cllm.training.plan.work import MASTER, Work
 
 Bandwidth = Callable[[float], float]
