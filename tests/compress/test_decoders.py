@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from cllm.compress.problem import ORDERS, decision_order, objective, problem
 from cllm.compress.scales import fit_grid, least_squares_grid
 from cllm.lattice import closest
 
+Made = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 SPECS = [
     GridSpec(bits=2, symmetric=False, group=0),
     GridSpec(bits=3, symmetric=True, group=32),
@@ -24,27 +26,6 @@ SPECS = [
     GridSpec(bits=8, symmetric=True, group=128),
 ]
 BLOCKED = [grid_spec(4, grid="gguf-q4_0"), grid_spec(8, grid="gguf-q8_0")]
-
-
-def made(m: int = 12, n: int = 40, seed: int = 0, kind: str = "usual"):
-    """Weights (m, n) and a metric (n, n) of correlated inputs."""
-    rng = np.random.default_rng(seed)
-    W = rng.normal(size=(m, n)) * 0.1
-    X = rng.normal(size=(4 * n + 3, n)) @ (np.eye(n) + rng.normal(size=(n, n)) * 0.3)
-    X = X * np.geomspace(2, 0.5, n)
-    if kind == "zero rows":
-        W[::2] = 0
-    elif kind == "constant rows":
-        W[:] = np.linspace(-1, 1, m)[:, None]
-    elif kind == "dead inputs":
-        X[:, :: max(2, n // 3)] = 0
-    elif kind == "rank deficient":
-        X = X[: max(1, n // 2)]
-    elif kind == "huge condition":
-        X = X * np.geomspace(1e8, 1e-8, n)
-    elif kind == "zero metric":
-        X = X * 0
-    return torch.from_numpy(W), torch.from_numpy(X.T @ X)
 
 
 def gptq(
@@ -68,7 +49,9 @@ def gptq(
 
 @pytest.mark.parametrize("order", ["natural", "act", "min-pivot"])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.bits}-{s.group}")
-def test_one_beam_is_babai_is_textbook_gptq_integer_for_integer(spec: GridSpec, order: str) -> None:
+def test_one_beam_is_babai_is_textbook_gptq_integer_for_integer(
+    made: Made, spec: GridSpec, order: str
+) -> None:
     W, H = made(16, 96)
     p = problem(W, H, damping=0.01, order=order)
     grid = range_grid(W, spec, 0.8)
@@ -82,7 +65,9 @@ def test_one_beam_is_babai_is_textbook_gptq_integer_for_integer(spec: GridSpec, 
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_the_beam_is_the_lattice_floors_where_all_columns_share_a_scale(bits: int) -> None:
+def test_the_beam_is_the_lattice_floors_where_all_columns_share_a_scale(
+    made: Made, bits: int
+) -> None:
     """``cllm.lattice`` decodes the same problem with one basis for all rows."""
     W, H = made(30, 32)
     spec = GridSpec(bits=bits, symmetric=True, group=0)
@@ -100,7 +85,7 @@ def test_the_beam_is_the_lattice_floors_where_all_columns_share_a_scale(bits: in
     assert float(ours.sum()) <= 1.02 * float(other.sum())
 
 
-def test_more_beams_reach_the_exhaustive_optimum_on_tiny_matrices() -> None:
+def test_more_beams_reach_the_exhaustive_optimum_on_tiny_matrices(made: Made) -> None:
     W, H = made(6, 5, seed=3)
     spec = GridSpec(bits=2, symmetric=False, group=0)
     p, grid = problem(W, H), range_grid(W, spec, 0.7)
@@ -140,7 +125,9 @@ def k_codes(p, grid, K: int) -> torch.Tensor:
     ),
 )
 @settings(max_examples=15)
-def test_every_shape_and_metric_is_decoded_inside_the_grid(method, m, n, seed, spec, order, kind):
+def test_every_shape_and_metric_is_decoded_inside_the_grid(
+    made: Made, method, m, n, seed, spec, order, kind
+):
     if method.startswith("k-best-"):
         pytest.importorskip("fpylll")
     W, H = made(m, n, seed, kind)
@@ -166,7 +153,7 @@ def test_every_shape_and_metric_is_decoded_inside_the_grid(method, m, n, seed, s
     K=st.integers(2, 9),
 )
 @settings(max_examples=30)
-def test_no_row_is_ever_worse_than_babais(m, n, seed, spec, K):
+def test_no_row_is_ever_worse_than_babais(made: Made, m, n, seed, spec, K):
     W, H = made(m, n, seed)
     p, grid = problem(W, H), range_grid(W, spec, 0.75)
 
@@ -180,7 +167,7 @@ def test_no_row_is_ever_worse_than_babais(m, n, seed, spec, K):
 
 @given(seed=st.integers(0, 1000), sweeps=st.integers(1, 3))
 @settings(max_examples=20)
-def test_descent_only_ever_gains_and_ends_where_no_single_code_can_move(seed, sweeps):
+def test_descent_only_ever_gains_and_ends_where_no_single_code_can_move(made: Made, seed, sweeps):
     W, H = made(4, 20, seed)
     spec = GridSpec(bits=2, symmetric=False, group=0)
     p, grid = problem(W, H), range_grid(W, spec)
@@ -213,7 +200,9 @@ def test_a_reduced_basis_helps_where_nothing_clips_and_never_harms(method: str) 
 
 
 @pytest.mark.parametrize("spec", SPECS[:3] + BLOCKED, ids=lambda s: f"{s.bits}{s.block}-{s.group}")
-def test_scales_in_the_loop_come_nearer_than_searched_ones_and_those_than_ranges(spec) -> None:
+def test_scales_in_the_loop_come_nearer_than_searched_ones_and_those_than_ranges(
+    made: Made, spec
+) -> None:
     W, H = made(10, 96)
     p, decoder = problem(W, H), Decoder(K=4)
     errors = []
@@ -227,7 +216,7 @@ def test_scales_in_the_loop_come_nearer_than_searched_ones_and_those_than_ranges
         assert errors[2] < 0.97 * errors[1]
 
 
-def test_least_squares_scales_are_the_best_for_their_codes() -> None:
+def test_least_squares_scales_are_the_best_for_their_codes(made: Made) -> None:
     W, H = made(5, 64)
     p = problem(W, H)
     for spec in (GridSpec(bits=2, symmetric=False, group=32), GridSpec(bits=3, group=32)):
@@ -242,7 +231,7 @@ def test_least_squares_scales_are_the_best_for_their_codes() -> None:
                 assert bool((p.objective(replace(best, scale=scale).values(codes)) > value).all())
 
 
-def test_min_pivot_order_takes_the_least_pivot_of_what_is_left() -> None:
+def test_min_pivot_order_takes_the_least_pivot_of_what_is_left(made: Made) -> None:
     _, H = made(2, 12)
     places = decision_order(H, "min-pivot").tolist()
     assert sorted(places) == list(range(12))
@@ -253,7 +242,7 @@ def test_min_pivot_order_takes_the_least_pivot_of_what_is_left() -> None:
     assert decision_order(H, "natural").tolist() == list(range(11, -1, -1))
 
 
-def test_dead_inputs_are_rounded_to_the_nearest_and_change_nothing_else() -> None:
+def test_dead_inputs_are_rounded_to_the_nearest_and_change_nothing_else(made: Made) -> None:
     W, H = made(6, 20)
     dead = H.clone()
     dead[3, :] = dead[:, 3] = 0
@@ -268,7 +257,7 @@ def test_dead_inputs_are_rounded_to_the_nearest_and_change_nothing_else() -> Non
     assert torch.equal(codes[:, kept], same)
 
 
-def test_what_is_no_problem_is_refused_by_its_shape() -> None:
+def test_what_is_no_problem_is_refused_by_its_shape(made: Made) -> None:
     W, H = made(3, 4)
     bad = H.clone()
     bad[0, 0] = torch.nan

@@ -80,88 +80,66 @@ def stopped(config: Config, run: Path, told: Any) -> str:
     return str(error.value)
 
 
+GiveUp = Callable[..., str]
+
+
+@pytest.fixture
+def given_up(
+    config: ConfigOf,
+    tmp_path: Path,
+    told: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_same_run: Same,
+) -> GiveUp:
+    """Trains with ``owner``'s method or function ``name`` given up at its ``number``-th call; what that
+    says. The run has a checkpoint of step ``saved``, and goes on to the same bits as one that nobody
+    stopped."""
+
+    def make(owner: Any, name: str, number: int, saved: int, **changes: Any) -> str:
+        run, straight = tmp_path / "run", tmp_path / "straight"
+        start(config(**changes), told, out=straight)
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, never_ending(getattr(owner, name), number))
+            said = stopped(config(**changes), run, told)
+        assert RunDirectory.open(run).steps()[-1] == saved
+        resume(run, [], told)
+        assert_same_run(run, straight)
+        return said
+
+    return make
+
+
 NORMS = {"model__norm": "batchnorm", "model__residual_dropout": 0.0}
 IDLE = {"train__lazy_rows": "on", "model__tie_embeddings": False}
 
 
 @pytest.mark.parametrize("changes", [{}, NORMS, IDLE], ids=["plain", "batchnorm", "idle rows"])
 def test_a_step_that_is_given_up_costs_that_step_alone(
-    changes: dict[str, Any],
-    config: ConfigOf,
-    tmp_path: Path,
-    told: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    assert_same_run: Same,
+    changes: dict[str, Any], given_up: GiveUp
 ) -> None:
-    run, straight = tmp_path / "run", tmp_path / "straight"
-    start(config(**changes), told, out=straight)
-    with monkeypatch.context() as patched:
-        # Forward and backward are done, running averages have moved, and nothing is updated yet.
-        patched.setattr(TrainStep, "_backward", never_ending(TrainStep._backward, 6))
-        said = stopped(config(**changes), run, told)
+    # Forward and backward are done, running averages have moved, and nothing is updated yet.
+    said = given_up(TrainStep, "_backward", 6, saved=5, **changes)
     assert "after step 5; the step that followed was given up" in said
-    assert RunDirectory.open(run).steps()[-1] == 5
-    resume(run, [], told)
-    assert_same_run(run, straight)
 
 
 @pytest.mark.parametrize("mode", ["off", "delayed"])
 @pytest.mark.parametrize("name", ["evaluate", "sample_texts"])
 def test_a_validation_that_is_given_up_is_made_when_the_run_goes_on(
-    name: str,
-    mode: str,
-    config: ConfigOf,
-    tmp_path: Path,
-    told: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    assert_same_run: Same,
+    name: str, mode: str, given_up: GiveUp
 ) -> None:
-    run, straight = tmp_path / "run", tmp_path / "straight"
-    changes = {"train__pipeline__mode": mode}
-    start(config(**changes), told, out=straight)
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer, name, never_ending(getattr(trainer, name), 1))
-        said = stopped(config(**changes), run, told)
+    said = given_up(trainer, name, 1, saved=7, train__pipeline__mode=mode)
     assert "after step 7; its validation was given up" in said
-    assert RunDirectory.open(run).steps()[-1] == 7
-    resume(run, [], told)
-    assert_same_run(run, straight)
 
 
-def test_an_update_that_is_given_up_is_not_saved(
-    config: ConfigOf,
-    tmp_path: Path,
-    told: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    assert_same_run: Same,
-) -> None:
-    run, straight = tmp_path / "run", tmp_path / "straight"
-    start(config(), told, out=straight)
-    with monkeypatch.context() as patched:
-        patched.setattr(Update, "apply", never_ending(Update.apply, 6))
-        said = stopped(config(), run, told)
+def test_an_update_that_is_given_up_is_not_saved(given_up: GiveUp) -> None:
+    said = given_up(Update, "apply", 6, saved=3)
     assert "after step 3; what followed is lost" in said
-    assert RunDirectory.open(run).steps()[-1] == 3
-    resume(run, [], told)
-    assert_same_run(run, straight)
 
 
-def test_a_delayed_run_goes_back_to_its_last_drain(
-    config: ConfigOf,
-    tmp_path: Path,
-    told: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    assert_same_run: Same,
-) -> None:
-    run, straight = tmp_path / "run", tmp_path / "straight"
-    delayed = config(train__pipeline__mode="delayed", train__checkpoint_every=14)
-    start(delayed, told, out=straight)
-    with monkeypatch.context() as patched:
-        patched.setattr(Ahead, "step", never_ending(Ahead.step, 10))
-        said = stopped(delayed, run, told)
+def test_a_delayed_run_goes_back_to_its_last_drain(given_up: GiveUp) -> None:
+    delayed = {"train__pipeline__mode": "delayed", "train__checkpoint_every": 14}
+    said = given_up(Ahead, "step", 10, saved=7, **delayed)
     assert "after step 7; the step that followed was given up" in said
-    resume(run, [], told)
-    assert_same_run(run, straight)
 
 
 def test_a_stage_that_does_not_end_keeps_nobody(
