@@ -1,8 +1,8 @@
 // Tokens of a Llama-like model in float32, several a call, by a team of threads.
 //
 // Rows are (token, slot, position). All rows of a pass go through each matrix together; a matrix lies in
-// panels of 16 of its rows, so that a panel is read once for six rows of numbers and stays in registers'
-// reach. Keys and values go into the engine's cache: slots x groups x capacity x width.
+// panels of 16 of its rows, so that a panel is read once for six rows of numbers, or several panels for one,
+// and the sums stay in registers. Keys and values go into the engine's cache: slots x groups x capacity x width.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -154,8 +154,11 @@ struct Block {
     bool last;  // of the rows: the next block has other panels
 
     int rows() const { return static_cast<int>(end - begin); }
+    int pieces() const { return panels * rows(); }  // of PANEL numbers each
+    int64_t row_of(int piece) const { return begin + piece % rows(); }
+    int64_t column_of(int piece) const { return (panel + piece / rows()) * PANEL; }
 
-    // out[panel * rows + row]: the products of `in` (rows, width) with a matrix.
+    // Pieces of the products of `in` (rows, width) with a matrix.
     void multiply(const float *in, int64_t width, const float *matrix, float (*out)[PANEL]) const {
         const float *from = matrix + panel * PANEL * width, *x = in + begin * width;
         const float *next = last ? from + panels * PANEL * width : from;
@@ -364,9 +367,8 @@ class Model {
         share_out(me, count, n, out_rows / PANEL, [&](const Block &block) {
             float made[TILE][PANEL];
             block.multiply(in, width, matrix, made);
-            for (int i = 0; i < block.panels * block.rows(); ++i) {
-                const int64_t row = block.begin + i % block.rows(), panel = block.panel + i / block.rows();
-                float *to = out + row * stride + panel * PANEL;
+            for (int i = 0; i < block.pieces(); ++i) {
+                float *to = out + block.row_of(i) * stride + block.column_of(i);
                 for (int j = 0; j < PANEL; j += 8)
                     store(to + j, add ? load(to + j) + load(made[i] + j) : load(made[i] + j));
             }
@@ -378,9 +380,8 @@ class Model {
             float a[TILE][PANEL], b[TILE][PANEL];
             block.multiply(in, s.width, gate, a);
             block.multiply(in, s.width, up, b);
-            for (int i = 0; i < block.panels * block.rows(); ++i) {
-                const int64_t row = block.begin + i % block.rows(), panel = block.panel + i / block.rows();
-                float *to = &act[row * s.hidden + panel * PANEL];
+            for (int i = 0; i < block.pieces(); ++i) {
+                float *to = &act[block.row_of(i) * s.hidden + block.column_of(i)];
                 for (int j = 0; j < PANEL; j += 8) {
                     const v8 g = load(a[i] + j);
                     store(to + j, g / (1.0f + exponential(-g)) * load(b[i] + j));
