@@ -75,7 +75,8 @@ def test_it_is_the_textbook_algorithm(text: str) -> None:
 def test_the_share_is_kept_in_every_block(m: int, n: int, share: float) -> None:
     W, H = made(m, n)
     kept, values = prune_values(problem(W, H), Pattern(share=share))
-    assert int((~kept).sum()) == round(share * (m * n))  # as floats go, (share · m) · n is another number
+    # As floats go, (share · m) · n is another number.
+    assert int((~kept).sum()) == round(share * (m * n))
     assert not values[~kept].any()
 
 

@@ -155,8 +155,8 @@ def _blocks(
 
 
 def byte_sums(lines: np.ndarray) -> np.ndarray:
-    """(…,) uint64 sums of the last axis of bytes (…, width), contiguous: the eight bytes of a word are added
-    in 16-bit lanes, since numpy sums short axes slowly. ``width`` is a multiple of 8."""
+    """(…,) uint64 sums of the last axis of bytes (…, width), contiguous: the eight bytes of a word are
+    added in 16-bit lanes, since numpy sums short axes slowly. ``width`` is a multiple of 8."""
     words = lines.view(np.uint64)
     low, every = np.uint64(0x00FF00FF00FF00FF), np.uint64(0x0001000100010001)
     pairs = (words & low) + (words >> np.uint64(8) & low)
