@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cllm.bench import arena, parallel, training
+from cllm.bench import arena, parallel, traffic, training
 from cllm.bench.contestants import SideBySide
 from cllm.bench.harness import Options, render
 from cllm.core.cpu import usable_threads
@@ -43,6 +43,14 @@ def test_a_quick_run_measures_all_and_judges_nothing(corpus: Path) -> None:
     assert any("nothing in common" in name for machine, name in rows if machine == "idle")
     assert sum("bits per byte" in row for row in result.rows) == 2
     assert sum("ms waited" in row for row in result.rows) == 6
+    sent = {row["contestant"]: row for row in result.rows if "forecast" in row}
+    assert len(sent) == 8  # of DDP and FSDP bytes, sending and step; of stages not the sending
+    for name in traffic.STRATEGIES:
+        assert 0.97 < sent[f"{name}, nano: {traffic.SENT}"]["forecast ÷ measured"] < 1.03
+        assert sent[f"{name}, nano: {traffic.STEP}"]["measured"] > 0
+    for name in ("DDP", "FSDP"):
+        found = sent[f"{name}, nano: {traffic.SENDING}"]["measured"]
+        assert 0 < found < sent[f"{name}, nano: {traffic.STEP}"]["measured"]
     assert result.claims
     assert all(claim.holds is None and claim.why for claim in result.claims)
     assert "delayed pipeline" in render(result)
