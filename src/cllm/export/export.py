@@ -107,7 +107,7 @@ def default_place(run: Path, source: Source, target: Format, dtype: str) -> Path
 
 def _refuse_place(place: Path, target: Format, force: bool) -> None:
     if not place.name.endswith(target.ending):
-        raise UsageError(f"the name of a {target.name} file ends in {target.ending}, not {place}")
+        raise UsageError(f"files for {target.name} end in {target.ending}, unlike {place}")
     if not place.exists():
         return
     if not force:
