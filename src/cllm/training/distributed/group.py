@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import re
 import struct
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -95,25 +97,29 @@ class Group:
     @classmethod
     def join(cls, launch: Launch) -> Group:
         """Wait until all processes are there. Raises ``UserError`` if they do not come."""
-        from torch.distributed.rendezvous import rendezvous
-
         backend = "gloo"
         if torch.cuda.is_available() and torch.cuda.device_count() >= launch.local_size:
             torch.cuda.set_device(launch.local_rank)
             backend = "cpu:gloo,cuda:nccl"
         try:
-            store, rank, size = next(rendezvous("env://", timeout=JOIN_PATIENCE))
-            # The agent's store outlives a restart, with all that the dead wrote into it.
-            store = dist.PrefixStore(f"attempt/{launch.attempt}", store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-            control = dist.new_group(backend="gloo", timeout=PATIENCE)
-            mine = dist.PrefixStore("cllm", store)
-            mine.set(str(rank), json.dumps(this_process().to_json()))
-            everyone = [Process.from_json(json.loads(mine.get(str(n)))) for n in range(size)]
+            return _beside(lambda: cls._meet(launch, backend))
         except RuntimeError as error:
             raise UserError(
                 f"the {launch.size} processes of torchrun did not find each other: {_first_line(error)}"
             ) from error
+
+    @classmethod
+    def _meet(cls, launch: Launch, backend: str) -> Group:
+        from torch.distributed.rendezvous import rendezvous
+
+        store, rank, size = next(rendezvous("env://", timeout=JOIN_PATIENCE))
+        # The agent's store outlives a restart, with all that the dead wrote into it.
+        store = dist.PrefixStore(f"attempt/{launch.attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        mine = dist.PrefixStore("cllm", store)
+        mine.set(str(rank), json.dumps(this_process().to_json()))
+        everyone = [Process.from_json(json.loads(mine.get(str(n)))) for n in range(size)]
         return cls(launch, mine, control, everyone)
 
     def tell(self, order: Order) -> None:
@@ -225,6 +231,21 @@ class Group:
             for rank, process in enumerate(self._everyone)
             if process is not None and is_running(process) is False
         ]
+
+
+def _beside(work: Callable[[], Group]) -> Group:
+    """``work`` done by another thread, so that this one hears signals: torchrun sends one where a process is
+    gone, and those that wait for it are in the middle of a call of torch."""
+    found: Future[Group] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, name="join", daemon=True).start()
+    return found.result()
 
 
 def _first_line(error: Exception) -> str:
