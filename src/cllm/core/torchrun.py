@@ -77,8 +77,8 @@ def end_with_torchrun() -> int:
 
 
 def leave_the_word_to_the_watch() -> None:
-    """Where the others end because torchrun is gone, wait for the thread that says so and ends this process,
-    too."""
+    """Where others have ended because torchrun is gone, wait for the thread that says so and ends this
+    process."""
     if os.getppid() != end_with_torchrun():
         threading.Event().wait()
 

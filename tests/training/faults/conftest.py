@@ -129,10 +129,12 @@ class Hurt:
         return found
 
     def wait(self, true: Callable[[], bool]) -> None:
-        """Until it is true, which must be while the training goes on."""
+        """Until it is true, which must come to be before the training has ended."""
         end = time.monotonic() + 2 * AT_MOST
         while not true():
-            assert self.child.poll() is None, self.lines
+            if self.child.poll() is not None:
+                self._hear_out()
+                assert true(), self.lines
             assert time.monotonic() < end, "it did not happen"
             time.sleep(0.002)
 
@@ -156,17 +158,18 @@ class Hurt:
         waited = sum(after[thread] - before[thread] for thread in after)
         print(f"ended after {took:.2f} s, {waited:.2f} s of waiting for cores among them")
         assert took - waited <= WITHIN, self.lines
-        self.child.wait()
-        for reader in self._readers:
-            reader.join()
+        self._hear_out()
         return took - waited
 
     def finish(self) -> None:
         """Wait for its good end."""
-        code = self.child.wait()
+        self._hear_out()
+        assert self.child.returncode == 0, self.lines
+
+    def _hear_out(self) -> None:
+        self.child.wait()
         for reader in self._readers:
             reader.join()
-        assert code == 0, self.lines
 
 
 @pytest.fixture
@@ -234,7 +237,7 @@ def assert_clean() -> Iterator[Callable[[Hurt, Path], None]]:
         ours = [line for line in hurt.lines if re.search(r'File ".*[/\\]cllm[/\\]', line)]
         assert not ours, hurt.lines
 
-    yield check
+    return check
 
 
 @pytest.fixture

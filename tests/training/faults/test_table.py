@@ -114,7 +114,7 @@ def test_a_full_disk_at_a_checkpoint(
     assert_same_run: Same,
     straight_of: Callable[[str], Path],
 ) -> None:
-    """A real file system without space; what was saved before is whole, and it goes on once there is some."""
+    """A real file system without space: what was saved before is whole, and goes on once there is some."""
     run = tmp_path / "run"
     run.mkdir()
     holder, before = small_disk(run, 8)

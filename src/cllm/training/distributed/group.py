@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from cllm.core.errors import UserError
 from cllm.core.process import Process, is_running, this_process
-from cllm.core.torchrun import Launch
+from cllm.core.torchrun import Launch, leave
 
 PATIENCE = timedelta(days=7)
 """How long the others wait for an order."""
@@ -35,6 +36,10 @@ _NUMBERS = 8
 _STORE_PATIENCE = timedelta(seconds=2)
 _DYING = 1.0
 """Seconds in which a process that closed its connections is expected to be dead."""
+_LOOK = 0.25
+"""Seconds between two looks whether the others are there."""
+_NOTICE = 2.0
+"""Seconds in which a process notices that another is gone if it waits for it."""
 _NETWORK = re.compile(r"gloo|NCCL|[Cc]onnection|[Ss]ocket|Timed out|\bstore\b|TCPStore")
 """Words of what torch says when another process is not there any more."""
 
@@ -102,11 +107,13 @@ class Group:
             torch.cuda.set_device(launch.local_rank)
             backend = "cpu:gloo,cuda:nccl"
         try:
-            return _beside(lambda: cls._meet(launch, backend))
+            group = _beside(lambda: cls._meet(launch, backend))
         except RuntimeError as error:
             raise UserError(
                 f"the {launch.size} processes of torchrun did not find each other: {_first_line(error)}"
             ) from error
+        threading.Thread(target=group._watch, name="others", daemon=True).start()
+        return group
 
     @classmethod
     def _meet(cls, launch: Launch, backend: str) -> Group:
@@ -213,16 +220,27 @@ class Group:
         """Give up: what is left of the group is no use any more."""
         self._closed = True
 
+    def _watch(self) -> None:
+        """End this process where another of this machine is gone and this one does not notice, as it
+        compiles."""
+        while not self._gone():
+            if self._closed:
+                return
+            time.sleep(_LOOK)
+        time.sleep(_NOTICE)
+        if self._closed:
+            return
+        if self.claim():
+            print(f"cllm: {_lost(self._gone())}", file=sys.stderr)
+        leave(1)
+
     def _who_is_lost(self, error: RuntimeError) -> str:
         gone = self._gone()
         end = time.monotonic() + _DYING
         while not gone and time.monotonic() < end:  # connections close before a process is dead
             time.sleep(0.02)
             gone = self._gone()
-        what = " and ".join(gone) or f"a process of torchrun is gone ({_first_line(error)})"
-        return (
-            f"{what}; nothing of its step was saved: go on from the last checkpoint with --resume"
-        )
+        return _lost(gone or [f"a process of torchrun is gone ({_first_line(error)})"])
 
     def _gone(self) -> list[str]:
         """Those of this machine that are dead."""
@@ -233,9 +251,15 @@ class Group:
         ]
 
 
+def _lost(gone: Sequence[str]) -> str:
+    return (
+        f"{' and '.join(gone)}; nothing of its step was saved: go on from the last checkpoint with --resume"
+    )
+
+
 def _beside(work: Callable[[], Group]) -> Group:
-    """``work`` done by another thread, so that this one hears signals: torchrun sends one where a process is
-    gone, and those that wait for it are in the middle of a call of torch."""
+    """``work`` done by another thread, so that this one hears signals: torchrun sends one where a process
+    is gone, and those that wait for it are in the middle of a call of torch."""
     found: Future[Group] = Future()
 
     def run() -> None:
