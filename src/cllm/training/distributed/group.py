@@ -252,9 +252,7 @@ class Group:
 
 
 def _lost(gone: Sequence[str]) -> str:
-    return (
-        f"{' and '.join(gone)}; nothing of its step was saved: go on from the last checkpoint with --resume"
-    )
+    return f"{' and '.join(gone)}; nothing of its step was saved: go on from the last checkpoint with --resume"
 
 
 def _beside(work: Callable[[], Group]) -> Group:
