@@ -152,6 +152,7 @@ def main() -> None:
                 file.write(json.dumps(compare(case, group, int(steps))) + "\n")
         else:
             serve(group)
+    group.abandon()
     with suppress(RuntimeError):
         dist.destroy_process_group()
     leave(0)
