@@ -8,7 +8,9 @@ neighbours see at once.
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 import struct
 import sys
 import threading
@@ -119,6 +121,7 @@ class Group:
     def _meet(cls, launch: Launch, backend: str) -> Group:
         from torch.distributed.rendezvous import rendezvous
 
+        _look_for_torchrun()
         store, rank, size = next(rendezvous("env://", timeout=JOIN_PATIENCE))
         # The agent's store outlives a restart, with all that the dead wrote into it.
         store = dist.PrefixStore(f"attempt/{launch.attempt}", store)
@@ -253,6 +256,20 @@ class Group:
 
 def _lost(gone: Sequence[str]) -> str:
     return f"{' and '.join(gone)}; nothing of its step was saved: go on from the last checkpoint with --resume"
+
+
+def _look_for_torchrun() -> None:
+    """Raises ``UserError`` where torchrun, which answers before it starts a process, was killed before this
+    one knew its parent; torch would go on asking."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    try:
+        socket.create_connection(place, JOIN_PATIENCE.total_seconds()).close()
+    except ConnectionRefusedError as error:
+        raise UserError("torchrun is gone; nothing was trained") from error
+    except OSError:
+        return  # torch says it better
 
 
 def _beside(work: Callable[[], Group]) -> Group:
