@@ -255,7 +255,8 @@ class Group:
 
 
 def _lost(gone: Sequence[str]) -> str:
-    return f"{' and '.join(gone)}; nothing of its step was saved: go on from the last checkpoint with --resume"
+    what = " and ".join(gone)
+    return f"{what}; nothing of its step was saved: go on from the last checkpoint with --resume"
 
 
 def _look_for_torchrun() -> None:
