@@ -23,7 +23,6 @@ WITHIN = 5.0
 """Seconds in which who is left must have ended, besides those that it waited for a core."""
 AT_MOST = 90.0
 """Seconds after which it has failed to, however busy the machine is."""
-STEP = "step-00000010"
 
 RUNS: dict[str, Any] = {
     "train__steps": 150,
