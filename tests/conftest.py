@@ -170,7 +170,7 @@ def process(cache: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Po
 
     def start(*arguments: object, **changes: Any) -> subprocess.Popen[str]:
         child = subprocess.Popen(
-            [sys.executable, "-m", "cllm", *map(str, arguments)],
+            [*changes.pop("before", ()), sys.executable, "-m", "cllm", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -177,6 +177,38 @@ def test_a_step_that_does_not_end_is_given_up_and_a_save_is_not() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_under_torchrun_it_is_given_up_where_all_wait_or_the_process_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cllm.training.interrupt.launched", lambda: object())
+    monkeypatch.setattr("cllm.training.interrupt.LIMIT", 0.05)
+    told: list[InterruptedRunError] = []
+    done: list[float] = []
+
+    def validate() -> None:
+        with Interrupt(Path("run"), patience=0.05) as interrupt:
+            interrupt.leave = told.append
+            batch = interrupt.giving_up(done.append)
+            batch(1.0)
+            for _ in range(2):  # torchrun sends on what the terminal has sent
+                os.kill(os.getpid(), signal.SIGINT)
+            end = time.monotonic() + 60
+            while not told:  # a step that does not end
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            batch(2.0)
+
+    with pytest.raises(InterruptedRunError, match=r"stopped by SIGINT in the middle of a step"):
+        validate()
+    assert done == [1.0, 2.0]
+    (error,) = told
+    assert str(error) == (
+        "stopped by SIGINT in the middle of a step, which is lost; go on with: cllm train --resume run"
+    )
+    assert error.exit_code == 130
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_wraps_or_swallows_errors_is_given_up_all_the_same(
     monkeypatch: pytest.MonkeyPatch,

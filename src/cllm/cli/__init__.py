@@ -78,7 +78,7 @@ def _root(
 def main() -> None:
     """Run the command line: exit code 0, 1 (it went wrong) or 2 (it was asked wrongly)."""
     try:
-        with _told_of_sigterm():
+        with _told_of_signals():
             app()
     except UserError as error:
         _end(str(error), error.exit_code, error)
@@ -86,28 +86,34 @@ def main() -> None:
         # The reader (`| head`) has gone; Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except _TerminatedError as error:
-        _end("stopped by SIGTERM", 143, error)
-    except KeyboardInterrupt as error:
-        _end("stopped by Ctrl-C", 130, error)
+    except _StoppedError as error:
+        _end(str(error), 128 + error.signum, error)
 
 
-class _TerminatedError(BaseException):
-    """SIGTERM came: what Ctrl-C cleans up is cleaned up. (A KeyboardInterrupt would be typer's.)"""
+class _StoppedError(BaseException):
+    """Ctrl-C or SIGTERM came. (A KeyboardInterrupt would be typer's, which says nothing.)"""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
 
 
 @contextmanager
-def _told_of_sigterm() -> Iterator[None]:
-    """SIGTERM unwinds what is at work, as Ctrl-C does, instead of leaving half of it behind."""
+def _told_of_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM unwind what is at work, instead of leaving half of it behind."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        raise _TerminatedError
+        raise _StoppedError(signum)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    heard = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a script's background
+        heard.append(signal.SIGINT)
+    before = {signum: signal.signal(signum, stop) for signum in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _end(text: str, code: int, error: BaseException) -> None:

@@ -57,11 +57,13 @@ def train(
     from cllm.core.duration import parse_duration
     from cllm.core.errors import UsageError
     from cllm.core.settings import parse_setting
-    from cllm.core.torchrun import launched, leave
+    from cllm.core.torchrun import end_with_torchrun, launched, leave
 
     launch = launched()
-    if launch is not None and not launch.is_first:
-        _follow(launch)
+    if launch is not None:
+        end_with_torchrun()  # before torch is loaded, which takes seconds
+        if not launch.is_first:
+            _follow(launch)
     given = {"--data": data, "--config": config, "--out": out, "--from": from_run, "--time": time}
     given["--preset"] = preset
     if resume is not None:
@@ -110,11 +112,10 @@ def train(
 
 def _follow(launch: Launch) -> NoReturn:
     """Any process of torchrun but the first: it does what the first says."""
-    import signal
-
     from cllm.core.threads import spin_briefly
+    from cllm.core.torchrun import leave_on_signals
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first speaks for all
+    leave_on_signals()
     spin_briefly()
 
     from cllm.training.distributed.entry import follow

@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from types import FrameType
 from typing import NoReturn
 
 from cllm.core.process import host_name, start_time
+
+_LOOK = 0.25
+"""Seconds between two looks whether torchrun is still there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +62,47 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+@cache
+def end_with_torchrun() -> int:
+    """From now on a thread ends this process soon after its torchrun is gone; returns torchrun's pid.
+
+    Torchrun gives each process a session of its own, so that nothing else would end them: killed, it
+    leaves a training behind that goes on unseen. One process of a machine says what happened.
+    """
+    agent = os.getppid()
+    threading.Thread(target=_watch, args=[agent], name="torchrun", daemon=True).start()
+    return agent
+
+
+def leave_the_word_to_the_watch() -> None:
+    """Where others have ended because torchrun is gone, wait for the thread that says so and ends this
+    process."""
+    if os.getppid() != end_with_torchrun():
+        threading.Event().wait()
+
+
+def _watch(agent: int) -> None:
+    while os.getppid() == agent:
+        time.sleep(_LOOK)
+    launch = launched()
+    if launch is not None and launch.local_rank == 0:
+        print(
+            f"cllm: torchrun (pid {agent}) is gone; go on from the last checkpoint with --resume",
+            file=sys.stderr,
+        )
+    leave(1)
+
+
+def leave_on_signals() -> None:
+    """Before this process has joined the others, Ctrl-C and SIGTERM end it; the first says so."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        leave(128 + signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
 
 
 def leave_signals_to_the_first() -> None:

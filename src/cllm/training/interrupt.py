@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,12 @@ from cllm.core.torchrun import launched
 
 PATIENCE = 3.0
 """Seconds after a signal in which the step at hand (a validation, a compilation) may come to its end."""
+
+LIMIT = 1.0
+"""Seconds more under torchrun, where a step cannot be given up alone, and the process ends in the middle of
+it; twice the time of the last step, if that is more."""
+LONGEST = 25.0
+"""At most as many: torchrun kills after thirty."""
 
 AGAIN = 1.0
 """Seconds after which what was given up and went on all the same is given up once more."""
@@ -41,6 +48,8 @@ class Interrupt:
     Where the loop does not ask within ``patience`` seconds, as in a long compilation, what it does is
     given up: ``GivenUpError`` is raised in the middle of it, once a second until it has come through, and
     leaves the block as an ``InterruptedRunError``.
+    Under torchrun, where no process can give up alone, it is raised by ``giving_up`` only, and a step that
+    does not end is left: ``leave`` is called with the error, by another thread.
     Outside the main thread (where Python takes no signal handlers) it does nothing, and on Windows there
     is no bound.
     """
@@ -52,6 +61,10 @@ class Interrupt:
         self._timed = hasattr(signal, "setitimer")
         self._saving = self._whole = self._due = self._over = False
         self._lost: Callable[[], UserError] | None = None
+        self.leave: Callable[[InterruptedRunError], None] | None = None
+        self.last_step = 0.0
+        """Seconds that the last step took."""
+        self._asked = False
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -102,6 +115,16 @@ class Interrupt:
         ):  # a signal is given up once more, or asked for before that
             raise GivenUpError
 
+    def giving_up(self, call: Callable[[float], None]) -> Callable[[float], None]:
+        """``call``, made where all processes of a torchrun wait for the first, which may give up there."""
+
+        def made(amount: float) -> None:
+            call(amount)
+            if self._asked and not self._over:
+                raise GivenUpError
+
+        return made
+
     def end_with(self, error: Callable[[], UserError]) -> None:
         """From another thread: give up what the main thread does, and leave the block with ``error()``,
         which is called there. Nothing comes of it while a checkpoint is written, or on Windows."""
@@ -119,12 +142,21 @@ class Interrupt:
         raise self._error(f"after step {step}{besides}")
 
     def _hold(self, signum: int, frame: FrameType | None) -> None:
-        self.pending = signum
+        known, self.pending = self.pending, signum
         if launched() is not None:  # the processes agree on where to stop
+            if self.leave is not None and not known:
+                threading.Thread(target=self._leave_in_time, name="interrupt", daemon=True).start()
             return
         signal.signal(signum, self._before[signum])
         if self._timed and not self._saving:
             signal.setitimer(signal.ITIMER_REAL, self._patience, AGAIN)
+
+    def _leave_in_time(self) -> None:
+        time.sleep(self._patience)
+        self._asked = True
+        time.sleep(min(max(LIMIT, 2 * self.last_step - self._patience), LONGEST))
+        if self.leave is not None and not self._saving and not self._over:
+            self.leave(self._error("in the middle of a step, which is lost"))
 
     def _give_up(self, signum: int, frame: FrameType | None) -> None:
         if self._over or self._saving:

@@ -33,6 +33,7 @@ from cllm.training.update import Update
 
 if TYPE_CHECKING:
     from cllm.training.distributed.team import Team
+    from cllm.training.interrupt import Interrupt
 
 LOSS_SCALE_START = 2.0**14
 LOSS_SCALE_PATIENCE = 500
@@ -211,6 +212,13 @@ class TrainStep:
         for others in (self.crew, self.team):
             if others is not None:
                 others.close()
+
+    def heed(self, interrupt: Interrupt) -> None:
+        """Let other processes' end, and what all do, be given up."""
+        if self.crew is not None:
+            self.crew.when_lost = interrupt.end_with
+        if self.team is not None:
+            interrupt.leave = self.team.leave
 
     def refresh(self) -> None:
         """Make everything that follows from the weights theirs again, after a change from outside."""

@@ -75,7 +75,7 @@ class Trainer:
         held = DELAY if delayed else 0
         self.feed = Feed(self.batches, train, held=held, ahead=train.overlap)
         self.ahead = Ahead(self.step, train, self.feed, self._seed) if delayed else None
-        self.background = Background(threaded=train.overlap)
+        self._interrupt, self.background = Interrupt(), Background(threaded=train.overlap)
         self.saver = Saver(
             config=self.config,
             run=self.run,
@@ -95,8 +95,7 @@ class Trainer:
         """
         train, standing = self.config.train, self.standing
         self._interrupt, self._offset = interrupt, self.step.number - standing.step
-        if self.step.crew is not None:
-            self.step.crew.when_lost = interrupt.end_with
+        self.step.heed(interrupt)
         self.model.train()
         with self.progress.training(train.steps, standing.step) as show, self._pipeline():
             if 0 < train.patience <= standing.stale:
@@ -117,7 +116,8 @@ class Trainer:
                 result, targets = self._one_step()
                 with interrupt.whole():
                     standing.tokens += targets
-                    standing.train_seconds += clock.lap()
+                    interrupt.last_step = clock.lap()
+                    standing.train_seconds += interrupt.last_step
                     self._after_step(result, clock, show)
             done = standing.step >= train.steps
             improved, enough = False, False
@@ -301,7 +301,7 @@ class Trainer:
                 context=self.config.model.context,
                 batch_size=self.step.rows_at_once,
                 device=self.config.train.device,
-                advance=advance,
+                advance=self._interrupt.giving_up(advance),
             )
         self.model.train()
         return result

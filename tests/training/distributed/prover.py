@@ -1,14 +1,19 @@
 """Run by torchrun: several strategies one after the other against one process, all in float64.
 
 ``torchrun … prover.py OUT STEPS CASE…``, a CASE being ``key=value,key=value`` of settings. The first
-process trains on the same windows alone and writes what it found as JSON lines.
+process trains on the same windows alone and writes what it found as JSON lines. With ``DELAYS`` in the
+environment, a seed, each waits at random at every hand-over.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
+import random
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.pipelining import schedules
 
 from cllm.core.settings import build as settings
 from cllm.core.settings import parse_setting
@@ -40,6 +46,27 @@ BASE: dict[str, Any] = {
     "train.loss_chunk": 0,
     "train.threads": 1,
 }
+
+HAND_OVERS = {
+    dist: ("broadcast", "scatter", "all_reduce", "all_gather_single", "reduce_scatter_single"),
+    schedules: ("_batch_p2p", "_wait_batch_p2p"),
+}
+LONGEST = 0.01
+
+
+def late(call: Callable[..., Any], rng: random.Random) -> Callable[..., Any]:
+    """``call`` with a random wait before and after it; half the time there is none."""
+
+    def wait() -> None:
+        time.sleep(max(rng.uniform(-LONGEST, LONGEST), 0.0))
+
+    def made(*arguments: Any, **named: Any) -> Any:
+        wait()
+        found = call(*arguments, **named)
+        wait()
+        return found
+
+    return made
 
 
 def windows(number: int, count: int, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -111,6 +138,11 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     launch = launched()
     assert launch is not None
+    if "DELAYS" in os.environ:
+        rng = random.Random(f"{os.environ['DELAYS']} {launch.rank}")
+        for module, names in HAND_OVERS.items():
+            for name in names:
+                setattr(module, name, late(getattr(module, name), rng))
     group = Group.join(launch)
     for case in cases:
         torch.manual_seed(1)
@@ -119,6 +151,7 @@ def main() -> None:
                 file.write(json.dumps(compare(case, group, int(steps))) + "\n")
         else:
             serve(group)
+    group.abandon()
     with suppress(RuntimeError):
         dist.destroy_process_group()
     leave(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +18,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cllm.core.config import Config
-from cllm.core.errors import UsageError
+from cllm.core.errors import UsageError, UserError
 from cllm.core.torchrun import Launch, launched
 from cllm.store.run import RunDirectory
 from cllm.training.choose import choose
 from cllm.training.distributed.check import check_team
 from cllm.training.distributed.entry import EndedRunError, earlier_run
-from cllm.training.distributed.group import Group, Kind, LostProcessError, Order
+from cllm.training.distributed.group import JOIN_PATIENCE, Group, Kind, LostProcessError, Order
 from cllm.training.distributed.shards import Shards
 from cllm.training.distributed.shares import evaluation_parts, packed
 from cllm.training.distributed.stages import Stages
@@ -127,6 +129,21 @@ def test_what_torch_says_of_a_lost_process(text: str, lost: bool) -> None:
     with pytest.raises(LostProcessError if lost else RuntimeError) as error, group.watching():
         raise RuntimeError(text)
     assert isinstance(error.value, LostProcessError) == lost
+
+
+def test_a_torchrun_that_was_killed_at_the_start_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        launch = Launch(rank=0, size=2, local_rank=0, local_size=2, job="a")
+        began = time.monotonic()
+        with pytest.raises(UserError, match="torchrun is gone"):
+            Group.join(launch)
+        assert time.monotonic() - began < JOIN_PATIENCE.total_seconds()
 
 
 @pytest.mark.parametrize(

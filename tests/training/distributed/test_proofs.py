@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ PROVER = Path(__file__).with_name("prover.py")
 Start = Callable[..., subprocess.Popen[str]]
 STEPS = 50
 EXACT = 1e-9
+WATCHDOG = 600
+"""Seconds after which a deadlock has been found."""
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torchrun is tested on Linux")
 
@@ -67,6 +70,17 @@ def test_every_strategy_and_schedule(processes: int, torchrun: Start, tmp_path: 
     said, _ = child.communicate()
     assert child.returncode == 0, said
     check(tmp_path / "found", ALL)
+
+
+@pytest.mark.slow
+def test_random_delays_at_every_hand_over_change_nothing(torchrun: Start, tmp_path: Path) -> None:
+    seed = str(random.random())
+    print("delays", seed)
+    cases = [*FEW, stages("interleaved", 4), stages("zero-bubble", 4)]
+    child = torchrun(2, PROVER, tmp_path / "found", 20, *cases, environ={"DELAYS": seed})
+    said, _ = child.communicate(timeout=WATCHDOG)
+    assert child.returncode == 0, said
+    check(tmp_path / "found", cases)
 
 
 @pytest.fixture

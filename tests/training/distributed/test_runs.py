@@ -1,9 +1,8 @@
-"""``torchrun … -m cllm train`` as a user starts it: runs, kills, signals, restarts and conversion."""
+"""``torchrun … -m cllm train`` as a user starts it: runs, restarts and conversion."""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,24 +14,14 @@ import pytest
 
 from cllm.store import checkpoint
 from cllm.store.metrics import read_columns
-from cllm.store.run import RunDirectory
 
 Start = Callable[..., subprocess.Popen[str]]
 Options = Callable[..., list[str]]
 Same = Callable[[Path, Path], None]
 Ranks = Callable[[subprocess.Popen[str]], dict[int, int]]
-Alive = Callable[[int], bool]
 CLLM = ("-m", "cllm")
 LONG = {"train__steps": 60, "train__checkpoint_every": 10, "train__eval_every": 30}
 DROPOUT = {"model__residual_dropout": 0.1, "model__embedding_dropout": 0.1}
-STRATEGIES = {
-    "ddp": {},
-    "fsdp": {"train__parallel__strategy": "fsdp"},
-    "stages": {"train__pipeline__mode": "stages", "model__n_layers": 2},
-}
-END = 30
-"""Seconds in which all must have ended; torchrun itself kills after as many."""
-
 pytestmark = [
     pytest.mark.slow,  # each starts torch several times
     pytest.mark.skipif(sys.platform != "linux", reason="torchrun is tested on Linux"),
@@ -60,7 +49,7 @@ def test_shards_are_a_run_like_any_other(
     assert_same_state: Callable[[object, object], None],
 ) -> None:
     run = tmp_path / "run"
-    asked = options(**STRATEGIES["fsdp"], train__dtype="bf16")
+    asked = options(train__parallel__strategy="fsdp", train__dtype="bf16")
     said = finish(torchrun(2, *CLLM, "train", "--data", corpus, *asked, "--out", run))
     assert said.count("step 6: validation") == 1  # one process speaks
     assert said.count(f"run: {run}") == 1
@@ -86,64 +75,6 @@ def test_shards_are_a_run_like_any_other(
     losses = read_columns(run / "metrics.jsonl", "train")["loss"]
     assert len(losses) == 16
     assert losses[15] < losses[11] + 0.2 < losses[0]
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_all_and_the_run_resumes_to_the_same_bits(
-    victim: int,
-    strategy: str,
-    torchrun: Start,
-    tmp_path: Path,
-    corpus: Path,
-    options: Options,
-    assert_same_run: Same,
-    ranks: Ranks,
-    alive: Alive,
-    wait_for: Callable[[Path, subprocess.Popen[str]], None],
-) -> None:
-    run, straight = tmp_path / "run", tmp_path / "straight"
-    asked = options(**LONG | DROPOUT | STRATEGIES[strategy])
-    command = [*CLLM, "train", "--data", corpus, *asked, "--out"]
-    child = torchrun(2, *command, run)
-    wait_for(run / "checkpoints" / "step-00000010", child)
-    started = ranks(child)
-    os.kill(started[victim], signal.SIGKILL)
-    said, _ = child.communicate(timeout=END)
-    assert child.returncode != 0
-    (line,) = ours(said)
-    gone = rf"cllm: process {victim} of torchrun \(pid {started[victim]}\) is gone; .*--resume"
-    assert re.match(gone, line), said
-    assert not any(alive(pid) for pid in started.values())
-    assert RunDirectory.open(run).status().state == "interrupted"
-    finish(torchrun(2, *CLLM, "train", "--resume", run))
-    finish(torchrun(2, *command, straight))
-    assert_same_run(run, straight)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_signal_saves_and_names_the_command_that_goes_on(
-    strategy: str,
-    torchrun: Start,
-    tmp_path: Path,
-    corpus: Path,
-    options: Options,
-    ranks: Ranks,
-    alive: Alive,
-    wait_for: Callable[[Path, subprocess.Popen[str]], None],
-) -> None:
-    run = tmp_path / "run"
-    asked = options(**LONG | STRATEGIES[strategy] | {"train__steps": 5000})
-    child = torchrun(2, *CLLM, "train", "--data", corpus, *asked, "--out", run)
-    wait_for(run / "checkpoints" / "step-00000010", child)
-    started = ranks(child)
-    os.killpg(child.pid, signal.SIGINT)  # Ctrl-C, as a terminal sends it
-    said, _ = child.communicate(timeout=END)
-    (line,) = ours(said)
-    saved = RunDirectory.open(run).steps()[-1]
-    assert line.startswith(f"cllm: stopped by SIGINT after step {saved}; go on with: "), said
-    assert not any(alive(pid) for pid in started.values())
-    assert RunDirectory.open(run).status().state == "interrupted"
 
 
 def test_torchrun_restarts_and_the_run_goes_on_by_itself(

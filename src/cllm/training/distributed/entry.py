@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from cllm.core.errors import UserError
-from cllm.core.torchrun import Launch, launched, leave, leave_signals_to_the_first
+from cllm.core.torchrun import (
+    Launch,
+    end_with_torchrun,
+    launched,
+    leave,
+    leave_on_signals,
+    leave_signals_to_the_first,
+    leave_the_word_to_the_watch,
+)
 from cllm.store.run import RunDirectory, runs_in
 from cllm.training.distributed.group import Group, LostProcessError
 from cllm.training.distributed.team import serve
@@ -28,11 +36,13 @@ def joined() -> Iterator[Group | None]:
         return
     if not launch.is_first:
         follow(launch)
+    end_with_torchrun()
     group = Group.join(launch)
     try:
         yield group
     except LostProcessError:
         group.abandon()
+        leave_the_word_to_the_watch()
         if not group.claim():
             leave(1)  # another has said it already
         raise
@@ -51,6 +61,8 @@ def follow(launch: Launch) -> NoReturn:
 
     Says something only where the first cannot: it, or another, is gone.
     """
+    leave_on_signals()
+    end_with_torchrun()
     try:
         group = Group.join(launch)
     except UserError:
@@ -61,6 +73,7 @@ def follow(launch: Launch) -> NoReturn:
     except Exception as error:
         if os.environ.get("CLLM_DEBUG"):
             raise
+        leave_the_word_to_the_watch()
         if group.claim():
             name = "" if isinstance(error, UserError) else f"process {launch.rank}: "
             text = " ".join(str(error).split()) or type(error).__name__

@@ -8,10 +8,15 @@ neighbours see at once.
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 import struct
+import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +29,7 @@ from torch import Tensor
 
 from cllm.core.errors import UserError
 from cllm.core.process import Process, is_running, this_process
-from cllm.core.torchrun import Launch
+from cllm.core.torchrun import Launch, leave
 
 PATIENCE = timedelta(days=7)
 """How long the others wait for an order."""
@@ -33,6 +38,10 @@ _NUMBERS = 8
 _STORE_PATIENCE = timedelta(seconds=2)
 _DYING = 1.0
 """Seconds in which a process that closed its connections is expected to be dead."""
+_LOOK = 0.25
+"""Seconds between two looks whether the others are there."""
+_NOTICE = 2.0
+"""Seconds in which a process notices that another is gone if it waits for it."""
 _NETWORK = re.compile(r"gloo|NCCL|[Cc]onnection|[Ss]ocket|Timed out|\bstore\b|TCPStore")
 """Words of what torch says when another process is not there any more."""
 
@@ -95,25 +104,32 @@ class Group:
     @classmethod
     def join(cls, launch: Launch) -> Group:
         """Wait until all processes are there. Raises ``UserError`` if they do not come."""
-        from torch.distributed.rendezvous import rendezvous
-
         backend = "gloo"
         if torch.cuda.is_available() and torch.cuda.device_count() >= launch.local_size:
             torch.cuda.set_device(launch.local_rank)
             backend = "cpu:gloo,cuda:nccl"
         try:
-            store, rank, size = next(rendezvous("env://", timeout=JOIN_PATIENCE))
-            # The agent's store outlives a restart, with all that the dead wrote into it.
-            store = dist.PrefixStore(f"attempt/{launch.attempt}", store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-            control = dist.new_group(backend="gloo", timeout=PATIENCE)
-            mine = dist.PrefixStore("cllm", store)
-            mine.set(str(rank), json.dumps(this_process().to_json()))
-            everyone = [Process.from_json(json.loads(mine.get(str(n)))) for n in range(size)]
+            group = _beside(lambda: cls._meet(launch, backend))
         except RuntimeError as error:
             raise UserError(
                 f"the {launch.size} processes of torchrun did not find each other: {_first_line(error)}"
             ) from error
+        threading.Thread(target=group._watch, name="others", daemon=True).start()
+        return group
+
+    @classmethod
+    def _meet(cls, launch: Launch, backend: str) -> Group:
+        from torch.distributed.rendezvous import rendezvous
+
+        _look_for_torchrun()
+        store, rank, size = next(rendezvous("env://", timeout=JOIN_PATIENCE))
+        # The agent's store outlives a restart, with all that the dead wrote into it.
+        store = dist.PrefixStore(f"attempt/{launch.attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        mine = dist.PrefixStore("cllm", store)
+        mine.set(str(rank), json.dumps(this_process().to_json()))
+        everyone = [Process.from_json(json.loads(mine.get(str(n)))) for n in range(size)]
         return cls(launch, mine, control, everyone)
 
     def tell(self, order: Order) -> None:
@@ -207,16 +223,27 @@ class Group:
         """Give up: what is left of the group is no use any more."""
         self._closed = True
 
+    def _watch(self) -> None:
+        """End this process where another of this machine is gone and this one does not notice, as it
+        compiles."""
+        while not self._gone():
+            if self._closed:
+                return
+            time.sleep(_LOOK)
+        time.sleep(_NOTICE)
+        if self._closed:
+            return
+        if self.claim():
+            print(f"cllm: {_lost(self._gone())}", file=sys.stderr)
+        leave(1)
+
     def _who_is_lost(self, error: RuntimeError) -> str:
         gone = self._gone()
         end = time.monotonic() + _DYING
         while not gone and time.monotonic() < end:  # connections close before a process is dead
             time.sleep(0.02)
             gone = self._gone()
-        what = " and ".join(gone) or f"a process of torchrun is gone ({_first_line(error)})"
-        return (
-            f"{what}; nothing of its step was saved: go on from the last checkpoint with --resume"
-        )
+        return _lost(gone or [f"a process of torchrun is gone ({_first_line(error)})"])
 
     def _gone(self) -> list[str]:
         """Those of this machine that are dead."""
@@ -225,6 +252,40 @@ class Group:
             for rank, process in enumerate(self._everyone)
             if process is not None and is_running(process) is False
         ]
+
+
+def _lost(gone: Sequence[str]) -> str:
+    what = " and ".join(gone)
+    return f"{what}; nothing of its step was saved: go on from the last checkpoint with --resume"
+
+
+def _look_for_torchrun() -> None:
+    """Raises ``UserError`` where torchrun, which answers before it starts a process, was killed before this
+    one knew its parent; torch would go on asking."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    try:
+        socket.create_connection(place, JOIN_PATIENCE.total_seconds()).close()
+    except ConnectionRefusedError as error:
+        raise UserError("torchrun is gone; nothing was trained") from error
+    except OSError:
+        return  # torch says it better
+
+
+def _beside(work: Callable[[], Group]) -> Group:
+    """``work`` done by another thread, so that this one hears signals: torchrun sends one where a process
+    is gone, and those that wait for it are in the middle of a call of torch."""
+    found: Future[Group] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, name="join", daemon=True).start()
+    return found.result()
 
 
 def _first_line(error: Exception) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from cllm.core.allocator import keep_freed_memory
 from cllm.core.config import Config
 from cllm.core.errors import UserError
+from cllm.core.torchrun import leave
 from cllm.training.distributed.group import Group, Kind, Order
 from cllm.training.distributed.member import Member, Writer
 from cllm.training.distributed.strategies import make_member
@@ -90,6 +92,12 @@ class Team:
     def close(self) -> None:
         """Let the others end."""
         self.group.close()
+
+    def leave(self, error: UserError) -> NoReturn:
+        """End this process in the middle of what all do, which ends the others; it alone says why."""
+        if self.group.claim():
+            print(f"cllm: {error}", file=sys.stderr)
+        leave(error.exit_code)
 
     def _all(self, work: Any) -> Any:
         with self.group.watching():
