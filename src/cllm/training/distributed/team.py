@@ -13,7 +13,7 @@ from torch import Tensor
 from cllm.core.config import Config
 from cllm.core.errors import UserError
 from cllm.core.torchrun import leave
-from cllm.training.distributed.group import Group, Kind, Order
+from cllm.training.distributed.group import Group, Kind, LostProcessError, Order
 from cllm.training.distributed.member import Member, Writer
 from cllm.training.distributed.strategies import make_member
 from cllm.training.figures import Numbers
@@ -132,8 +132,13 @@ def serve(group: Group) -> None:
     with group.watching():
         member = make_member(config, group.size, None)
     while (order := group.hear()).kind != Kind.STOP:
-        with group.watching():
-            _obey(order, group, member)
+        try:
+            with group.watching():
+                _obey(order, group, member)
+        except LostProcessError:
+            raise
+        except UserError:
+            continue  # the first has the same, and says so
 
 
 def _obey(order: Order, group: Group, member: Member) -> None:
