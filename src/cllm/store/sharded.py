@@ -16,18 +16,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cllm.core.atomic import clear_errors
+
 NAME = "sharded"
 WEIGHTS = "weights"
 """What the names of weights begin with; those of the optimizer's begin with the moment's name."""
 
 
 def write_shards(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Write this process's shares into ``directory``; all processes of the group at once."""
-    import torch.distributed.checkpoint as dcp
+    """Write this process's shares into ``directory``; all processes of the group at once.
 
-    with _quietly():
-        writer = dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer)
+    Raises ``UserError``, in all of them, where one cannot write.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with _quietly():
+            writer = dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer)
+    except CheckpointException as error:
+        for cause, _ in error.failures.values():
+            with clear_errors(directory):
+                raise cause from error
 
 
 def read_shards(directory: Path, only: str | None = None) -> dict[str, dict[str, Tensor]]:

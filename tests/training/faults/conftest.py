@@ -133,7 +133,7 @@ class Hurt:
         while not true():
             if self.child.poll() is not None:
                 self._hear_out()
-                assert true(), self.lines
+                assert true(), "\n".join(self.lines)
             assert time.monotonic() < end, "it did not happen"
             time.sleep(0.002)
 

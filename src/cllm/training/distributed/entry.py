@@ -22,6 +22,7 @@ from cllm.core.torchrun import (
 from cllm.store.run import RunDirectory, runs_in
 from cllm.training.distributed.group import Group, LostProcessError
 from cllm.training.distributed.team import serve
+from cllm.training.interrupt import InterruptedRunError
 
 
 @contextmanager
@@ -46,9 +47,13 @@ def joined() -> Iterator[Group | None]:
         if not group.claim():
             leave(1)  # another has said it already
         raise
+    except InterruptedRunError as error:
+        group.blame_the_lost(error)
+        raise
     except UserError:
         raise
-    except BaseException:
+    except BaseException as error:
+        group.blame_the_lost(error)
         group.claim()
         group.abandon()
         raise

@@ -219,6 +219,15 @@ class Group:
             self.brief(None)
         self._briefed = False
 
+    def blame_the_lost(self, error: BaseException) -> None:
+        """Raises ``LostProcessError`` where another process is gone: torchrun then sends the rest a signal,
+        which is not why they end."""
+        if gone := self._gone():
+            self.abandon()
+            if not self.claim():
+                leave(1)
+            raise LostProcessError(_lost(gone)) from error
+
     def abandon(self) -> None:
         """Give up: what is left of the group is no use any more."""
         self._closed = True

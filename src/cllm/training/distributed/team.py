@@ -14,7 +14,7 @@ from cllm.core.allocator import keep_freed_memory
 from cllm.core.config import Config
 from cllm.core.errors import UserError
 from cllm.core.torchrun import leave
-from cllm.training.distributed.group import Group, Kind, Order
+from cllm.training.distributed.group import Group, Kind, LostProcessError, Order
 from cllm.training.distributed.member import Member, Writer
 from cllm.training.distributed.strategies import make_member
 from cllm.training.figures import Numbers
@@ -145,8 +145,13 @@ def enlist(group: Group) -> Member | None:
 def obey(group: Group, member: Member) -> bool:
     """Wait for the first's next order and do it; whether there may be another."""
     order = group.hear()
-    with group.watching():
-        _do(order, group, member)
+    try:
+        with group.watching():
+            _do(order, group, member)
+    except LostProcessError:
+        raise
+    except UserError:
+        pass  # the first has the same, and says so
     return order.kind != Kind.STOP
 
 
