@@ -39,7 +39,7 @@ TWO_EACH = STAGES | {"train__pipeline__schedule": "zbv"}
 @pytest.mark.parametrize(
     ("size", "changes", "why"),
     [
-        (3, {}, r"the 4 windows of a step .* do not divide into the 3 processes"),
+        (3, {}, r"the 4 windows of a step .* do not divide into 3 processes"),
         (2, {"train__parallel__workers": 2}, r"train\.parallel\.workers = 2.*leave it out"),
         (2, {"model__norm": "batchnorm"}, "batchnorm"),
         (2, {"train__loss": "sampled", "train__sampled__candidates": 8}, "sampled"),
