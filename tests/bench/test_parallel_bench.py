@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from cllm.bench import arena, parallel, training
+from cllm.bench import arena, parallel, traffic, training
+from cllm.bench.contestants import SideBySide
 from cllm.bench.harness import Options, render
 from cllm.core.cpu import usable_threads
 from cllm.core.errors import UserError
@@ -38,11 +40,33 @@ def test_a_quick_run_measures_all_and_judges_nothing(corpus: Path) -> None:
         f"end of a step: {name}" for name in (arena.PLAIN, arena.THEIRS)
     }
     assert all(row["µs"] > 0 for row in ends)
+    assert any("nothing in common" in name for machine, name in rows if machine == "idle")
     assert sum("bits per byte" in row for row in result.rows) == 2
     assert sum("ms waited" in row for row in result.rows) == 6
+    sent = {row["contestant"]: row for row in result.rows if "forecast" in row}
+    assert len(sent) == 8  # of DDP and FSDP bytes, sending and step; of stages not the sending
+    for name in traffic.STRATEGIES:
+        assert 0.97 < sent[f"{name}, nano: {traffic.SENT}"]["forecast ÷ measured"] < 1.03
+        assert sent[f"{name}, nano: {traffic.STEP}"]["measured"] > 0
+    for name in ("DDP", "FSDP"):
+        found = sent[f"{name}, nano: {traffic.SENDING}"]["measured"]
+        assert 0 < found < sent[f"{name}, nano: {traffic.STEP}"]["measured"]
     assert result.claims
     assert all(claim.holds is None and claim.why for claim in result.claims)
     assert "delayed pipeline" in render(result)
+
+
+def test_contestants_side_by_side_run_at_the_same_time_and_are_added_up() -> None:
+    """Each waits for the other: one after the other would break the barrier."""
+    barrier = threading.Barrier(2, timeout=20)
+
+    class Waits(SideBySide):
+        def round(self) -> dict[str, Any]:
+            barrier.wait()
+            return {"tokens_per_second": float(self.name), "peak_rss": 10 * int(self.name)}
+
+    both = SideBySide("both", [Waits("1", ()), Waits("2", ())])
+    assert both.round() == {"tokens_per_second": 3.0, "peak_rss": 20}
 
 
 def test_one_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,10 +115,11 @@ def test_claims_compare_workers_with_a_thread_a_team_and_the_fair_share(
     crew: float, beside: float, holds: tuple[bool, ...]
 ) -> None:
     rates: dict[str, Any] = {
-        "idle": {parallel.ONE: [1.0], "team": [1.7], "crew": [crew], parallel.DELAYED: [1.0]},
+        "idle": {parallel.ONE: [1.0], "team": [1.7], "crew": [crew], "apart": [1.95]}
+        | {parallel.DELAYED: [1.0]},
         "beside another program": {"team": [0.2], "crew": [crew * beside]},
     }
-    claims = {c.name: c for c in parallel._claims(rates, 2, 2, "team", "crew", "")}
+    claims = {c.name: c for c in parallel._claims(rates, 2, 2, "team", "crew", "apart", "")}
     names = (
         f"crew ÷ {parallel.ONE}",
         "crew ÷ team",
@@ -103,5 +128,7 @@ def test_claims_compare_workers_with_a_thread_a_team_and_the_fair_share(
     assert tuple(claims[name].holds for name in names) == holds
     assert [claims[name].required for name in names] == [1.85, 1.1, 0.6]
     assert claims[names[0]].aim == 1.95
+    assert claims["crew ÷ apart"].value == pytest.approx(crew / 1.95, abs=1e-3)
+    assert claims["crew ÷ apart"].holds is None
     assert claims[f"{parallel.DELAYED} ÷ team"].required is None
     assert claims["team, beside another program: of the fair share"].holds is None

@@ -58,8 +58,9 @@ def test_heads_of_every_width_and_more_slots_than_a_panel_holds_rows(
             rows += list(scores.logits.clone())
         logits.append(torch.stack(rows))
         found.append([(s.index, s.token) for s in serve(engine, requests)])
-    assert torch.allclose(*logits, rtol=1e-4, atol=1e-4)
-    assert float(logits[0].std()) > 0.1
+    # Weights this large amplify rounding: sums in another order were seen to move a logit by 1.6e-4.
+    assert torch.allclose(*logits, rtol=1e-4, atol=1e-3)
+    assert float(logits[0].std()) > 1.0
     for index in range(12):
         assert [s for s in found[0] if s[0] == index] == [s for s in found[1] if s[0] == index]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +20,13 @@ from cllm.core.settings import merge, parse_setting
 from cllm.model.transformer import Transformer, flops_per_token, parameter_count
 from cllm.training import build as building
 from cllm.training.choose import choose, matmul_rates
+from cllm.training.pipeline.delayed import Delayed
 
 Batches = list[tuple[Tensor, Tensor]]
 Step = Callable[[Tensor, Tensor], float]
-Build = Callable[[], Step]
+Reset = Callable[[], None]
+Train = Callable[[Batches, int], float]
+"""All epochs of the batches; returns the mean training loss of the last."""
 
 
 def main() -> None:
@@ -42,10 +47,9 @@ def main() -> None:
         building.keep_freed_memory = lambda: False
     config = workload(args.epochs, args.settings)
     batches = windows(read_words(args.words))
-    reset, step = ours(config) if args.who == "ours" else plain(config)
+    reset, train = ours(config) if args.who == "ours" else plain(config)
     begin = time.perf_counter()
-    for batch in batches:
-        step(*batch)
+    train(batches, 1)
     start_seconds = time.perf_counter() - begin
     threads = config.train.threads
     assert isinstance(threads, int)
@@ -53,7 +57,7 @@ def main() -> None:
     def one_round() -> dict[str, Any]:
         reset()
         begin = time.perf_counter()
-        loss = train(step, batches, args.epochs)
+        loss = train(batches, args.epochs)
         seconds = time.perf_counter() - begin
         return {"seconds": seconds, "loss": loss, "steps": args.epochs * len(batches)}
 
@@ -97,16 +101,29 @@ def windows(words: list[str]) -> Batches:
     return [(g[:, :-1].contiguous(), g[:, 1:].contiguous()) for g in grid]
 
 
-def train(step: Step, batches: Batches, epochs: int) -> float:
-    """All epochs; returns the mean training loss of the last."""
+def by_steps(step: Step, batches: Batches, epochs: int) -> float:
+    """Train, one step after the other."""
     losses: list[float] = []
     for _ in range(epochs):
         losses = [step(*batch) for batch in batches]
     return sum(losses) / len(losses)
 
 
-def ours(config: Config) -> tuple[Callable[[], None], Step]:
-    """The step of ``cllm train``, and a function that begins anew."""
+def in_pipeline(delayed: Delayed, rate: float, batches: Batches, epochs: int) -> float:
+    """Train through the three stages, drained at the end."""
+    losses: deque[float] = deque(maxlen=len(batches))
+    for batch in batches * epochs:
+        delayed.submit([batch], rate)
+        if delayed.in_flight > delayed.delay:
+            losses.append(delayed.result().loss)
+    while delayed.in_flight:
+        losses.append(delayed.result().loss)
+    delayed.settle()
+    return sum(losses) / len(losses)
+
+
+def ours(config: Config) -> tuple[Reset, Train]:
+    """A function that begins anew, and training by the step of ``cllm train``."""
     model, step = building.build(config)
     model.train()
     rate = config.train.lr
@@ -119,10 +136,12 @@ def ours(config: Config) -> tuple[Callable[[], None], Step]:
         step.counters["loss_scale"].fill_(1.0)
         arena.refresh()
 
-    return reset, lambda ids, targets: step([(ids, targets)], rate).loss
+    if config.train.pipeline.mode == "delayed":
+        return reset, partial(in_pipeline, Delayed(step), rate)
+    return reset, partial(by_steps, lambda ids, targets: step([(ids, targets)], rate).loss)
 
 
-def plain(config: Config) -> tuple[Callable[[], None], Step]:
+def plain(config: Config) -> tuple[Reset, Train]:
     """The same model in the usual loop: autograd, fused AdamW, clipping."""
     train = config.train
     torch.set_num_threads(1)
@@ -149,7 +168,7 @@ def plain(config: Config) -> tuple[Callable[[], None], Step]:
         return float(loss.detach())
 
     reset()
-    return reset, step
+    return reset, partial(by_steps, step)
 
 
 if __name__ == "__main__":

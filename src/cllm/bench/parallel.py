@@ -3,8 +3,9 @@
 The demo's model and batch, each contestant in a process of its own, first on an idle machine, then beside
 another program that wants one core. One worker on one core beside a team of threads that waits for its
 slowest member at every operation: that is what the comparison is about. Then what ends a step, over one
-arena (``cllm.bench.arena``), what is done beside the steps (``cllm.bench.overlap``), and what the delay
-costs (``cllm.bench.delay``; its text may be given with ``--data``).
+arena (``cllm.bench.arena``), what is done beside the steps (``cllm.bench.overlap``), what processes of
+torchrun send (``cllm.bench.traffic``), and what the delay costs (``cllm.bench.delay``; its text may be
+given with ``--data``).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from contextlib import contextmanager
 from functools import partial
 from statistics import median
 
-from cllm.bench import arena, delay, overlap
-from cllm.bench.contestants import our_contestant
+from cllm.bench import arena, delay, overlap, traffic
+from cllm.bench.contestants import SideBySide, our_contestant
 from cllm.bench.harness import (
     Claim,
     Contestant,
@@ -49,6 +50,7 @@ def run(options: Options) -> Result:
     train = Config().train
     workers = most_workers(train.batch_size, train.accumulate, cores)
     team, crew = f"one process, {cores} threads", f"{workers} workers of one thread"
+    apart = f"{cores} runs of one thread, nothing in common"
     settings = {
         ONE: ["train.threads=1"],
         team: [f"train.threads={cores}"],
@@ -57,8 +59,10 @@ def run(options: Options) -> Result:
     }
     rounds, steps = (2, 2) if options.quick else (ROUNDS, STEPS)
     starts = [partial(_start, name, call, steps, options.quick) for name, call in settings.items()]
-    with contest(starts) as contestants:
-        idle = interleaved(contestants, rounds)
+    alone = partial(_start, "another run", ["train.threads=1"], steps, options.quick)
+    with contest(starts) as contestants, contest([alone] * (cores - 1)) as others:
+        runs = SideBySide(apart, [contestants[0], *others])
+        idle = interleaved([*contestants, runs], rounds)
         with _competitor():
             beside = interleaved(contestants, rounds)
     figures = {"idle": idle, "beside another program": beside}
@@ -81,23 +85,28 @@ def run(options: Options) -> Result:
     why = "--quick measures nothing" if options.quick else (busy or "")
     ends, end_claims, end_notes = arena.measure(options.quick, why)
     beside_steps, beside_notes = overlap.measure(options.quick)
+    sent, sent_claims, sent_notes = traffic.measure(options.quick, why)
     quality, quality_notes = delay.measure(options.quick, options.data)
     return Result(
         bench="parallel",
-        rows=rows + quality + ends + beside_steps,
-        claims=_claims(rates, cores, workers, team, crew, why) + end_claims,
+        rows=rows + quality + ends + beside_steps + sent,
+        claims=_claims(rates, cores, workers, team, crew, apart, why) + end_claims + sent_claims,
         notes=[
             f"Shape and batch: {contestants[0].ready['shape']}; {contestants[0].ready['dtype']}. Medians "
             f"of {rounds} interleaved rounds of {steps} steps, compilation and warm-up apart. Workers take "
             "a share of the batch's windows each. Peak RSS is the parent's.",
             "The delayed pipeline would be the default from 1.1 times the plain loop on, at equal bits per "
             "byte; it is off. Its rounds begin and end drained, as at a checkpoint.",
+            f"{apart[0].upper()}{apart[1:]}: {cores} trainings at the same time, their tokens added up. "
+            "Workers that wait for each other at every step are not expected to give more: this bounds "
+            "what they can gain on this machine, and divided by the team's what they can gain over it.",
             *quality_notes,
             *beside_notes,
             "The other program counts in a loop. The fair share of n threads of ours beside it on c cores "
             f"is c·n/(n + 1), and n at most; c is {cores} here. As many workers begin as there are "
             f"cores, or as the batch divides among: {workers}.",
             *end_notes,
+            *sent_notes,
         ],
         packages=("torch",),
         load_before=load,
@@ -116,12 +125,16 @@ def _claims(
     workers: int,
     team: str,
     crew: str,
+    apart: str,
     why: str,
 ) -> list[Claim]:
     idle, beside = rates["idle"], rates["beside another program"]
     wanted: list[tuple[str, float, float | None, float | None]] = [
         (f"{crew} ÷ {ONE}", ratio_of_medians(idle[crew], idle[ONE]), 1.85, 1.95),
         (f"{crew} ÷ {team}", ratio_of_medians(idle[crew], idle[team]), 1.1, None),
+        (f"{apart} ÷ {ONE}", ratio_of_medians(idle[apart], idle[ONE]), None, None),
+        (f"{apart} ÷ {team}", ratio_of_medians(idle[apart], idle[team]), None, None),
+        (f"{crew} ÷ {apart}", ratio_of_medians(idle[crew], idle[apart]), None, None),
         (f"{DELAYED} ÷ {team}", ratio_of_medians(idle[DELAYED], idle[team]), None, 1.1),
     ]
     for name, count, required in ((crew, workers, 0.6), (team, cores, None)):

@@ -276,7 +276,8 @@ class Loop:
             found[threads] = sorted(times[2:])[len(times[2:]) // 2]
         self.threads = min(found, key=lambda threads: found[threads])
         figures = ", ".join(f"{n}: {1e3 * s:.2f} ms" for n, s in found.items())
-        return f"{self.threads} threads (a step with {figures})"
+        count = "one thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{count} (a step with {figures})"
 
     def _check(self, ids: Any, slots: Any, end: int) -> None:
         """The library looks at no bounds: what would lie outside is refused here (``IndexError``)."""

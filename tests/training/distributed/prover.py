@@ -29,7 +29,6 @@ from cllm.core.torchrun import launched, leave
 from cllm.training.build import build_step
 from cllm.training.distributed.group import Group
 from cllm.training.distributed.team import Team, serve
-from cllm.training.distributed.traffic import sent_bytes
 
 BASE: dict[str, Any] = {
     "model.vocab_size": 97,
@@ -98,7 +97,7 @@ def compare(case: str, group: Group, steps: int) -> dict[str, Any]:
     model.train()
     team = Team.assemble(group, config, step)
     curves: list[list[float]] = [[], []]
-    found: dict[str, Any] = {"case": case, "sent": sent_bytes(config, group.size)}
+    found: dict[str, Any] = {"case": case}
     for number in range(steps):
         some = windows(number % 7, train.accumulate, train.batch_size)
         for curve, each in zip(curves, (alone, step), strict=True):

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cllm.core.config import Config
 from cllm.core.errors import UsageError, UserError
 from cllm.core.torchrun import Launch, launched
-from cllm.model.transformer import parameter_count
 from cllm.store.run import RunDirectory
 from cllm.training.choose import choose
 from cllm.training.distributed.check import check_team
@@ -29,7 +28,6 @@ from cllm.training.distributed.group import JOIN_PATIENCE, Group, Kind, LostProc
 from cllm.training.distributed.shards import Shards
 from cllm.training.distributed.shares import evaluation_parts, packed
 from cllm.training.distributed.stages import Stages
-from cllm.training.distributed.traffic import sent_bytes
 from cllm.training.parallel.shards import deal_evenly
 
 STAGES = {"train__pipeline__mode": "stages"}
@@ -237,21 +235,3 @@ def test_a_short_batch_is_filled_with_rows_that_count_for_nothing() -> None:
 def test_orders_arrive_as_they_were_given(numbers: list[float], seed: int, kind: Kind) -> None:
     order = Order(kind, tuple(numbers), seed, (2, 1, 4, 64))
     assert Order.unpack(order.pack()) == order
-
-
-def test_what_is_sent(config_of: Callable[..., Config]) -> None:
-    config = config_of(model__vocab_size=300, model__n_layers=2, train__accumulate=2)
-    weights = parameter_count(config.model)
-    assert sent_bytes(config, 2) == 4 * weights // 2 * 2
-    shards = config.replace(train__parallel__strategy="fsdp")
-    assert sent_bytes(shards, 2) == 12 * (weights // 2)  # one whole micro-batch each
-    assert sent_bytes(shards, 4) == 12 * (weights * 3 // 4)  # half of one
-    thirds = shards.replace(train__accumulate=3)
-    assert sent_bytes(thirds, 4) == 3 * 12 * (weights * 3 // 4)  # three windows: one by one
-    staged = config.replace(train__pipeline__mode="stages")
-    model = config.model
-    vectors = 4 * 2 * 4 * model.context * model.d_model
-    table = 4 * 300 * model.d_model
-    assert sent_bytes(staged, 2) == vectors + table
-    untied = staged.replace(model__tie_embeddings=False)
-    assert sent_bytes(untied, 2) == vectors

@@ -9,6 +9,7 @@ import pytest
 
 from cllm.core.config import Config
 from cllm.training.plan.machines import Devices
+from cllm.training.plan.network import Network
 from cllm.training.plan.roofline import Rates
 
 RESOLVED: dict[str, Any] = {
@@ -36,7 +37,8 @@ def answer_of() -> Callable[..., list[dict[str, Any]]]:
         request: dict[str, Any], processes: int = 1, program: str = ""
     ) -> list[dict[str, Any]]:
         if "link" in program:
-            return [{"link": 1e9, "latency": 1e-5}] * processes
+            table = [[64, 1e-5], [10**6, 1e-3]]
+            return [dict.fromkeys(("exchange", "all_reduce", "all_gather"), table)] * processes
         rate = 1e9 / processes
         found: dict[str, Any] = {"products": [rate + n for n, _ in enumerate(request["products"])]}
         if request["constants"]:
@@ -54,6 +56,7 @@ def devices_with() -> Callable[..., Devices]:
     def make(count: int, **changes: Any) -> Devices:
         rates = Rates(flops=1e12, stream=[(1.0, 1e11)], products={})
         figures = {"memory": 1e11, "link": 1e9, "latency": 1e-6} | changes
-        return Devices(name="made up", count=count, rates=rates, **figures)
+        network = Network(count=count, link=figures.pop("link"), latency=figures.pop("latency"))
+        return Devices(name="made up", rates=rates, network=network, **figures)
 
     return make

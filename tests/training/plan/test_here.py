@@ -157,8 +157,12 @@ def test_the_link_of_two_processes_is_measured(
     monkeypatch.setenv("CLLM_CACHE", str(tmp_path))
     monkeypatch.setattr(here, "_meanwhile", {})
     said: list[str] = []
-    found = here.link_of(2, said.append)
-    assert found["link"] > 1e6
-    assert 0 < found["latency"] < 1
-    assert here.link_of(2, said.append) == found
+    found = here.network_of(2, said.append)
+    assert found.link > 1e6
+    assert 0 < found.latency < 1
+    for way in ("exchange", "all_reduce", "all_gather"):
+        (small, quick), *_, (large, slow) = found.measured[way]
+        assert 0 < small < large
+        assert 0 < quick <= slow < 10
+    assert here.network_of(2, said.append).link == found.link
     assert len(said) == 1

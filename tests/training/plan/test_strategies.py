@@ -22,7 +22,7 @@ from cllm.training.distributed.check import check_team
 from cllm.training.plan import forecast
 from cllm.training.plan.calibrate import Constants
 from cllm.training.plan.machines import Devices, MachineEntry, read_machines
-from cllm.training.plan.pipelines import _pipelines, pipelined
+from cllm.training.plan.pipelines import _pipelines, pipelined, staged
 from cllm.training.plan.roofline import Rates
 from cllm.training.plan.strategies import (
     first_worker_bytes,
@@ -50,12 +50,30 @@ def test_replicas_sum_gradients_in_a_ring(resolved: ConfigOf, devices_with: Devi
     config = resolved(train__accumulate=4)
     alone, eight = replicated(config, devices_with(1)), replicated(config, devices_with(8))
     assert alone.communication == alone.sent == 0
-    parameters = alone.memory.weights / 4
-    assert eight.sent == pytest.approx(2 * 7 / 8 * 4 * parameters, rel=0.01)
-    assert eight.communication == pytest.approx(eight.sent / 1e9 + 14e-6)
+    ring = 2 * 7 / 8 * alone.memory.weights
+    windows = 7 / 8 * 16 * alone.tokens  # ids and targets of 64 bits, from the first
+    assert eight.sent == pytest.approx(ring + windows, rel=0.01)
+    few = 2e-6 + 3e-6  # order and windows, and the loss summed in three doublings
+    assert eight.communication == pytest.approx((ring + windows) / 1e9 + 14e-6 + few, rel=1e-3)
     assert eight.compute < alone.compute
     assert eight.tokens == alone.tokens == 16 * 64
     assert eight.memory.weights == alone.memory.weights
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_stages_send_vectors_and_a_tied_table(
+    tied: bool, resolved: ConfigOf, devices_with: DevicesWith
+) -> None:
+    config = resolved(
+        train__accumulate=4, model__n_layers=4, model__tie_embeddings=tied, train__batch_size=2
+    )
+    two, four = (staged(config, devices_with(count), 2) for count in (2, 4))
+    vectors = 4 * two.tokens * config.model.d_model
+    table = 4 * 300 * config.model.d_model if tied else 0
+    windows = 16 * two.tokens  # all of them to each
+    assert two.sent == pytest.approx(vectors + table + windows, rel=0.01)
+    assert four.sent == pytest.approx(2 * vectors + table + 3 * windows, rel=0.01)
+    assert four.communication > two.communication
 
 
 def test_shards_hold_less_and_send_more(resolved: ConfigOf, devices_with: DevicesWith) -> None:
@@ -63,9 +81,13 @@ def test_shards_hold_less_and_send_more(resolved: ConfigOf, devices_with: Device
     whole, parts = (f(config, devices_with(8)) for f in (replicated, sharded))
     assert parts.memory.optimizer == pytest.approx(whole.memory.optimizer / 8)
     assert parts.memory.total < whole.memory.total
-    assert parts.sent == pytest.approx(1.5 * whole.sent, rel=0.01)  # ZeRO's count
     low = config.replace(**{"train.dtype": "bf16"})
-    assert sharded(low, devices_with(8)).sent == pytest.approx(whole.sent, rel=0.01)
+    weights = whole.memory.weights
+    layers = weights - 4 * 64 * (300 + 1)  # all but the table and the last norm
+    for one, width in ((parts, 4), (sharded(low, devices_with(8)), 2)):
+        # Layers are gathered twice, the table once; gradients are scattered.
+        numbers = 7 / 8 * ((weights + layers) * width / 4 + weights)
+        assert one.sent == pytest.approx(numbers + 7 / 8 * 16 * whole.tokens, rel=0.01)
 
 
 def test_a_pipeline_waits_for_its_stages(resolved: ConfigOf, devices_with: DevicesWith) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from cllm.core.allocator import keep_freed_memory
 from cllm.core.config import Config
 from cllm.core.errors import UserError
 from cllm.core.torchrun import leave
@@ -121,27 +122,40 @@ def serve(group: Group) -> None:
 
     Raises ``LostProcessError`` if a process is gone.
     """
+    member = enlist(group)
+    while member is not None and obey(group, member):
+        pass
+
+
+def enlist(group: Group) -> Member | None:
+    """Another process's part in what the first is about to train; ``None`` if that is nothing."""
     facts = group.brief()
     if facts is None:
-        return  # the first had nothing to train
+        return None
     if facts["double"]:
         torch.set_default_dtype(torch.float64)
     config = Config.model_validate(facts["config"])
     assert isinstance(config.train.threads, int)
     torch.set_num_threads(config.train.threads)
+    keep_freed_memory()
     with group.watching():
-        member = make_member(config, group.size, None)
-    while (order := group.hear()).kind != Kind.STOP:
-        try:
-            with group.watching():
-                _obey(order, group, member)
-        except LostProcessError:
-            raise
-        except UserError:
-            continue  # the first has the same, and says so
+        return make_member(config, group.size, None)
 
 
-def _obey(order: Order, group: Group, member: Member) -> None:
+def obey(group: Group, member: Member) -> bool:
+    """Wait for the first's next order and do it; whether there may be another."""
+    order = group.hear()
+    try:
+        with group.watching():
+            _do(order, group, member)
+    except LostProcessError:
+        raise
+    except UserError:
+        pass  # the first has the same, and says so
+    return order.kind != Kind.STOP
+
+
+def _do(order: Order, group: Group, member: Member) -> None:
     if order.kind == Kind.STEP:
         torch.manual_seed(order.seed + _SEED_STRIDE * group.rank)
         member.step(group.take(order.shape), _numbers(order))

@@ -22,14 +22,15 @@ from cllm.training.plan.calibrate import Constants, constants
 from cllm.training.plan.estimate import Estimate, share_of, windows_of
 from cllm.training.plan.forecast import Plan, parameters_of, refuse
 from cllm.training.plan.machines import Devices
+from cllm.training.plan.network import Network
 from cllm.training.plan.pipelines import staged
 from cllm.training.plan.strategies import one_process, replicated, sharded, workers
 from cllm.training.plan.work import products_of, with_rows
 
 Say = Callable[[str], None]
 LINK = "cllm.training.plan.link_probe"
-_meanwhile: dict[int, dict[str, float]] = {}
-"""Links that this process has measured, by processes."""
+_meanwhile: dict[int, dict[str, Any]] = {}
+"""What this process has measured of sending, by processes."""
 
 
 def plan_here(config: Config, tokens: int | None, say: Say) -> Plan:
@@ -135,36 +136,32 @@ def devices_here(config: Config, count: int, rows: int, say: Say) -> Devices:
         together=count,
         say=say,
     )
-    link = link_of(count, say)
     return Devices(
         name=machine().cpu,
-        count=count,
         rates=known.rates,
         memory=room / count if room is not None else None,
-        link=link["link"],
-        latency=link["latency"],
+        network=network_of(count, say),
         base=known.base_memory,
         is_host=True,
     )
 
 
-def link_of(count: int, say: Say) -> dict[str, float]:
-    """``link`` (bytes a second) and ``latency`` (seconds) between ``count`` processes of this machine over
-    gloo; measured once, and not kept from a busy machine."""
-    name = f"plan 2 gloo by {count}"
-    known: dict[str, float] | None = recall(name, threads=1) or _meanwhile.get(count)
+def network_of(count: int, say: Say) -> Network:
+    """What ``count`` processes of this machine send each other over gloo; measured once, and not kept from
+    a busy machine."""
+    name = f"plan 3 gloo by {count}"
+    known: dict[str, Any] | None = recall(name, threads=1) or _meanwhile.get(count)
     if known is not None:
-        return known
+        return Network.of_gloo(count, known)
     say(f"measuring this machine once: what {count} processes send each other")
     busy = is_busy(count)
     with tempfile.TemporaryDirectory(prefix="cllm-plan-") as folder:
         request = {"threads": 1, "processes": count, "store": os.path.join(folder, "store")}
-        answers: list[dict[str, Any]] = ask(request, count, program=LINK)
-    found: dict[str, float] = answers[0]
+        found = ask(request, count, program=LINK)[0]  # all say the same
     _meanwhile[count] = found
     if not busy:
         remember(name, found, threads=1)
-    return found
+    return Network.of_gloo(count, found)
 
 
 def _worker_counts(config: Config, cores: int) -> list[int]:

@@ -1,56 +1,74 @@
 """Measures what processes of this machine send each other over gloo, as those of torchrun do.
 
-``python -m cllm.training.plan.link_probe`` reads one JSON request (``number``, ``processes``, ``cores`` to
-keep to, and ``store``, a file for all of them) and prints one JSON answer: ``link``, the bytes a second
-that a process sends to its neighbour in a ring while it receives as many, and ``latency``, the seconds of
-an empty exchange.
+``python -m cllm.training.plan.link_probe`` reads one JSON request (``number``, ``processes``, and
+``store``, a file for all of them) and prints one JSON answer: for each way of sending the seconds of so
+many bytes, ascending. ``exchange``: each sends them to the next in a ring; ``all_reduce``: they are summed
+everywhere; ``all_gather``: each ends up with so many, its own share among them. What a library does beside
+the sending (copies, sums) is in them. The system places the processes, as it does those of torchrun.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cllm.core.allocator import keep_freed_memory
 from cllm.core.torchrun import leave
 
-LARGE, SMALL = 2**24, 8
-"""Bytes of a message whose time is its bytes', and of one whose time is the latency."""
-ROUNDS = 15
+SIZES = (2**6, 2**16, 2**20, 2**22, 2**24)
+"""Bytes of the messages that are measured, multiples of four times as many as processes."""
+ROUNDS = 11
+OTHER = 2**25
+"""Bytes that are touched between two messages, as a step's arithmetic does: what is sent is not near."""
 
 
 def main() -> None:
     """Answer the request."""
     asked = json.loads(sys.stdin.readline())
-    if asked["cores"]:
-        os.sched_setaffinity(0, asked["cores"])
     number, processes = asked["number"], asked["processes"]
     torch.set_num_threads(1)
+    keep_freed_memory()  # as in training
     store = dist.FileStore(asked["store"], processes)
     dist.init_process_group("gloo", store=store, rank=number, world_size=processes)
-    latency = exchange_seconds(number, processes, SMALL)
-    whole = exchange_seconds(number, processes, LARGE)
-    print(json.dumps({"latency": latency, "link": LARGE / max(whole - latency, 1e-9)}), flush=True)
+    found: dict[str, list[tuple[int, float]]] = {}
+    for size in SIZES:
+        size -= size % (4 * processes)
+        for name, call in _calls(number, processes, size).items():
+            found.setdefault(name, []).append((size, seconds_of(call)))
+    print(json.dumps(found), flush=True)
     leave(0)
 
 
-def exchange_seconds(number: int, processes: int, size: int) -> float:
-    """The median time in which each sends ``size`` bytes to the next in a ring, the slowest's."""
-    out, into = torch.ones(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
-    taken: list[float] = []
+def seconds_of(call: Callable[[], object]) -> float:
+    """The median time from when the last process begins until the last is done."""
+    other, taken = torch.ones(OTHER // 4), []
     for _ in range(ROUNDS):
+        other.add_(1.0)
         dist.barrier()
         begin = time.perf_counter()
-        _exchange(number, processes, out, into)
-        slowest = torch.tensor(time.perf_counter() - begin)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        taken.append(float(slowest))
+        call()
+        # One clock for all processes of a machine.
+        ends = torch.tensor([begin, time.perf_counter()], dtype=torch.float64)
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        taken.append(float(ends[1] - ends[0]))
     return sorted(taken)[ROUNDS // 2]
+
+
+def _calls(number: int, processes: int, size: int) -> dict[str, Callable[[], object]]:
+    whole, into = torch.zeros(size // 4), torch.zeros(size // 4)
+    share = torch.zeros(size // 4 // processes)
+    return {
+        "exchange": partial(_exchange, number, processes, whole, into),
+        "all_reduce": partial(dist.all_reduce, whole),
+        "all_gather": partial(dist.all_gather_into_tensor, into, share),
+    }
 
 
 def _exchange(number: int, processes: int, out: Tensor, into: Tensor) -> None:

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from cllm.core.errors import UsageError, UserError
 from cllm.core.section import PositiveInt, Section
+from cllm.training.plan.network import Network
 from cllm.training.plan.roofline import Rates
 
 Positive = Annotated[float, Field(gt=0)]
@@ -46,19 +47,21 @@ class MachineEntry(Section):
 class Devices:
     """``count`` devices that work in step: each as fast, and as large, as the least of them.
 
-    ``rates``: what one can do; ``memory``: bytes of one, ``None`` if unknown; ``link`` in bytes a second
-    and ``latency`` in seconds between two; ``base``: bytes of the program in each; ``is_host``: whether
-    their memory is the main memory.
+    ``rates``: what one can do; ``memory``: bytes of one, ``None`` if unknown; ``network``: what they send
+    each other; ``base``: bytes of the program in each; ``is_host``: whether their memory is main memory.
     """
 
     name: str
-    count: int
     rates: Rates
     memory: float | None
-    link: float
-    latency: float
+    network: Network
     base: float = 0.0
     is_host: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return self.network.count
 
 
 def read_machines(path: Path) -> list[MachineEntry]:
@@ -100,7 +103,6 @@ def devices_of(entries: Sequence[MachineEntry], dtype: str, count: int | None = 
             )
     return Devices(
         name=" + ".join(entry.name for entry in entries),
-        count=count or sum(entry.count for entry in entries),
         rates=Rates(
             flops=min(1e12 * entry.tflops[dtype] * entry.efficiency for entry in entries),
             stream=[(1.0, min(1e9 * entry.memory_gb_s for entry in entries))],
@@ -108,6 +110,9 @@ def devices_of(entries: Sequence[MachineEntry], dtype: str, count: int | None = 
             call=max(1e-6 * entry.launch_us for entry in entries),
         ),
         memory=min(1e9 * entry.memory_gb for entry in entries),
-        link=min(1e9 * entry.link_gb_s for entry in entries),
-        latency=max(1e-6 * entry.latency_us for entry in entries),
+        network=Network(
+            count=count or sum(entry.count for entry in entries),
+            link=min(1e9 * entry.link_gb_s for entry in entries),
+            latency=max(1e-6 * entry.latency_us for entry in entries),
+        ),
     )

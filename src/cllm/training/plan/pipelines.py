@@ -54,9 +54,15 @@ def _pipeline(config: Config, devices: Devices, stages: int, replicas: int, rows
     )
     numbers = deep * work.parameters.layer + work.parameters.fixed
     arena = deep * work.arena.layer + work.arena.fixed
-    messages = 2 * micros * (devices.latency + work.boundary / devices.link)
-    gradient = MASTER * numbers
-    ring = 2 * (replicas - 1) / replicas * gradient
+    network, gradient = devices.network, MASTER * numbers
+    # A stage between two others sends forth and back.
+    sent = (1 if stages == 2 else 2) * micros * work.boundary + network.summed(gradient, replicas)
+    sending = 2 * micros * network.exchange(work.boundary) + network.all_reduce(gradient, replicas)
+    if config.model.tie_embeddings:
+        table = MASTER * work.parameters.fixed  # in the first stage and in the last
+        sent += network.summed(table, 2)
+        sending += network.all_reduce(table, 2)
+    ordered, ordering = network.order(tokens_of(config) / replicas, numbers=2)
     saved = work.activations.saved.layer
     in_flight = min(stages, micros)
     activations = max(
@@ -79,9 +85,9 @@ def _pipeline(config: Config, devices: Devices, stages: int, replicas: int, rows
                 base=devices.base,
             ),
             compute=micros * slowest + end,
-            communication=messages + ring / devices.link + 2 * (replicas - 1) * devices.latency,
+            communication=sending + ordering,
             waiting=(stages - 1) * slowest,
-            sent=2 * micros * work.boundary + ring,
+            sent=sent + ordered,
             tokens=tokens_of(config),
             micro_batch=rows,
             replicas=replicas,

@@ -1,10 +1,9 @@
 """Strategies side by side: memory of a device, time of a step, and bytes that are sent.
 
-Communication is the α–β model (Hockney 1994): a message of n bytes takes latency + n / bandwidth. Rings of
-N devices (Patarasuk & Yuan 2009) send 2(N−1)/N of a gradient to sum it everywhere, and half of that to
-scatter or to gather it. Sharded training (ZeRO 3, Rajbhandari et al. 2020) gathers the weights for forward
-and for backward, and scatters gradients. Nothing is taken to hide behind arithmetic: where it does, a step
-is shorter.
+Replicas sum their gradients. Sharded training (ZeRO 3, Rajbhandari et al. 2020) gathers the weights of each
+layer for forward and again for backward, what belongs to no layer once (``fully_shard`` keeps it in
+between), and scatters gradients. Seconds and bytes of these are ``Network``'s. Nothing is taken to hide
+behind arithmetic: where it does, a step is shorter.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from cllm.training.plan.estimate import (
     whole_memory,
 )
 from cllm.training.plan.machines import Devices
-from cllm.training.plan.work import MASTER, with_rows, work_of
+from cllm.training.plan.network import Network
+from cllm.training.plan.work import MASTER, Work, with_rows, work_of
 
 
 def one_process(config: Config, constants: Constants, room: float | None) -> Estimate:
@@ -104,8 +104,8 @@ def replicated(config: Config, devices: Devices) -> Estimate:
         return Estimate(strategy="DDP", kind="ddp", devices=devices.count, obstacle=found)
     rows, count = found
     work = work_of(with_rows(config, rows), devices.rates)
-    gradient = MASTER * work.parameters.of(work.layers)
-    sent = 2 * (devices.count - 1) / devices.count * gradient
+    gradient, network = MASTER * work.arena.of(work.layers), devices.network
+    ordered, ordering = network.order(tokens_of(config) / devices.count, numbers=1)
     name = "one device" if devices.count == 1 else "DDP"
     return checked(
         Estimate(
@@ -114,8 +114,8 @@ def replicated(config: Config, devices: Devices) -> Estimate:
             devices=devices.count,
             memory=whole_memory(work, devices.base),
             compute=compute_seconds(work, count, devices.rates.bandwidth),
-            communication=sent / devices.link + 2 * (devices.count - 1) * devices.latency,
-            sent=sent,
+            communication=network.all_reduce(gradient) + ordering,
+            sent=network.summed(gradient) + ordered,
             tokens=tokens_of(config),
             micro_batch=rows,
         ),
@@ -130,12 +130,10 @@ def sharded(config: Config, devices: Devices) -> Estimate:
     if isinstance(found, str):
         return Estimate(strategy="FSDP", kind="fsdp", devices=devices.count, obstacle=found)
     rows, count = found
-    number = devices.count
+    number, network = devices.count, devices.network
     work = work_of(with_rows(config, rows), devices.rates)
-    numbers, ring = work.parameters.of(work.layers), (number - 1) / number
-    gathered = 2 * numbers * work.compute_width
-    sent = count * ring * (gathered + MASTER * numbers)
-    messages = count * 3 * (work.layers + 1) * (number - 1)
+    sent, sending = _shards_of_a_micro_batch(work, network)
+    ordered, ordering = network.order(tokens_of(config) / number, numbers=2)
     unit = max(work.parameters.layer, work.parameters.fixed)
     whole = whole_memory(work, 0.0)
     activations = work.activations.of(work.layers) - MASTER * work.arena.of(work.layers)
@@ -156,10 +154,22 @@ def sharded(config: Config, devices: Devices) -> Estimate:
                 base=devices.base + home,
             ),
             compute=count * work.micro.of(work.layers) + end,
-            communication=sent / devices.link + messages * devices.latency,
-            sent=sent,
+            communication=count * sending + ordering,
+            sent=count * sent + ordered,
             tokens=tokens_of(config),
             micro_batch=rows,
         ),
         devices.memory,
     )
+
+
+def _shards_of_a_micro_batch(work: Work, network: Network) -> tuple[float, float]:
+    """(bytes, seconds) to gather weights and scatter gradients, layer by layer."""
+    sent = seconds = 0.0
+    layer, rest = work.parameters.layer, work.parameters.fixed
+    for numbers, gathers, times in ((layer, 2, work.layers), (rest, 1, 1)):
+        weights, gradient = numbers * work.compute_width, MASTER * numbers
+        sent += times * (gathers * network.gathered(weights) + network.scattered(gradient))
+        seconds += times * gathers * network.all_gather(weights)
+        seconds += times * network.reduce_scatter(gradient)
+    return sent, seconds
