@@ -106,4 +106,4 @@ def test_what_is_refused_is_said_once(torchrun: Start, corpus: Path, options: Op
     child = torchrun(2, *CLLM, "train", "--data", corpus, *asked)
     said, _ = child.communicate(timeout=60)
     (line,) = ours(said)
-    assert "do not divide into the 2 processes of torchrun" in line
+    assert "do not divide into 2 processes of torchrun" in line

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ def test_a_signal_before_training_leaves_nothing(
 ) -> None:
     data = tmp_path / "text.txt"
     data.write_text(text_of(4_000), encoding="utf-8")
-    child = process("train", "--data", data, *options(), "--out", tmp_path / "runs" / "one")
+    out, heard = tmp_path / "runs" / "one", partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    # Heard even where these tests are a shell's background job, whose children ignore Ctrl-C.
+    child = process("train", "--data", data, *options(), "--out", out, preexec_fn=heard)
     while not list(tmp_path.glob("runs/.tmp-*/*")):
         assert child.poll() is None
         time.sleep(0.002)
