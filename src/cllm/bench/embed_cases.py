@@ -90,6 +90,7 @@ CORPUS = Case(name="dense", start="corpus")
 RANK64 = Case(name="reduced 64", start="corpus", fields={"kind": "reduced", "rank": 64})
 RANK32 = Case(name="reduced 32", start="corpus", fields={"kind": "reduced", "rank": 32})
 COMPOSED = Case(name="composed", start="corpus", fields={"kind": "composed"})
+QUICK_CASES = (NORMAL, CORPUS, RANK64)
 
 
 def shortened(budget: Budget) -> list[Case]:

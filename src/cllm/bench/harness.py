@@ -45,6 +45,7 @@ BENCHES = {
     "infer": "infer",
 }
 """Name of a bench to its module in ``cllm.bench``."""
+RESULTS = Path("docs", "results")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,8 @@ class Options:
     ladder: bool = False
     minutes: float | None = None
     """Begin nothing new after this time; what is missing is said."""
+    write: bool = False
+    """Results are written, and what a bench keeps with the project."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +288,7 @@ def write_results(result: Result, arguments: Sequence[str], root: Path = Path())
 
     Where ``README.md`` has a place marked ``<!-- bench:NAME -->``, its headline goes there.
     """
-    path = root / "docs" / "results" / f"{result.bench}.md"
+    path = root / RESULTS / f"{result.bench}.md"
     command = shlex.join(["cllm", *arguments])
     origin = f"Measured on {date.today().isoformat()} by `{command}`."
     if result.busy:
@@ -302,12 +305,8 @@ def write_results(result: Result, arguments: Sequence[str], root: Path = Path())
     if result.headline and readme.is_file():
         here = machine()
         link = f"[All of it](docs/results/{result.bench}.md)."
-        lines = [
-            *_markdown_table(result.headline),
-            "",
-            f"{here.cpu}, {here.threads} threads. {origin}",
-        ]
-        body = "\n".join([*lines, link])
+        about = f"{here.cpu}, {here.threads} threads. {origin}"
+        body = "\n".join([*_markdown_table(result.headline), "", about, link])
         text = readme.read_text(encoding="utf-8")
         place = re.compile(rf"(<!-- bench:{result.bench} -->\n).*?(<!-- /bench -->)", re.DOTALL)
         write_text(readme, place.sub(lambda m: f"{m[1]}{body}\n{m[2]}", text))

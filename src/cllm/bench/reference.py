@@ -53,17 +53,28 @@ def reference_run(config: Config) -> RunDirectory:
     return start(config, Silent(), out=path).run
 
 
-def is_kept(config: Config) -> bool:
-    """Whether ``reference_run`` has nothing to train."""
-    path = cache_dir() / "reference-runs" / reference_key(config)
+def is_kept(key: str) -> bool:
+    """Whether ``reference_run`` has nothing to train for the configuration of ``key``."""
+    path = cache_dir() / "reference-runs" / key
     return is_run(path) and RunDirectory.open(path).status().state in DONE
 
 
-def reference_key(config: Config) -> str:
-    """What a reference run is kept under: 16 hex digits of configuration and text."""
-    sources = expand(config.data.paths)
-    prints = [[f.size, f.sha256] for f in (source.fingerprint() for source in sources)]
-    # Where the text lies decides nothing; what it says does.
+Prints = list[tuple[int, str]]
+
+
+def text_prints(config: Config) -> Prints:
+    """Size and hash of what the text of ``config`` says; where it lies decides nothing."""
+    found = (source.fingerprint() for source in expand(config.data.paths))
+    return [(one.size, one.sha256) for one in found]
+
+
+def reference_key(config: Config, prints: Prints | None = None) -> str:
+    """What a reference run is kept under: 16 hex digits of configuration and text.
+
+    ``prints``: of its text, where they are known (reading the built-in corpus takes a second).
+    """
+    if prints is None:
+        prints = text_prints(config)
     where = {"data": config.data.model_copy(update={"paths": ()})}
     changed = config.model_copy(update=where).model_dump(mode="json", exclude_defaults=True)
     facts = json.dumps([FORMAT, changed, prints], sort_keys=True)

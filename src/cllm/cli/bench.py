@@ -48,7 +48,9 @@ def bench(
 
     if quick and write:
         raise UsageError("--quick measures nothing worth writing; leave out --quick or --write")
-    options = Options(data=tuple(data or ()), quick=quick, ladder=ladder, minutes=minutes)
+    options = Options(
+        data=tuple(data or ()), quick=quick, ladder=ladder, minutes=minutes, write=write
+    )
     result = load_bench(name, options)(options)
     typer.echo(json.dumps(result.to_json()) if as_json else render(result))
     if write:

@@ -1,0 +1,148 @@
+"""The trainings of ``cllm bench embed``: which there are, in what order, and the rate of each table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+
+from cllm.bench.embed_cases import (
+    BUDGETS,
+    QUICK,
+    QUICK_CASES,
+    RATES,
+    SEEDS,
+    Budget,
+    Case,
+    main_cases,
+    other_cases,
+)
+from cllm.bench.embed_kept import Figures, Kept, Words, figures_of
+from cllm.bench.reference import Prints, is_kept, reference_key, reference_run, text_prints
+
+
+def corpus_name(corpus: str) -> str:
+    """What a corpus is called: the name of its file."""
+    return Path(corpus).name if corpus else "built-in"
+
+
+@dataclass
+class Trainings:
+    """Figures of trainings: kept ones, and those that ``make`` trains while there is time."""
+
+    quick: bool
+    kept: Kept
+    tuned_on: str
+    """The corpus on which learning rates are tuned, with the first seed, at the first budget."""
+    until: float | None = None
+    """Nothing is begun after this ``time.monotonic()``."""
+    used: dict[tuple[str, Words], Figures] = field(default_factory=dict)
+    """Those that are known, by path of the corpus and what they are."""
+    _keys: dict[tuple[str, Words], str] = field(default_factory=dict)
+    _prints: dict[str, Prints] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The first alone where it is quick."""
+        return SEEDS[:1] if self.quick else SEEDS
+
+    def tried(self, case: Case) -> int:
+        """How many learning rates were tried with this table and start."""
+        return 1 if self.quick else len(self._scores(case))
+
+    def is_tuned(self, case: Case) -> bool:
+        """Whether that is all of them."""
+        return self.quick or self.tried(case) == len(RATES)
+
+    def rate(self, case: Case) -> float:
+        """The best learning rate of a table and start; the first of them until all were tried."""
+        if self.quick or not self.is_tuned(case):
+            return RATES[0]
+        scores = self._scores(case)
+        return min(scores, key=lambda lr: scores[lr])
+
+    def _scores(self, case: Case) -> dict[float, float]:
+        whole = replace(case, share=1.0)
+        found = {lr: self.known(whole, self.tuned_on, BUDGETS[0], lr, SEEDS[0]) for lr in RATES}
+        return {lr: figures.validation_bpb for lr, figures in found.items() if figures is not None}
+
+    def known(
+        self, case: Case, corpus: str, budget: Budget, lr: float, seed: int
+    ) -> Figures | None:
+        """The figures of a training that is kept, in the file or in this machine's cache."""
+        return self._figures(case, corpus, budget, lr, seed, train=False)
+
+    def make(self, case: Case, corpus: str, budget: Budget, lr: float, seed: int) -> None:
+        """Train where it is not kept, while there is time. Raises what ``reference_run`` does."""
+        in_time = self.until is None or time.monotonic() < self.until
+        self._figures(case, corpus, budget, lr, seed, train=in_time)
+
+    def bpbs(self, case: Case, corpus: str, budget: Budget) -> dict[int, float]:
+        """Validation bits per byte by seed, as far as they are known."""
+        lr = self.rate(case)
+        found = {seed: self.known(case, corpus, budget, lr, seed) for seed in self.seeds}
+        return {seed: f.validation_bpb for seed, f in found.items() if f is not None}
+
+    def _figures(
+        self, case: Case, corpus: str, budget: Budget, lr: float, seed: int, *, train: bool
+    ) -> Figures | None:
+        words = Words(
+            corpus=corpus_name(corpus),
+            tokens=budget.name,
+            table=case.name,
+            start=case.start,
+            steps=case.share,
+            lr=lr,
+            seed=seed,
+        )
+        place = (corpus, words)
+        if place in self.used:
+            return self.used[place]
+        paths = (corpus,) if corpus else ()
+        if place not in self._keys:
+            config = case.config(paths, budget, lr, seed, self.quick)
+            if corpus not in self._prints:
+                self._prints[corpus] = text_prints(config)
+            self._keys[place] = reference_key(config, self._prints[corpus])
+        key = self._keys[place]
+        figures = self.kept.get(key)
+        if figures is None and (train or is_kept(key)):
+            run = reference_run(case.config(paths, budget, lr, seed, self.quick))
+            figures = figures_of(run, key, words)
+            self.kept.add(figures)
+        if figures is not None:
+            self.used[place] = figures
+        return figures
+
+
+def make_all(trainings: Trainings, corpora: Sequence[str]) -> None:
+    """Train all that is not known while there is time, so that what there is may be compared soon.
+
+    First every table with one rate on one corpus, then the rates, as what follows is trained with the
+    best; then each seed on all corpora before the next seed.
+    """
+    if trainings.quick:
+        for corpus in corpora:
+            for case in QUICK_CASES:
+                trainings.make(case, corpus, QUICK, RATES[0], SEEDS[0])
+        return
+    first = BUDGETS[0]
+    for case in main_cases(first):
+        trainings.make(case, trainings.tuned_on, first, RATES[0], SEEDS[0])
+    for case in main_cases(first):
+        _tune(trainings, case)
+    for budget in BUDGETS:
+        for seed, corpus, case in product(SEEDS, corpora, main_cases(budget)):
+            trainings.make(case, corpus, budget, trainings.rate(case), seed)
+    for case in other_cases():
+        _tune(trainings, case)
+        for seed in SEEDS:
+            trainings.make(case, trainings.tuned_on, first, trainings.rate(case), seed)
+
+
+def _tune(trainings: Trainings, case: Case) -> None:
+    for lr in RATES:
+        whole = replace(case, share=1.0)
+        trainings.make(whole, trainings.tuned_on, BUDGETS[0], lr, SEEDS[0])

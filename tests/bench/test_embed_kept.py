@@ -1,0 +1,285 @@
+"""Figures of trainings are kept in the project's file, a line each, and measured in a useful order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cllm.bench import embed_trainings
+from cllm.bench.embed import UNMEASURED, _Judge, _notes
+from cllm.bench.embed_cases import BUDGETS, CORPUS, NORMAL, RATES, SEEDS, main_cases
+from cllm.bench.embed_kept import NAME, Figures, Kept, Words, figures_of, machines
+from cllm.bench.embed_trainings import Trainings, make_all
+from cllm.bench.reference import reference_key
+from cllm.core.config import Config
+from cllm.core.errors import UserError
+from cllm.store.run import RunDirectory
+
+FILE = Path("docs", "results", NAME)
+BEST = RATES[1]
+"""With it the fake trainings learn most."""
+
+
+def line(key: str = "0123456789abcdef", **changes: Any) -> dict[str, Any]:
+    return {
+        "corpus": "built-in",
+        "tokens": "2.5 M",
+        "table": "reduced 64",
+        "start": "corpus",
+        "steps": 1.0,
+        "lr": 0.003,
+        "seed": 0,
+        "key": key,
+        "validation_bpb": 1.9,
+        "table_numbers": 1000,
+        "half_width_retains": 0.9,
+        "log2_defects": [1.5, 0.5],
+        "processor": "a processor",
+        "threads": 1,
+        "dtype": "fp32",
+        "date": "2026-01-31",
+        "cllm": "0.1.0",
+        "torch": "2.9.0",
+    } | changes
+
+
+def put(*lines: str) -> None:
+    FILE.parent.mkdir(parents=True, exist_ok=True)
+    FILE.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")
+
+
+class Fake:
+    """Stands for training: takes no time, and ends by Ctrl-C after ``most`` trainings."""
+
+    def __init__(self, trained: Path) -> None:
+        self.run, self.most, self.trained = trained, 10_000, list[Config]()
+
+    def __call__(self, config: Config) -> Any:
+        if len(self.trained) == self.most:
+            raise KeyboardInterrupt
+        self.trained.append(config)
+        status, toml = RunDirectory.open(self.run).status(), RunDirectory(self.run).read_config()
+        bpb = 1.9 - 0.1 * (config.train.lr == BEST)
+        known = replace(status, facts=status.facts | {"validation_bpb": bpb})
+
+        class Run:
+            def status(self) -> Any:
+                return known
+
+            def read_config(self) -> Any:
+                return toml
+
+        return Run()
+
+
+@pytest.fixture
+def fake(trained: Path, monkeypatch: pytest.MonkeyPatch, isolated: Path) -> Fake:
+    made = Fake(trained)
+    monkeypatch.setattr(embed_trainings, "reference_run", made)
+    monkeypatch.setattr(embed_trainings, "is_kept", lambda key: False)
+    return made
+
+
+@pytest.fixture
+def corpora(isolated: Path) -> list[str]:
+    for name in ("one.txt", "two.txt"):
+        Path(name).write_text(f"What {name} says.\n", encoding="utf-8")
+    return ["one.txt", "two.txt"]
+
+
+@pytest.fixture
+def whole(fake: Fake, corpora: list[str]) -> Callable[[], Trainings]:
+    """All that the claims of the first budget need is in the file; makes what the bench sees of it."""
+    first = Trainings(quick=False, kept=Kept(write=True), tuned_on="one.txt")
+    budget = BUDGETS[0]
+    for case in main_cases(budget):
+        for lr in RATES:
+            first.make(replace(case, share=1.0), "one.txt", budget, lr, SEEDS[0])
+        for corpus in corpora:
+            for seed in SEEDS:
+                first.make(case, corpus, budget, BEST, seed)
+
+    def again() -> Trainings:
+        return Trainings(quick=False, kept=Kept(write=False), tuned_on="one.txt", until=0.0)
+
+    return again
+
+
+def without(drop: Callable[[dict[str, Any]], bool]) -> None:
+    lines = FILE.read_text(encoding="utf-8").splitlines()
+    kept = [text for text in lines if not drop(json.loads(text))]
+    assert len(kept) < len(lines)
+    put(*kept)
+
+
+def test_what_was_added_is_there_again(isolated: Path) -> None:
+    figures = Figures(**line())
+    Kept(write=True).add(figures)
+    assert Kept(write=False).get(figures.key) == figures
+    assert Kept(write=False).get("f" * 16) is None
+
+
+def test_without_write_the_file_is_only_read(isolated: Path) -> None:
+    kept = Kept(write=False)
+    kept.add(Figures(**line()))
+    assert kept.get("0123456789abcdef") is not None
+    assert not FILE.exists()
+
+
+def test_lines_are_appended_to_what_others_wrote(isolated: Path) -> None:
+    one, two, three = "1" * 16, "2" * 16, "3" * 16
+    put(json.dumps(line(one)))
+    kept = Kept(write=True)
+    # Meanwhile another bench writes, and someone's editor leaves the last line open.
+    FILE.write_text(FILE.read_text() + json.dumps(line(two)), encoding="utf-8")
+    kept.add(Figures(**line(two)))
+    kept.add(Figures(**line(three)))
+    keys = [json.loads(text)["key"] for text in FILE.read_text(encoding="utf-8").splitlines()]
+    assert keys == [one, two, three]
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        ('{"key": "0123', "JSON"),
+        (json.dumps({k: v for k, v in line("2" * 16).items() if k != "seed"}), "seed"),
+        (json.dumps(line("2" * 16, unheard=1)), "unheard"),
+        (json.dumps(line("2" * 16, validation_bpb=float("nan"))), "validation_bpb"),
+        (json.dumps(line("2" * 16, validation_bpb=-1.0)), "validation_bpb"),
+        (json.dumps(line("no key")), "key"),
+        (json.dumps(line("1" * 16)), "same training as line 1"),
+    ],
+)
+def test_a_broken_line_is_named_in_one_line(
+    cllm: Callable[..., Any], second: str, says: str
+) -> None:
+    put(json.dumps(line("1" * 16)), second)
+    result = cllm("bench", "embed", "--minutes", 0)
+    assert result.code == 1
+    assert len(result.err.splitlines()) == 1
+    assert f"{NAME}, line 2" in result.err
+    assert says in result.err
+    assert "delete" in result.err
+
+
+def test_a_file_that_is_no_text_is_one_line(isolated: Path) -> None:
+    put("")
+    FILE.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8"):
+        Kept(write=False)
+
+
+def test_figures_are_those_of_the_run(trained: Path) -> None:
+    words = Words(corpus="c", tokens="t", table="dense", start="s", steps=1.0, lr=0.1, seed=2)
+    run = RunDirectory.open(trained)
+    facts, found = run.status().facts, figures_of(run, "0" * 16, words)
+    assert found.validation_bpb == facts["validation_bpb"]
+    assert found.table_numbers == facts["table"]["numbers"]
+    assert (found.threads, found.dtype, found.log2_defects) == (1, "fp32", None)
+    assert found.torch == facts["versions"]["torch"]
+
+
+def test_a_kill_loses_only_the_training_at_hand(fake: Fake, corpora: list[str]) -> None:
+    fake.most = 5
+    with pytest.raises(KeyboardInterrupt):
+        make_all(Trainings(quick=False, kept=Kept(write=True), tuned_on="one.txt"), corpora)
+    keys = {reference_key(config) for config in fake.trained}
+    lines = map(json.loads, FILE.read_text(encoding="utf-8").splitlines())
+    assert {one["key"] for one in lines} == keys
+    assert len(keys) == 5
+    fake.most = 6
+    with pytest.raises(KeyboardInterrupt):
+        make_all(Trainings(quick=False, kept=Kept(write=True), tuned_on="one.txt"), corpora)
+    assert len({reference_key(config) for config in fake.trained}) == 6
+
+
+def test_first_one_rate_then_the_rates_then_seeds_in_turns(fake: Fake, corpora: list[str]) -> None:
+    make_all(Trainings(quick=False, kept=Kept(write=False), tuned_on="one.txt"), corpora)
+    keys = [reference_key(config) for config in fake.trained]
+    assert len(keys) == len(set(keys))
+    cases = main_cases(BUDGETS[0])
+    tables = len([case for case in cases if case.share == 1.0])
+    first, rest = fake.trained[: len(cases)], fake.trained[len(cases) :]
+    assert {(c.train.lr, c.train.seed, c.data.paths) for c in first} == {
+        (RATES[0], 0, ("one.txt",))
+    }
+    tuning, rest = rest[: tables * 2], rest[tables * 2 :]
+    assert [c.train.lr for c in tuning] == [*RATES[1:]] * tables
+    # The two shares of the corpus start anew with the best rate; then the other corpus.
+    steps = BUDGETS[0].tokens // 2048
+    small = [c for c in rest if c.train.steps <= steps + 1][: 2 + len(cases) * 5]
+    assert {c.train.lr for c in small} == {BEST}
+    turns = [key for key, _ in groupby((c.train.seed, *c.data.paths) for c in small)]
+    assert turns == [(seed, corpus) for seed in SEEDS for corpus in corpora]
+    # Claims need the second budget; what else is compared comes last.
+    large = [i for i, c in enumerate(rest) if c.train.steps > 2 * steps]
+    other = [i for i, c in enumerate(rest) if c.model.embedding.init == "crystal"]
+    assert max(large) < min(other)
+
+
+def test_the_first_rate_stands_until_all_were_tried(fake: Fake, corpora: list[str]) -> None:
+    trainings = Trainings(quick=False, kept=Kept(write=False), tuned_on="one.txt")
+    for lr in RATES[:2]:
+        trainings.make(NORMAL, "one.txt", BUDGETS[0], lr, SEEDS[0])
+    assert (trainings.rate(NORMAL), trainings.tried(NORMAL)) == (RATES[0], 2)
+    trainings.make(NORMAL, "one.txt", BUDGETS[0], RATES[2], SEEDS[0])
+    assert (trainings.rate(NORMAL), trainings.tried(NORMAL)) == (BEST, 3)
+    assert trainings.tried(CORPUS) == 0
+
+
+def test_what_is_whole_is_judged_from_the_file_alone(
+    whole: Callable[[], Trainings], fake: Fake, corpora: list[str]
+) -> None:
+    before = len(fake.trained)
+    for corpus in corpora:
+        judge = _Judge(whole(), corpus, BUDGETS[0])
+        claims = judge.claims(quick=False)
+        assert all(claim.judged and claim.value == 1.0 for claim in claims)
+        row = judge.row(NORMAL)
+        assert (row["lr"], row["lr tried"], row["seeds"]) == (BEST, len(RATES), len(SEEDS))
+    assert len(fake.trained) == before
+
+
+@pytest.mark.parametrize(
+    ("drop", "whole_ones"),
+    [
+        (lambda one: one["start"] == "normal" and one["seed"] == 2, ["composed"]),
+        (lambda one: one["start"] == "normal" and one["lr"] == RATES[2], ["composed"]),
+        (
+            lambda one: one["table"] == "composed" and one["lr"] == RATES[2],
+            ["corpus start", "rank 64", "corpus start", "rank 32"],
+        ),
+    ],
+)
+def test_a_claim_that_is_not_whole_is_not_judged(
+    whole: Callable[[], Trainings], drop: Callable[[dict[str, Any]], bool], whole_ones: list[str]
+) -> None:
+    without(drop)
+    claims = _Judge(whole(), "one.txt", BUDGETS[0]).claims(quick=False)
+    judged = [claim.name for claim in claims if claim.judged]
+    assert len(judged) == len(whole_ones)
+    assert all(map(str.startswith, judged, whole_ones))
+    assert {claim.why for claim in claims if not claim.judged} == {UNMEASURED}
+
+
+def test_the_page_says_on_which_machines(whole: Callable[[], Trainings]) -> None:
+    trainings = whole()
+    _Judge(trainings, "one.txt", BUDGETS[0]).claims(quick=False)
+    [said] = [note for note in _notes(trainings) if note.startswith("Trainings")]
+    assert f"Trainings: {len(trainings.used)}" in said
+    one = next(iter(trainings.used.values()))
+    assert f"{one.processor} (1 thread, fp32, torch {one.torch}" in said
+
+
+def test_machines_are_counted() -> None:
+    found = [Figures(**line("1" * 16)), Figures(**line("2" * 16, processor="another", threads=2))]
+    said = machines([*found, found[1]])
+    assert said.startswith("2 on another (2 threads, fp32,")
+    assert "; 1 on a processor (1 thread, fp32," in said
+    assert machines([]) == ""
