@@ -1,9 +1,9 @@
 """``cllm bench train``: speed of training beside transformers' Llama of exactly the same shape.
 
 Contestants, each in its own process (``cllm.bench.training_contestant``): (a) the peer's plain eager
-loop in fp32, (b) the same compiled in bf16 with SDPA, (c) as (b) with explicit attention, and ours as
-``cllm train`` would choose on this machine; then ours with one choice changed at a time, and at the
-vector widths that ATen and Inductor can be held to.
+loop in fp32, (b) the same compiled in bf16 with SDPA (in fp32 where bf16 is the slower one), (c) as (b)
+with explicit attention, and ours as ``cllm train`` would choose on this machine; then ours with one choice
+changed at a time, and at the vector widths that ATen and Inductor can be held to.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from cllm.core.threads import spin_briefly
 from cllm.training.parallel.shards import most_workers
 
 ROUNDS, STEPS = 7, 12
+STRONGEST = "(c) Llama, compiled {low}, eager attention"
 PEERS = {
     "(a) Llama, eager fp32": "peer --attention sdpa --dtype fp32",
-    "(b) Llama, compiled bf16, SDPA": "peer --attention sdpa --dtype bf16 --compile",
-    "(c) Llama, compiled bf16, eager attention": "peer --attention eager --dtype bf16 --compile",
+    "(b) Llama, compiled {low}, SDPA": "peer --attention sdpa --dtype {low} --compile",
+    STRONGEST: "peer --attention eager --dtype {low} --compile",
 }
+"""``low``: the faster precision of this machine, as whoever runs the peer would choose."""
 TUNED = {
-    "(c) with our memory and waiting": "peer --attention eager --dtype bf16 --compile --keep-memory"
+    "(c) with our memory and waiting": "peer --attention eager --dtype {low} --compile --keep-memory"
 }
 """How much of our lead is the allocator and the threads' waiting, which any loop could have."""
-STRONGEST = "(c) Llama, compiled bf16, eager attention"
 OURS = "cllm train"
 VARIANTS = {
     OURS: "ours",
@@ -67,7 +68,13 @@ def run(options: Options) -> Result:
     busy = is_busy()
     rounds, steps = (2, 2) if options.quick else (ROUNDS, STEPS)
     shape = ["--steps", str(steps)] + (["--small"] if options.quick else [])
-    wanted = PEERS | TUNED | VARIANTS
+    low = _faster_precision()
+    peers = {name.format(low=low): call.format(low=low) for name, call in PEERS.items()}
+    tuned = {name: call.format(low=low) for name, call in TUNED.items()}
+    strongest = STRONGEST.format(low=low)
+    wanted = peers | tuned | VARIANTS
+    if low == "fp32":
+        del wanted["cllm, fp32"]  # that is what ours takes
     cores = usable_threads()
     train = Config().train
     workers = most_workers(train.batch_size, train.accumulate, cores)
@@ -75,7 +82,7 @@ def run(options: Options) -> Result:
     if workers > 1 and hasattr(os, "memfd_create"):
         wanted[crew] = f"ours --set train.parallel.workers={workers}"
     if options.quick:
-        wanted = {name: wanted[name] for name in (STRONGEST, OURS)}
+        wanted = {name: wanted[name] for name in (strongest, OURS)}
     starts = [partial(_start, name, call, shape) for name, call in wanted.items()]
     if not options.quick:
         for level, bits in VECTORS.items():
@@ -84,7 +91,7 @@ def run(options: Options) -> Result:
     with contest(starts) as contestants:
         figures = interleaved(contestants, rounds, say=_say)
     rates = {name: [r["tokens_per_second"] for r in found] for name, found in figures.items()}
-    rows = [_row(c, rates[c.name], figures[c.name], rates[STRONGEST]) for c in contestants]
+    rows = [_row(c, rates[c.name], figures[c.name], rates[strongest]) for c in contestants]
     ours = next(c for c in contestants if c.name == OURS)
     notes = [
         f"Shape and batch: {ours.ready['shape']}. Medians of {rounds} interleaved rounds of {steps} "
@@ -102,7 +109,7 @@ def run(options: Options) -> Result:
     return Result(
         bench="train",
         rows=rows,
-        claims=[*_claims(rates, busy, options.quick), *_crew_claim(rates, crew, busy)],
+        claims=_claims(rates, strongest, list(peers), crew, _why(busy, low, options.quick)),
         notes=notes,
         packages=("torch", "transformers"),
         load_before=load,
@@ -110,44 +117,53 @@ def run(options: Options) -> Result:
         headline=[
             {key: row[key] for key in ("contestant", "tokens/s", "÷ (c)")}
             for row in rows
-            if row["contestant"] in (*PEERS, *TUNED, OURS)
+            if row["contestant"] in (*peers, *tuned, OURS, crew)
         ],
     )
 
 
-def _claims(rates: dict[str, list[float]], busy: str | None, quick: bool) -> list[Claim]:
+def _faster_precision() -> str:
+    from cllm.training.choose import matmul_rates
+
+    rates = matmul_rates(usable_threads())
+    return max(rates, key=lambda name: rates[name])
+
+
+def _why(busy: str | None, low: str, quick: bool) -> dict[str, str]:
+    """By contestant of ours: why its claim may not be judged here, if so."""
+    common = "--quick measures nothing" if quick else (busy or "")
     sets = machine().instruction_sets
-    why = "--quick measures nothing" if quick else (busy or "")
-    if not why and not any("amx" in name.lower() for name in sets):
-        why = "no AMX here, which the requirement was set for"
-    judged = not why
-    names = {STRONGEST: (1.15, 1.5), **{name: (None, None) for name in PEERS if name != STRONGEST}}
+    amx = any("amx" in name.lower() for name in sets)
+    emulated = "bf16 is emulated here" if low != "bf16" else ""
+    return {
+        OURS: common or ("" if amx else "no AMX here, which the requirement was set for"),
+        WORKERS: common or emulated,
+    }
+
+
+def _claims(
+    rates: dict[str, list[float]],
+    strongest: str,
+    peers: list[str],
+    crew: str,
+    why: dict[str, str],
+) -> list[Claim]:
+    wanted: list[tuple[str, str, float | None, float | None, str]] = [
+        (OURS, strongest, 1.15, 1.5, why[OURS]),
+        *((OURS, name, None, None, why[OURS]) for name in peers if name != strongest),
+        (crew, strongest, WORKERS_REQUIRED, WORKERS_AIM, why[WORKERS]),
+    ]
     return [
         Claim(
-            name=f"cllm train ÷ {name}",
-            value=round(ratio_of_medians(rates[OURS], rates[name]), 3),
+            name=f"{ours} ÷ {peer}",
+            value=round(ratio_of_medians(rates[ours], rates[peer]), 3),
             required=required,
             aim=aim,
-            why=why or "no figure is required",
-            judged=judged,
+            why=reason or ("" if required is not None else "no figure is required"),
+            judged=not reason,
         )
-        for name, (required, aim) in names.items()
-        if name in rates
-    ]
-
-
-def _crew_claim(rates: dict[str, list[float]], crew: str, busy: str | None) -> list[Claim]:
-    if crew not in rates:
-        return []
-    return [
-        Claim(
-            name=f"{crew} ÷ {STRONGEST}",
-            value=round(ratio_of_medians(rates[crew], rates[STRONGEST]), 3),
-            required=WORKERS_REQUIRED,
-            aim=WORKERS_AIM,
-            why=busy or "",
-            judged=not busy,
-        )
+        for ours, peer, required, aim, reason in wanted
+        if ours in rates and peer in rates
     ]
 
 
