@@ -93,7 +93,7 @@ def test_help_names_the_formats() -> None:
 
 
 def test_names_must_end_as_their_programs_want(cllm: Cllm, run: Path) -> None:
-    refused(cllm("export", run, "--to", "aoti", "--out", "x.bin"), "ends in .pt2")
+    refused(cllm("export", run, "--to", "aoti", "--out", "x.bin"), "files for aoti end in .pt2")
 
 
 def test_single_files_are_whole_or_not_there(cllm: Cllm, run: Path, isolated: Path) -> None:

@@ -51,7 +51,8 @@ def check_cover(spool: Spool, splits: Splits) -> None:
 @settings(deadline=None)
 def test_cover(spool_of: SpoolOf, texts: list[str], method: str, seed: int, share: float) -> None:
     spool = spool_of([Document(f"d{i}", text) for i, text in enumerate(texts)])
-    if len(set(texts)) < 8 and share:  # then there may be too little: refused, or split as below
+    # There may be too little, or a document (with its copies) too large: refused, or split as below.
+    if (len(set(texts)) < 8 and share) or (method == "document" and share == 0.3):
         with contextlib.suppress(UserError):
             check_cover(spool, split(spool, method, seed, share))
         return
@@ -63,6 +64,17 @@ def test_cover(spool_of: SpoolOf, texts: list[str], method: str, seed: int, shar
     if splits.method == "document":
         held = set(texts_of(spool, splits.test)), set(texts_of(spool, splits.train))
         assert not held[0] & held[1]
+
+
+def test_documents_that_leave_a_part_empty_are_cut_into_blocks(spool_of: SpoolOf) -> None:
+    texts = ["a" * size for size in (15, 16, 19, 20, 21, 22, 26, 43, 43)]
+    spool = spool_of([Document(f"d{i}", text) for i, text in enumerate(texts)])
+    with pytest.raises(UserError, match="leave nothing for train"):
+        split(spool, "document", share=0.3)
+    splits = split(spool, share=0.3)
+    assert splits.method == "block"
+    check_cover(spool, splits)
+    assert all(len(table) for _, table in splits.items())
 
 
 def test_by_document(spool_of: SpoolOf, essay: Essay) -> None:

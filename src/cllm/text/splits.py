@@ -56,7 +56,8 @@ def split_corpus(
 ) -> Splits:
     """Split by shares of the bytes (in [0, 1); a share of 0 gives an empty split).
 
-    ``auto`` takes documents where those small enough to be drawn are at least half of the corpus.
+    ``auto`` takes documents where those small enough to be drawn are at least half of the corpus, and
+    drawing them leaves something for each part.
     Documents of equal text always land in the same split. Raises ``UserError`` if the corpus has too
     few documents or bytes for the parts asked for, ``UsageError`` for blocks of records with prompts.
     """
@@ -65,21 +66,28 @@ def split_corpus(
             "data.split = 'block' would cut prompt/completion and chat records in two; "
             "set data.split = 'document'"
         )
+    free = method == "auto" and not spool.masked
     if method == "auto":
         small = _small(spool, validation, test)
         fits = np.diff(spool.ends)[small].sum() >= spool.size / 2
         method = "document" if fits or spool.masked else "block"
     by = _by_document if method == "document" else _by_block
     splits = by(spool, validation, test, seed)
-    shares = {"train": 1.0, "validation": validation, "test": test}
-    for name, segments in splits.items():
-        if shares[name] and not len(segments):
-            raise UserError(
-                f"the corpus is too short to split: {spool.size:,} bytes in "
-                f"{len(np.unique(spool.digests)):,} different documents leave nothing for {name}; "
-                "give more text, or set data.split = 'block'"
-            )
+    if free and _empty(splits, validation, test):
+        splits = _by_block(spool, validation, test, seed)
+    for name in _empty(splits, validation, test):
+        raise UserError(
+            f"the corpus is too short to split: {spool.size:,} bytes in "
+            f"{len(np.unique(spool.digests)):,} different documents leave nothing for {name}; "
+            "give more text, or set data.split = 'block'"
+        )
     return splits
+
+
+def _empty(splits: Splits, validation: float, test: float) -> list[str]:
+    """Parts that were asked for and have nothing."""
+    shares = {"train": 1.0, "validation": validation, "test": test}
+    return [name for name, segments in splits.items() if shares[name] and not len(segments)]
 
 
 def _copies(spool: Spool) -> np.ndarray:
