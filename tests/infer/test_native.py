@@ -41,26 +41,37 @@ def engine_of(library: Path, model_of: Make, isolated: Path) -> Callable[..., En
     return make
 
 
+def _logits(engine: Engine) -> torch.Tensor:
+    """Of nine texts of 1 to 25 tokens, and of four steps after them."""
+    rows = [engine.start(slot, [slot + 1] * (3 * slot + 1)).logits[0] for slot in range(9)]
+    for number in range(4):
+        scores = engine.step({slot: (7 * number + slot) % 45 for slot in range(9)})
+        rows += list(scores.logits.clone())
+    return torch.stack(rows)
+
+
 @pytest.mark.parametrize("head", [32, 48, 64])
 def test_heads_of_every_width_and_more_slots_than_a_panel_holds_rows(
-    head: int, engine_of: Callable[..., Engine]
+    head: int, engine_of: Callable[..., Engine], model_of: Make
 ) -> None:
-    engine = engine_of(slots=9, d_model=3 * head, n_heads=3, n_kv_heads=1, d_ff=80, context=24)
+    """It is as far from float64 as the eager engine is: weights this large amplify all rounding."""
+    shape = {"d_model": 3 * head, "n_heads": 3, "n_kv_heads": 1, "d_ff": 80, "context": 24}
+    engine = engine_of(slots=9, **shape)
+    truth = Engine(model_of(**FIT | shape).eval(), EngineOptions(slots=9))
     requests = [
         Request([1 + n, *range(2 * n)], Sampling(max_tokens=30, temperature=0.0)) for n in range(12)
     ]
-    found, logits = [], []
+    logits, found = [_logits(truth)], []
     for wanted in (False, True):
         engine.use_compiled(wanted)
-        rows = [engine.start(slot, [slot + 1] * (3 * slot + 1)).logits[0] for slot in range(9)]
-        for number in range(4):
-            scores = engine.step({slot: (7 * number + slot) % 45 for slot in range(9)})
-            rows += list(scores.logits.clone())
-        logits.append(torch.stack(rows))
+        logits.append(_logits(engine))
         found.append([(s.index, s.token) for s in serve(engine, requests)])
-    # Weights this large amplify rounding: sums in another order were seen to move a logit by 1.6e-4.
-    assert torch.allclose(*logits, rtol=1e-4, atol=1e-3)
-    assert float(logits[0].std()) > 1.0
+    exact, eager, compiled = logits
+    assert exact.dtype == torch.float64
+    assert float(exact.std()) > 1.0
+    errors = [(made - exact).abs() for made in (eager, compiled)]
+    assert float(errors[1].square().mean()) <= 4 * float(errors[0].square().mean())
+    assert float(errors[1].max()) <= 4 * float(errors[0].max())
     for index in range(12):
         assert [s for s in found[0] if s[0] == index] == [s for s in found[1] if s[0] == index]
 

@@ -51,8 +51,11 @@ def check_cover(spool: Spool, splits: Splits) -> None:
 @settings(deadline=None)
 def test_cover(spool_of: SpoolOf, texts: list[str], method: str, seed: int, share: float) -> None:
     spool = spool_of([Document(f"d{i}", text) for i, text in enumerate(texts)])
-    # There may be too little, or a document (with its copies) too large: refused, or split as below.
-    if (len(set(texts)) < 8 and share) or (method == "document" and share == 0.3):
+    # There may be too little, or, where documents must stay whole, a text with its copies may be more than
+    # half of a part: refused, or split as below.
+    size = {text: texts.count(text) * len(text.encode("utf-8")) for text in texts}
+    large = method == "document" and max(size.values()) > share / 2 * sum(size.values())
+    if (len(set(texts)) < 8 and share) or (share == 0.3 and large):
         with contextlib.suppress(UserError):
             check_cover(spool, split(spool, method, seed, share))
         return
