@@ -65,13 +65,14 @@ class Case:
         base: dict[str, Any] = {"model.preset": "nano" if quick else "tiny"}
         if quick:
             base |= {"tokenizer.vocab_size": 300, "model.d_model": 64}
-            base |= {"train.compile": "off", "train.dtype": "fp32", "train.attention": "matmul"}
+            base |= {"train.compile": "off", "train.attention": "matmul"}
         whole = build(base)
         a_step = whole.train.batch_size * whole.model.context
         steps = max(round(self.share * budget.tokens / a_step), 1)
         settings = base | {
             "data.paths": paths,
             "train.steps": steps,
+            "train.dtype": "fp32",  # else another machine would choose another precision
             "train.lr": lr,
             "train.seed": seed,
             "train.eval_every": steps,

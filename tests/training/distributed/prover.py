@@ -12,8 +12,6 @@ import json
 import os
 import random
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,9 @@ from cllm.core.torchrun import launched, leave
 from cllm.training.build import build_step
 from cllm.training.distributed.group import Group
 from cllm.training.distributed.team import Team, serve
+
+sys.path.append(str(Path(__file__).parent.parent))
+from waits import late
 
 BASE: dict[str, Any] = {
     "model.vocab_size": 97,
@@ -52,21 +53,6 @@ HAND_OVERS = {
     schedules: ("_batch_p2p", "_wait_batch_p2p"),
 }
 LONGEST = 0.01
-
-
-def late(call: Callable[..., Any], rng: random.Random) -> Callable[..., Any]:
-    """``call`` with a random wait before and after it; half the time there is none."""
-
-    def wait() -> None:
-        time.sleep(max(rng.uniform(-LONGEST, LONGEST), 0.0))
-
-    def made(*arguments: Any, **named: Any) -> Any:
-        wait()
-        found = call(*arguments, **named)
-        wait()
-        return found
-
-    return made
 
 
 def windows(number: int, count: int, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -142,7 +128,7 @@ def main() -> None:
         rng = random.Random(f"{os.environ['DELAYS']} {launch.rank}")
         for module, names in HAND_OVERS.items():
             for name in names:
-                setattr(module, name, late(getattr(module, name), rng))
+                setattr(module, name, late(getattr(module, name), rng, LONGEST))
     group = Group.join(launch)
     for case in cases:
         torch.manual_seed(1)

@@ -28,6 +28,15 @@ Clean = Callable[[Any, Path], None]
 ENDLESS = {"train__steps": 100_000, "train__eval_every": 50_000}
 
 
+@pytest.fixture
+def endless(tmp_path: Path, begin: Begin, arguments: Arguments) -> tuple[Any, Any, Path]:
+    """Workers after their first checkpoints: what is to be hurt, all its processes, and the run."""
+    run = tmp_path / "run"
+    hurt = begin("workers", *arguments("workers", **ENDLESS), "--out", run)
+    hurt.wait((run / "checkpoints" / "step-00000010").exists)
+    return hurt, hurt.everyone(), run
+
+
 def test_ctrl_c_while_the_workers_start(
     tmp_path: Path, begin: Begin, arguments: Arguments, assert_clean: Clean
 ) -> None:
@@ -46,12 +55,9 @@ def test_ctrl_c_while_the_workers_start(
 
 
 def test_a_worker_that_hangs_does_not_keep_the_parent(
-    tmp_path: Path, begin: Begin, arguments: Arguments, assert_clean: Clean
+    endless: tuple[Any, Any, Path], assert_clean: Clean
 ) -> None:
-    run = tmp_path / "run"
-    hurt = begin("workers", *arguments("workers", **ENDLESS), "--out", run)
-    hurt.wait((run / "checkpoints" / "step-00000010").exists)
-    everyone = hurt.everyone()
+    hurt, everyone, run = endless
     os.kill(hurt.roles()["last"], signal.SIGSTOP)
     time.sleep(0.2)
     hurt.child.terminate()
@@ -150,12 +156,9 @@ def test_who_compiles_ends_too(
 
 @pytest.mark.slow
 def test_a_limit_on_files_at_a_checkpoint_ends_all_workers(
-    tmp_path: Path, begin: Begin, arguments: Arguments, assert_clean: Clean
+    endless: tuple[Any, Any, Path], begin: Begin, assert_clean: Clean
 ) -> None:
-    run = tmp_path / "run"
-    hurt = begin("workers", *arguments("workers", **ENDLESS), "--out", run)
-    hurt.wait((run / "checkpoints" / "step-00000010").exists)
-    everyone = hurt.everyone()
+    hurt, everyone, run = endless
     resource.prlimit(hurt.child.pid, resource.RLIMIT_FSIZE, (200_000, 200_000))
     hurt.wait(lambda: bool(hurt.said))
     hurt.end(everyone)

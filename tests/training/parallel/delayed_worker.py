@@ -5,29 +5,21 @@ from __future__ import annotations
 import os
 import random
 import sys
-import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cllm.training.parallel import crew, wire, worker
+
+sys.path.append(str(Path(__file__).parent.parent))
+from waits import late
 
 LONGEST = 0.004
 
 
 def delayed(function: Callable[..., Any], rng: random.Random) -> Callable[..., Any]:
-    """``function`` with a random wait before and after it; one time in four there is none."""
-
-    def wait() -> None:
-        if rng.random() < 0.75:
-            time.sleep(rng.uniform(0.0, LONGEST))
-
-    def call(*arguments: Any, **named: Any) -> Any:
-        wait()
-        found = function(*arguments, **named)
-        wait()
-        return found
-
-    return call
+    """``function`` with a random wait before and after it."""
+    return late(function, rng, LONGEST)
 
 
 if __name__ == "__main__":
