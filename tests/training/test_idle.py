@@ -43,8 +43,7 @@ def test_the_closed_form_is_what_the_optimizer_does(
             kept = part.weights.clone(), {m: t.clone() for m, t in part.moments.items()}
         lr = 0.05 / (1 + step % 7)
         grad = random() if step < busy else torch.zeros(3, 4, dtype=torch.float64)
-        rates = torch.tensor((1.0, *rule.rates(lr, step + 1)), dtype=torch.float64)
-        rule.update(part, grad, rates, torch.empty_like(grad))
+        rule.update(part, grad, 1.0, lr, step + 1)
         clock.advance(lr)
     if not idle:
         kept = part.weights, part.moments

@@ -23,11 +23,9 @@ def model() -> nn.Module:
 
 
 def update(rule: Optimizer, arena: Arena, grad: torch.Tensor, lr: float, count: int) -> None:
-    """One update of all parts, each in pieces of some elements, with a factor of 1."""
-    rates = torch.tensor((1.0, *rule.rates(lr, count)), dtype=torch.float64)
-    for part in arena.parts(40):
-        own = part.of(grad)
-        rule.update(part, own, rates, torch.empty_like(own))
+    """One update of all parts, with a factor of a half of the gradient's double."""
+    for part in arena.parts():
+        rule.update(part, 2.0 * part.of(grad), 0.5, lr, count)
 
 
 def follow(name: str, settings: dict[str, Any], reference: Any, steps: int = 30) -> None:
@@ -95,6 +93,29 @@ def test_decay_shrinks_matrices_and_leaves_vectors(name: str) -> None:
         "norm.weight",
         "norm.bias",
     }
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_the_bits_do_not_depend_on_the_number_of_threads(name: str) -> None:
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        generator = torch.Generator().manual_seed(4)
+        large = nn.ParameterDict(
+            {
+                "matrix": nn.Parameter(torch.randn(300, 401, generator=generator)),
+                "vector": nn.Parameter(torch.randn(70_001, generator=generator)),
+            }
+        )
+        rule = OPTIMIZERS[name](TrainConfig(optimizer=name, weight_decay=0.1))
+        arena = Arena.adopt(large, torch.bfloat16, rule.moments)
+        grad = torch.randn(arena.layout.size, generator=generator)
+        for count in (1, 2, 3):
+            for part in arena.parts():
+                rule.update(part, part.of(grad).clone(), 0.3, 1e-2, count)
+        found.append([arena.weights, arena.compute, *arena.moments.values()])
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
 
 
 def test_an_arena_is_aligned_padded_with_zeros_and_shared_with_the_model() -> None:

@@ -20,28 +20,25 @@ from cllm.bench.harness import (
     ratio_of_medians,
 )
 from cllm.core.cpu import usable_threads
-from cllm.core.machine import cannot_compile
 
 ROUNDS = 9
 SIZES = {"tiny": (1.5, "the demo's size"), "small": (1.15, "15 M parameters")}
 """Preset to how many times as fast as torch ours must be, and its name."""
-OURS, PLAIN, THEIRS = "arena", "arena, not compiled", "torch, fused AdamW and foreach clipping"
+OURS, THEIRS = "arena", "torch, fused AdamW and foreach clipping"
 
 
 def measure(quick: bool, why: str) -> tuple[list[dict[str, Any]], list[Claim], list[str]]:
     """Rows, claims and notes; ``why`` says why nothing may be judged, if so."""
     rows, claims, cores = [], [], usable_threads()
-    obstacle = "--quick" if quick else cannot_compile()
     for preset, (required, size) in [("nano", (1.0, "a small size"))] if quick else SIZES.items():
         wanted = {
             (name, threads): (who, threads)
-            for name, who in ((THEIRS, "torch"), (OURS, "compiled"), (PLAIN, "eager"))
+            for name, who in ((THEIRS, "torch"), (OURS, "ours"))
             for threads in sorted({1, cores}, reverse=True)
-            if not (name == OURS and obstacle)
-            and (threads == 1 if quick else threads == cores or name != PLAIN)
+            if threads == 1 or not quick
         }
         starts = [
-            partial(_start, f"{name}, threads: {threads}", who, threads, preset, bool(obstacle))
+            partial(_start, f"{name}, threads: {threads}", who, threads, preset)
             for (name, _), (who, threads) in wanted.items()
         ]
         with contest(starts) as contestants:
@@ -63,18 +60,16 @@ def measure(quick: bool, why: str) -> tuple[list[dict[str, Any]], list[Claim], l
                 }
             )
         threads = 1 if quick else cores
-        best = (PLAIN if obstacle else OURS, threads)
-        gain = ratio_of_medians(seconds[THEIRS, threads], seconds[best])
-        memory = peak[best] / peak[THEIRS, threads]
-        reason = why or (f"not compiled: {obstacle}" if obstacle else "")
+        gain = ratio_of_medians(seconds[THEIRS, threads], seconds[OURS, threads])
+        memory = peak[OURS, threads] / peak[THEIRS, threads]
         claims += [
             Claim(
                 name=f"end of a step at {size}: {what}",
                 value=round(value, 3),
                 required=bound,
                 higher_is_better=higher,
-                why=reason,
-                judged=not reason,
+                why=why,
+                judged=not why,
             )
             for what, value, bound, higher in (
                 ("torch's time ÷ the arena's", gain, required, True),
@@ -83,13 +78,11 @@ def measure(quick: bool, why: str) -> tuple[list[dict[str, Any]], list[Claim], l
         ]
     notes = [
         "The end of a step is its norm, the non-finite check, clipping at 1 and AdamW, on gradients that "
-        f"are there already; medians of {ROUNDS} interleaved rounds. Claims are on {cores} threads. Both "
-        "processes have used torch's compiler before, as a process that trains compiled has. What the "
-        "compiled arena takes above the one that is not is the compiler's own, for a moment."
+        f"are there already; medians of {ROUNDS} interleaved rounds. Claims are on {cores} threads."
     ]
     return rows, claims, notes
 
 
-def _start(name: str, who: str, threads: int, preset: str, eager: bool) -> Contestant:
-    call = [who, "--threads", str(threads), "--preset", preset, *(["--eager"] if eager else [])]
+def _start(name: str, who: str, threads: int, preset: str) -> Contestant:
+    call = [who, "--threads", str(threads), "--preset", preset]
     return our_contestant(name, "cllm.bench.arena_contestant", call)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import time
 from collections.abc import Callable
@@ -29,29 +30,24 @@ Step = Callable[[], None]
 def main() -> None:
     """Parse, warm up, and answer rounds with seconds of one end of a step."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("who", choices=("compiled", "eager", "torch"))
+    parser.add_argument("who", choices=("ours", "torch"))
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--preset", required=True)
-    parser.add_argument("--eager", action="store_true", help="leave torch's compiler alone")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    # torch.optim loads it, and so does a process that trains compiled, whoever makes its step.
+    importlib.import_module("torch._dynamo")
     keep_freed_memory()
     config = merge(Config(), {"model.preset": args.preset, "model.vocab_size": VOCABULARY})
-    if not args.eager:
-        # A process that trains compiled has used torch's compiler, whoever makes the optimizer's step.
-        ours(config, Transformer(merge(config, {"model.preset": "nano"}).model), "compiled")()
     model = Transformer(config.model)
     model.start(0)
     parameters = sum(p.numel() for p in model.parameters())
-    step = theirs(config, model) if args.who == "torch" else ours(config, model, args.who)
+    step = theirs(config, model) if args.who == "torch" else ours(config, model)
     begin, calls = time.perf_counter(), 0
-    step()
     while calls < 5 or time.perf_counter() - begin < SECONDS:  # warm up, and see how long it takes
-        if calls == 1:
-            begin = time.perf_counter()  # the first may have compiled
         step()
         calls += 1
-    repeats = max(round(SECONDS * (calls - 1) / (time.perf_counter() - begin)), 1)
+    repeats = max(round(SECONDS * calls / (time.perf_counter() - begin)), 1)
 
     def one_round() -> dict[str, Any]:
         begin = time.perf_counter()
@@ -62,11 +58,11 @@ def main() -> None:
     answer_rounds({"parameters": parameters}, one_round)
 
 
-def ours(config: Config, model: Transformer, who: str) -> Step:
-    """The arena's update, with a gradient whose norm is above the bound."""
+def ours(config: Config, model: Transformer) -> Step:
+    """The arena's update, with a gradient whose norm is above the bound at first, as torch's is."""
     train = config.train
     arena = Arena.adopt(model, torch.float32, OPTIMIZERS[train.optimizer].moments)
-    update = Update(arena, train, compiled=who == "compiled")
+    update = Update(arena, train)
     arena.grad.normal_(std=1e-2)
     count = 0
 

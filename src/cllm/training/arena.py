@@ -1,7 +1,7 @@
 """Weights, gradients and optimizer state, each in one flat buffer whose views are the tensors.
 
-The check for non-finite values with the norm is then one pass over the gradient, and clipping, the
-optimizer and the cast to the precision of the arithmetic are one more over all. Every view begins on a
+The check for non-finite values with the norm is then one pass over the gradient, and clipping and the
+optimizer are one more over all. Every view begins on a
 64-byte boundary in any precision of two bytes or more; the padding between views is zero and stays zero.
 """
 
@@ -161,27 +161,25 @@ class Arena:
         """``compute`` without the tables ``by_rows``."""
         return self.compute[: self.dense_layout.size] if self.by_rows else self.compute
 
-    def parts(self, size: int = 0, copy: Tensor | None = None) -> list[Part]:
-        """All but the tables ``by_rows``, as views of at most ``size`` elements (0: no bound).
+    def parts(self, copy: Tensor | None = None) -> list[Part]:
+        """All but the tables ``by_rows``, as views: what decays, then what does not.
 
         ``copy``: the buffer that becomes the copy of the weights; ``compute`` if that is one.
         """
         if copy is None and self.compute is not self.weights:
             copy = self.compute
-        found, end = [], self.dense_layout.size
-        for first, last in ((0, self.decaying), (self.decaying, end)):
-            for begin in range(first, last, size or max(last - first, 1)):
-                place = slice(begin, min(begin + size, last) if size else last)
-                found.append(
-                    Part(
-                        weights=self.weights[place],
-                        moments={name: flat[place] for name, flat in self.moments.items()},
-                        decays=last == self.decaying,
-                        copy=copy[place] if copy is not None else None,
-                        first=begin,
-                    )
-                )
-        return found
+        ends = (0, self.decaying), (self.decaying, self.dense_layout.size)
+        return [
+            Part(
+                weights=self.weights[first:last],
+                moments={name: flat[first:last] for name, flat in self.moments.items()},
+                decays=first == 0,
+                copy=copy[first:last] if copy is not None else None,
+                first=first,
+            )
+            for first, last in ends
+            if first < last
+        ]
 
     def refresh(self) -> None:
         """Make ``compute`` the present weights again, after they were changed from outside."""

@@ -128,14 +128,15 @@ class LazyRows:
         self,
         used: dict[str, InUse],
         grads: dict[str, Tensor],
-        rates: Tensor,
+        factor: float,
         lr: float,
+        count: int,
     ) -> None:
-        """Update the rows in use with their gradients, in an applied step at ``lr``; ``rates`` as the
-        optimizer takes them."""
+        """Update the rows in use with ``factor`` times their gradients, in applied step ``count`` (from 1)
+        at ``lr``."""
         self.clock.advance(lr)
         for name, use in used.items():
-            self.optimizer.update(use.part, grads[name], rates, torch.empty_like(grads[name]))
+            self.optimizer.update(use.part, grads[name], factor, lr, count)
             self._weights[name].index_copy_(0, use.rows, use.part.weights)
             for moment, kept in self._moments[name].items():
                 kept.index_copy_(0, use.rows, use.part.moments[moment])

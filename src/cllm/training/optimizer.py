@@ -1,7 +1,7 @@
-"""AdamW and SGD over flat buffers, each a few elementwise lines that compile into one pass.
+"""AdamW and SGD over flat buffers: torch's fused kernels, each one pass over its part of an arena.
 
-Not compiled they allocate nothing either: the lines are in place, constants are tensors beside the rates (a
-plain number becomes a new tensor in each call), and what is between them is in a buffer that is given.
+They are called as such (``torch.optim`` would hand them each parameter apart, and the gradient once more
+for the clipping), need no compiler, allocate nothing, and give the same bits on any number of threads.
 """
 
 from __future__ import annotations
@@ -37,15 +37,9 @@ class Optimizer(Protocol):
     def drift_rate(self, lr: float, count: int) -> float:
         """How fast in step ``count`` (from 1), without the fading."""
 
-    def rates(self, lr: float, count: int) -> tuple[float, ...]:
-        """The numbers of step ``count`` (from 1) at learning rate ``lr`` that ``update`` takes."""
-
-    def update(self, part: Part, grad: Tensor, rates: Tensor, work: Tensor) -> None:
-        """Change the weights in place.
-
-        ``grad`` is the gradient of the part, ``rates`` a tensor of its factor (clipping) and of what
-        ``rates()`` gave, ``work`` a buffer of the gradient's shape that is overwritten.
-        """
+    def update(self, part: Part, grad: Tensor, factor: float, lr: float, count: int) -> None:
+        """Make step ``count`` (from 1) at learning rate ``lr`` in place, with ``factor`` times ``grad``,
+        which is the gradient of the part and is overwritten."""
 
 
 class AdamW:
@@ -55,6 +49,7 @@ class AdamW:
 
     def __init__(self, config: TrainConfig) -> None:
         self.betas, self.eps, self.decay = config.betas, config.eps, config.weight_decay
+        self._scalars = _Scalars()
         beta1, beta2 = self.betas
         self.fades = {"mean": beta1, "square": beta2}
         self.drift_fade = beta1 / math.sqrt(beta2) if beta2 else math.inf
@@ -65,29 +60,28 @@ class AdamW:
 
     def drift_rate(self, lr: float, count: int) -> float:
         """The rate with both biases corrected."""
-        _, corrected_lr, root, *_ = self.rates(lr, count)
-        return corrected_lr / root
-
-    def rates(self, lr: float, count: int) -> tuple[float, ...]:
-        """What a weight keeps under decay, the rate with the mean's bias corrected, and the factor that
-        corrects √square; then the constants."""
         beta1, beta2 = self.betas
-        root = (1 - beta2**count) ** -0.5
-        changing = (1 - lr * self.decay, lr / (1 - beta1**count), root)
-        return (*changing, beta1, beta2, self.eps)
+        return lr / (1 - beta1**count) * math.sqrt(1 - beta2**count)
 
-    def update(self, part: Part, grad: Tensor, rates: Tensor, work: Tensor) -> None:
-        """See ``Optimizer``; one division and one root an element."""
-        factor, kept, step, root, beta1, beta2, eps = rates.unbind()
-        mean, square = part.moments["mean"], part.moments["square"]
-        torch.mul(grad, factor, out=work)
-        mean.mul_(beta1).add_(work, alpha=1 - self.betas[0])
-        square.mul_(beta2).addcmul_(work, work, value=1 - self.betas[1])
-        torch.sqrt(square, out=work)
-        torch.div(mean, work.mul_(root).add_(eps), out=work)
-        if part.decays:
-            part.weights.mul_(kept)
-        part.weights.sub_(work.mul_(step))
+    def update(self, part: Part, grad: Tensor, factor: float, lr: float, count: int) -> None:
+        """See ``Optimizer``."""
+        beta1, beta2 = self.betas
+        torch._fused_adamw_(
+            [part.weights],
+            [grad],
+            [part.moments["mean"]],
+            [part.moments["square"]],
+            [],
+            [self._scalars.count(grad, count)],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=self.decay if part.decays else 0.0,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=self._scalars.divisor(grad, factor),
+        )
         _renew(part)
 
 
@@ -98,6 +92,7 @@ class SGD:
 
     def __init__(self, config: TrainConfig) -> None:
         self.momentum, self.decay = config.momentum, config.weight_decay
+        self._scalars = _Scalars()
         self.fades = {"velocity": self.momentum}
         self.drift_fade = self.momentum
 
@@ -109,25 +104,64 @@ class SGD:
         """The rate itself."""
         return lr
 
-    def rates(self, lr: float, count: int) -> tuple[float, ...]:
-        """What a weight keeps under decay, the rate, and the momentum."""
-        return 1 - lr * self.decay, lr, self.momentum
-
-    def update(self, part: Part, grad: Tensor, rates: Tensor, work: Tensor) -> None:
-        """See ``Optimizer``."""
-        factor, kept, step, momentum = rates.unbind()
-        velocity = part.moments["velocity"]
-        torch.mul(grad, factor, out=work)
-        velocity.mul_(momentum).add_(work)
-        if part.decays:
-            part.weights.mul_(kept)
-        torch.mul(velocity, step, out=work)
-        part.weights.sub_(work)
+    def update(self, part: Part, grad: Tensor, factor: float, lr: float, count: int) -> None:
+        """See ``Optimizer``; torch's own decay would go through the velocity."""
+        if part.decays and self.decay:
+            part.weights.mul_(self._scalars.kept(part.weights, 1 - lr * self.decay))
+        # The kernel refuses a velocity that is not used; it stays zero.
+        velocities = [part.moments["velocity"]] if self.momentum else []
+        torch._fused_sgd_(
+            [part.weights],
+            [grad],
+            velocities,
+            weight_decay=0.0,
+            momentum=self.momentum,
+            lr=lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            grad_scale=self._scalars.divisor(grad, factor),
+        )
         _renew(part)
 
 
+class _Scalars:
+    """The numbers that the kernels take as tensors: one of each on each device, filled anew."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, torch.device], Tensor] = {}
+
+    def count(self, grad: Tensor, count: int) -> Tensor:
+        """The step's number, exact to 2^24."""
+        return self._filled("count", grad.device, float(count))
+
+    def kept(self, weights: Tensor, share: float) -> Tensor:
+        """What a weight keeps under decay (of a plain number torch would make a new tensor each time)."""
+        return self._filled("kept", weights.device, share, weights.dtype)
+
+    def divisor(self, grad: Tensor, factor: float) -> Tensor | None:
+        """What the kernel divides the gradient by, so as to multiply it with ``factor``; ``None`` where
+        that is done here, as the kernel takes nothing finer than float32, or where nothing is to be done.
+        """
+        if factor == 1.0:
+            return None
+        if grad.dtype == torch.float64:
+            grad.mul_(factor)
+            return None
+        return self._filled("divisor", grad.device, 1.0 / factor)
+
+    def _filled(
+        self, name: str, device: torch.device, value: float, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        key = name, device
+        if key not in self._known:
+            self._known[key] = torch.zeros((), dtype=dtype, device=device)
+        return self._known[key].fill_(value)
+
+
 def _renew(part: Part) -> None:
-    """The copy in the arithmetic's precision, while the weights are in the cache."""
+    """The copy in the arithmetic's precision."""
     if part.copy is not None:
         part.copy.copy_(part.weights)
 

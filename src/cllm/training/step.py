@@ -61,7 +61,7 @@ class TrainStep:
         draws: Draws | None = None,
     ) -> None:
         self.model, self.arena, self.config, self.compiled = model, arena, config, compiled
-        self.update = Update(arena, config, compiled=compiled)
+        self.update = Update(arena, config)
         self.optimizer = self.update.optimizer
         self.draws = draws if draws is not None else Draws()
         self.crew: Crew | None = None
@@ -188,9 +188,9 @@ class TrainStep:
         return float(self._total), similarity
 
     def _apply(self, summed: Summed, grad: Tensor, norm: float, numbers: Numbers) -> None:
-        self.update.apply(grad, norm, numbers.unscale, numbers.lr, numbers.at)
+        factor = self.update.apply(grad, norm, numbers.unscale, numbers.lr, numbers.at)
         if self.lazy is not None:
-            self.lazy.apply(summed.used, summed.rows, self.update.rates, numbers.lr)
+            self.lazy.apply(summed.used, summed.rows, factor, numbers.lr, numbers.at)
         if self._kept_cores:
             self._cores(self._kept_cores)
 

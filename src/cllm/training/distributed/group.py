@@ -100,6 +100,7 @@ class Group:
         self._everyone = everyone
         self.rank, self.size = launch.rank, launch.size
         self._closed = self._briefed = False
+        self._gone_before: list[str] = []
 
     @classmethod
     def join(cls, launch: Launch) -> Group:
@@ -206,6 +207,7 @@ class Group:
             return
         self._closed = True
         if self.rank == 0:
+            self._gone_before = self._gone()
             with suppress(LostProcessError):
                 self.tell_stop()
         with suppress(RuntimeError):
@@ -221,8 +223,8 @@ class Group:
 
     def blame_the_lost(self, error: BaseException) -> None:
         """Raises ``LostProcessError`` where another process is gone: torchrun then sends the rest a signal,
-        which is not why they end."""
-        if gone := self._gone():
+        which is not why they end. Those that were told to stop may be gone."""
+        if gone := self._gone_before if self._closed else self._gone():
             self.abandon()
             if not self.claim():
                 leave(1)

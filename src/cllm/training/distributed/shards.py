@@ -119,10 +119,8 @@ class Shards(Writer):
         applied = math.isfinite(norm) and math.isfinite(loss)
         if applied:
             factor = numbers.unscale * clip_factor(norm, self.train.clip)
-            rates = (factor, *self.optimizer.rates(numbers.lr, numbers.at))
             for name, part in self._parts.items():
-                grad = grads[name]
-                self.optimizer.update(part, grad, grad.new_tensor(rates), torch.empty_like(grad))
+                self.optimizer.update(part, grads[name], factor, numbers.lr, numbers.at)
         self._losses.zero_grad()
         for table in self.model.tables.values():
             table.after_step()

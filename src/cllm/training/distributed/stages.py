@@ -66,7 +66,7 @@ class Stages(Member):
         self.arena = Arena.adopt(
             self.own, torch.get_default_dtype(), OPTIMIZERS[train.optimizer].moments
         )
-        self.update = Update(self.arena, train, compiled=False)
+        self.update = Update(self.arena, train)
         self._grads = self.arena.layout.views(self.arena.grad)
         self._scale = torch.ones((), device=self.device)
         self.parts = micro_batches_of(train, size)

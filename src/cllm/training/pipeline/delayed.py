@@ -65,7 +65,7 @@ class Delayed:
         self.halves = Halves(step.gradients, compiled=self.compiled)
         self.line = Line(pause)
         self.ring = Ring(self.line, [torch.empty_like(arena.compute) for _ in range(delay + 1)])
-        self._parts = [step.update.parts_of(buffer) for buffer in self.ring.buffers]
+        self._parts = [arena.parts(buffer) for buffer in self.ring.buffers]
         self._asked = Queue[_Job](self.line, "batch", delay + 1)
         self._forwarded = Queue[_Job](self.line, "activations", 1)
         self._summed = Queue[_Job](self.line, "gradient", 1)

@@ -33,7 +33,10 @@ FUSED_ATTENTION = "scaled_dot_product"
 HEAVY = {"exp", "log", "sigmoid", "silu", "tanh", "gelu", "gelu_backward", "_softmax"}
 """Operations with an exponential in each element."""
 NOTHING = {"empty", "empty_like", "new_empty", "empty_strided"}
-ALONE = {"embedding", "add_rows", "index", "embedding_dense_backward", "clip_factor"}
+ALONE = {"embedding", "add_rows", "index", "embedding_dense_backward"} | {
+    "_fused_adamw_",
+    "_fused_sgd_",
+}
 """Operations that no compiler fuses with others, or that read rows here and there."""
 
 
@@ -151,8 +154,10 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         changed = [
             tensor
-            for tensor, argument in zip(args, func._schema.arguments, strict=False)
-            if isinstance(tensor, Tensor) and _is_written(argument)
+            for given_here, argument in zip(args, func._schema.arguments, strict=False)
+            if _is_written(argument)
+            for tensor in tree_leaves(given_here)
+            if isinstance(tensor, Tensor)
         ]
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         made = [t for t in made if self.number(t, made=True) not in reads]
@@ -214,15 +219,14 @@ def trace_step(config: Config) -> StepTrace:
         gradients = Gradients(network.train(), arena, train.loss_chunk)
         optimizer = OPTIMIZERS[train.optimizer](train)
         ids = torch.zeros(train.batch_size, model.context, dtype=torch.int64)
-        rates = torch.ones(1 + len(optimizer.rates(train.lr, 1)), dtype=arena.weights.dtype)
+        one = torch.ones((), dtype=arena.weights.dtype)
         with _recorded() as first:
-            found = gradients.backward(Micro(ids, ids), rates[0], {})
+            found = gradients.backward(Micro(ids, ids), one, {})
             first.trace.lasting = {first.number(found.flat), first.number(found.loss)}
-        with _recorded() as last:  # as ``cllm.training.update`` does it compiled
+        with _recorded() as last:  # as ``cllm.training.update`` does it
             torch.linalg.vector_norm(found.flat)
             for part in arena.parts():
-                grad = part.of(found.flat)
-                optimizer.update(part, grad, rates, torch.empty_like(grad))
+                optimizer.update(part, part.of(found.flat), 0.5, train.lr, 1)
     learned = sum(p.numel() for p in network.parameters())
     return StepTrace(first.trace, last.trace, learned, arena.layout.size)
 
