@@ -16,7 +16,7 @@ import torch
 
 from cllm.core.config import Config
 from cllm.core.errors import UsageError
-from cllm.core.machine import machine
+from cllm.core.machine import cannot_compile, machine
 from cllm.text.batches import BatchSource
 from cllm.text.packed import PackedTokens
 from cllm.training import choose as choosing
@@ -81,10 +81,15 @@ def batches(number: int, count: int = 1, rows: int = 4, length: int = 64) -> Mic
     return found
 
 
+@pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
 def test_two_workers_give_the_bits_of_one_process_with_the_same_split(
-    step_with: Callable[..., TrainStep],
+    compiled: str, step_with: Callable[..., TrainStep]
 ) -> None:
-    together, alone = step_with(2), step_with(1)
+    if compiled == "on" and cannot_compile():
+        pytest.skip(str(cannot_compile()))
+    changes = {"train__compile": compiled, "model__n_layers": 2}
+    together, alone = step_with(2, **changes), step_with(1, **changes)
+    assert together.compiled == alone.compiled == (compiled == "on")
     for number in range(4):
         ((ids, targets),) = batches(number)
         parts = [(ids[:2], targets[:2]), (ids[2:], targets[2:])]
