@@ -323,7 +323,7 @@ def _markdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    cells = [[_cell(row.get(name), name) for name in names] for row in rows]
     widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(names)]
     numeric = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
 
@@ -340,9 +340,11 @@ def _markdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [line(names), f"| {' | '.join(rule)} |", *map(line, cells)]
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, name: str = "") -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
+        if name == "bits per byte":  # whose differences are in the third digit after the point
+            return f"{value:.4f}"
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
