@@ -86,8 +86,9 @@ def run(options: Options) -> Result:
     starts = [partial(_start, name, call, shape) for name, call in wanted.items()]
     if not options.quick:
         for level, bits in VECTORS.items():
-            call = f"ours --simdlen {bits}"
-            starts.append(partial(_start, f"cllm, {level} vectors", call, shape, level))
+            if level in ("default", *machine().instruction_sets):
+                call = f"ours --simdlen {bits}"
+                starts.append(partial(_start, f"cllm, {level} vectors", call, shape, level))
     with contest(starts) as contestants:
         figures = interleaved(contestants, rounds, say=_say)
     rates = {name: [r["tokens_per_second"] for r in found] for name, found in figures.items()}
