@@ -13,7 +13,7 @@ from cllm.bench import training
     [
         (None, "bf16", False, 1.4, True),
         (None, "bf16", False, 1.2, False),
-        (None, "fp32", False, 1.4, None),
+        (None, "fp32", False, 1.4, True),
         ("others work", "bf16", False, 1.4, None),
         (None, "bf16", True, 1.4, None),
     ],
@@ -23,7 +23,7 @@ def test_workers_are_judged_against_the_strongest_peer(
 ) -> None:
     strongest, other = training.STRONGEST.format(low=low), "(a) Llama, eager fp32"
     rates = {strongest: [1.0], other: [0.5], training.OURS: [1.2], "crew": [crew]}
-    why = training._why(busy, low, quick)
+    why = training._why(busy, quick)
     claims = training._claims(rates, strongest, [other, strongest], "crew", why)
     found = {claim.name: claim for claim in claims}
     assert found[f"crew ÷ {strongest}"].holds is holds
@@ -35,7 +35,7 @@ def test_workers_are_judged_against_the_strongest_peer(
 def test_without_workers_there_is_no_claim_of_them() -> None:
     strongest = training.STRONGEST.format(low="bf16")
     rates = {strongest: [1.0], training.OURS: [1.2]}
-    why = training._why(None, "bf16", False)
+    why = training._why(None, False)
     claims = training._claims(rates, strongest, [strongest], "crew", why)
     assert [claim.name for claim in claims] == [f"{training.OURS} ÷ {strongest}"]
 

@@ -110,7 +110,7 @@ def run(options: Options) -> Result:
     return Result(
         bench="train",
         rows=rows,
-        claims=_claims(rates, strongest, list(peers), crew, _why(busy, low, options.quick)),
+        claims=_claims(rates, strongest, list(peers), crew, _why(busy, options.quick)),
         notes=notes,
         packages=("torch", "transformers"),
         load_before=load,
@@ -130,15 +130,14 @@ def _faster_precision() -> str:
     return max(rates, key=lambda name: rates[name])
 
 
-def _why(busy: str | None, low: str, quick: bool) -> dict[str, str]:
+def _why(busy: str | None, quick: bool) -> dict[str, str]:
     """By contestant of ours: why its claim may not be judged here, if so."""
     common = "--quick measures nothing" if quick else (busy or "")
     sets = machine().instruction_sets
     amx = any("amx" in name.lower() for name in sets)
-    emulated = "bf16 is emulated here" if low != "bf16" else ""
     return {
         OURS: common or ("" if amx else "no AMX here, which the requirement was set for"),
-        WORKERS: common or emulated,
+        WORKERS: common,
     }
 
 

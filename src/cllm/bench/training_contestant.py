@@ -46,8 +46,10 @@ def main() -> None:
     changes |= {"model.vocab_size": VOCABULARY, "train.steps": 100_000}
     changes |= dict(map(parse_setting, args.settings))
     config = merge(Config(), changes)
-    threads = choose(config).config.train.threads
+    chosen = choose(config).config.train
+    threads, workers = chosen.threads, chosen.parallel.workers
     assert isinstance(threads, int)
+    assert isinstance(workers, int)
     torch.set_num_threads(threads)
     drain = nothing
     if args.who == "ours":
@@ -57,6 +59,7 @@ def main() -> None:
             keep_freed_memory()
         step, dtype = peer(config, args), args.dtype
     rates = {} if args.bare else matmul_rates(threads)
+    rates = {name: workers * rate for name, rate in rates.items()}  # each has so many threads
     measure(config, step, dtype, rates, args.steps, drain)
 
 
