@@ -7,7 +7,7 @@ the layer at hand has statistics in memory, beside the hidden vectors between tw
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cllm.compress.moments import add_products, mirrored
 from cllm.compress.output_metric import OutputMetric, drawn_to
 from cllm.core.errors import UserError
 from cllm.model.norms import wide
@@ -99,26 +100,47 @@ def calibrate(
         else:
             rotary = (model.cos[:length], model.sin[:length])
         for number, module in enumerate(model.layers):
-            block = cast(Block, module)
-            for name, linear in block.named_modules():
-                if not isinstance(linear, nn.Linear):
-                    continue
-                full = f"layers.{number}.{name}"
-                if full in skip:
-                    continue
-                known = None if outputs is None else outputs[full]
-                parts = []
-                for some in (slice(held, None), slice(held)):
-                    weights = None if known is None else known.saliency[some]
-                    parts.append(_moment(block, linear, hidden[some], rotary, full, weights))
-                (fit, fit_seen), (judging, held_seen) = parts
-                seen = (1 - HELD_OUT) * fit_seen + HELD_OUT * held_seen
-                outer = None if known is None else known.outer
-                yield Layer(full, linear, fit, judging, seen, outer)
-            # In place: the inputs of the next block take the room of this one's.
-            for start in range(0, len(hidden), WINDOWS_AT_ONCE):
-                part = hidden[start : start + WINDOWS_AT_ONCE]
-                part.copy_(block(part, rotary, None, None))
+            for half, part, run in _halves(cast(Block, module), rotary):
+                for name, linear in part.named_modules(prefix=half):
+                    if not isinstance(linear, nn.Linear):
+                        continue
+                    full = f"layers.{number}.{name}"
+                    if full in skip:
+                        continue
+                    known = None if outputs is None else outputs[full]
+                    yield _layer(full, linear, run, (hidden, held), known)
+                # In place: the inputs of the next half take the room of this one's.
+                for start in range(0, len(hidden), WINDOWS_AT_ONCE):
+                    some = hidden[start : start + WINDOWS_AT_ONCE]
+                    some.copy_(run(some))
+
+
+_Run = Callable[[Tensor], Tensor]
+"""Hidden vectors (windows, T, D) before a half of a block to those after it."""
+
+
+def _halves(
+    block: Block, rotary: tuple[Tensor, Tensor] | None
+) -> list[tuple[str, nn.Module, _Run]]:
+    """What runs one after the other in a block: where its layers are, by name, and what it computes."""
+    return [
+        ("attention", block.attention, lambda hidden: block.attend(hidden, rotary)),
+        ("mlp", block.mlp, block.feed),
+    ]
+
+
+def _layer(
+    name: str, linear: nn.Linear, run: _Run, inputs: tuple[Tensor, int], known: OutputMetric | None
+) -> Layer:
+    """``inputs``: hidden vectors of all windows, and how many of them are held out, which come first."""
+    hidden, held = inputs
+    parts = []
+    for some in (slice(held, None), slice(held)):
+        weights = None if known is None else known.saliency[some]
+        parts.append(_moment(run, linear, hidden[some], name, weights))
+    (fit, fit_seen), (judging, held_seen) = parts
+    seen = (1 - HELD_OUT) * fit_seen + HELD_OUT * held_seen
+    return Layer(name, linear, fit, judging, seen, None if known is None else known.outer)
 
 
 class _Seen(Exception):  # noqa: N818 - no error, but the end of what has to be computed
@@ -126,14 +148,9 @@ class _Seen(Exception):  # noqa: N818 - no error, but the end of what has to be 
 
 
 def _moment(
-    block: Block,
-    linear: nn.Linear,
-    hidden: Tensor,
-    rotary: tuple[Tensor, Tensor] | None,
-    name: str,
-    weights: Tensor | None,
+    run: _Run, linear: nn.Linear, hidden: Tensor, name: str, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Means of xxᵀ (n, n) of the inputs of ``linear`` for ``hidden`` (windows, T, D) before the block: by
+    """Means of xxᵀ (n, n) of the inputs of ``linear`` for ``hidden`` (windows, T, D) before ``run``: by
     ``weights`` (windows, T) as well as the tokens tell it, and with all tokens alike."""
     plain = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
     heavy = torch.zeros_like(plain)
@@ -143,10 +160,10 @@ def _moment(
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal fourth
         rows = inputs[0].flatten(0, -2).double()
-        plain.addmm_(rows.T, rows)
+        add_products(plain, rows)
         if weights is not None:
             mine = weights[begin : begin + WINDOWS_AT_ONCE].flatten().double()
-            heavy.addmm_((rows * mine[:, None]).T, rows)
+            add_products(heavy, rows, rows * mine[:, None])
             fourth += float((mine * rows.square().sum(dim=1)).square().sum())
         raise _Seen
 
@@ -154,17 +171,17 @@ def _moment(
     try:
         for begin in range(0, len(hidden), WINDOWS_AT_ONCE):
             try:
-                block(hidden[begin : begin + WINDOWS_AT_ONCE], rotary, None, None)
+                run(hidden[begin : begin + WINDOWS_AT_ONCE])
             except _Seen:
                 continue
     finally:
         handle.remove()
     count = hidden.shape[0] * hidden.shape[1]
-    plain /= count
+    plain = mirrored(plain) / count
     mean = 0.0 if weights is None else float(weights.double().mean())
     if mean > 0:
         # Where few tokens weigh most, chance is in it: as far as it may be, tokens are alike.
-        heavy = drawn_to(heavy / (count * mean), plain, fourth / (count * mean**2), count)
+        heavy = drawn_to(mirrored(heavy) / (count * mean), plain, fourth / (count * mean**2), count)
     else:
         heavy = plain
     if not bool(torch.isfinite(plain).all() & torch.isfinite(heavy).all()):

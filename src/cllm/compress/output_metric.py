@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cllm.compress.divergence import batch_windows
+from cllm.compress.moments import add_products, mirrored
 from cllm.model.transformer import Transformer
 from cllm.training.progress import Progress
 
@@ -54,7 +55,7 @@ def output_metrics(
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def seen(gradient: Tensor) -> None:
             rows = gradient.flatten(0, -2)
-            outer[name].addmm_(rows.T, rows)
+            add_products(outer[name], rows)
             saliency[name].append(gradient.square().sum(dim=-1))
 
         def ran(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -79,7 +80,7 @@ def output_metrics(
             handle.remove()
     found = {}
     for name, total in outer.items():
-        mean, sizes = total / ids.numel(), torch.cat(saliency[name])
+        mean, sizes = mirrored(total) / ids.numel(), torch.cat(saliency[name])
         level = torch.eye(len(mean)) * (torch.trace(mean) / len(mean))
         fourth = float(sizes.double().square().mean())
         found[name] = OutputMetric(drawn_to(mean, level, fourth, sizes.numel()), sizes)

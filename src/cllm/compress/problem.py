@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +30,15 @@ class Problem:
     """(n, n) float64, damped, in the original order."""
     rows: RowFactor | None = None
     """Where rows are not alone: the objective is then tr(G E H Eᵀ) of E = W − Ŵ."""
+    whole: Problem | None = None
+    """The problem whose metric this one has, for other rows."""
+
+    @cached_property
+    def ordered_metric(self) -> Tensor:
+        """H (n, n) in the order of the columns of ``weight`` and in its precision."""
+        if self.whole is not None:
+            return self.whole.ordered_metric
+        return self.H[self.order][:, self.order].to(self.weight.dtype).contiguous()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,7 +62,8 @@ class Problem:
     def with_weight(self, weight: Tensor) -> Problem:
         """The same metric for other rows (m', n), each alone, columns in the original order."""
         rows = weight[:, self.order].to(self.weight.dtype).contiguous()
-        return Problem(rows, self.U, self.squares, self.order, self.H)
+        whole = self.whole or self
+        return Problem(rows, self.U, self.squares, self.order, self.H, whole=whole)
 
 
 def problem(

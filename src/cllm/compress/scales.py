@@ -10,11 +10,14 @@ from torch import Tensor
 from cllm.compress.decoders import Decoder
 from cllm.compress.grids import Grid, GridSpec, as_stored, range_grid
 from cllm.compress.problem import Problem
+from cllm.lattice.threads import for_each
 
 SCALES = ("range", "search", "least-squares")
 # Shares of a group's range that are tried: at few bits clipping pays.
 SHRINKS = {2: (1.0, 0.88, 0.77, 0.68, 0.6, 0.53, 0.46), 3: (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)}
 MORE = (1.0, 0.97, 0.93, 0.89, 0.84)
+# Rows that a thread takes at a time.
+PIECE = 32
 
 
 def fit_grid(
@@ -31,8 +34,42 @@ def fit_grid(
     """
     if scales not in SCALES:
         raise ValueError(f"scales must be one of {', '.join(SCALES)}, not {scales!r}")
-    if problem.rows is not None:
-        return _by_rows(problem, spec, decoder, scales, rounds)
+    whole = problem.original()
+    m, n = problem.shape
+    codes = torch.empty(m, n, dtype=torch.int64)
+    scale = torch.empty(m, spec.groups(n), dtype=torch.float64)
+    offset = None if spec.symmetric else torch.empty_like(scale)
+    values = torch.empty(m, n)
+
+    def fit(rows: Tensor, wanted: Tensor) -> None:
+        alone = problem.with_weight(wanted)
+        grid, codes[rows] = _fit_alone(alone, spec, decoder, scales, rounds)
+        scale[rows] = grid.scale.double()
+        if offset is not None and grid.offset is not None:
+            offset[rows] = grid.offset.double()
+        values[rows] = grid.values(codes[rows])
+
+    def decide(rows: Tensor, wanted: Tensor) -> Tensor:
+        # What is drawn, or reduced once for all rows, is not shared out. The size of what a thread takes
+        # must not depend on their number: a product may be summed otherwise for fewer rows.
+        size = PIECE if decoder.method in ("rtn", "babai", "k-best") else len(rows)
+        for_each(
+            lambda start: fit(rows[start : start + size], wanted[start : start + size]),
+            range(0, len(rows), size),
+        )
+        return values[rows]
+
+    if problem.rows is None:
+        decide(torch.arange(m), whole)
+    else:
+        problem.rows.each(whole, decide)
+    return Grid(spec, n, scale, offset), codes
+
+
+def _fit_alone(
+    problem: Problem, spec: GridSpec, decoder: Decoder, scales: str, rounds: int
+) -> tuple[Grid, Tensor]:
+    """``fit_grid`` of rows that are alone."""
     weight = problem.original()
     if scales == "range":
         grid = range_grid(weight, spec)
@@ -50,28 +87,6 @@ def fit_grid(
         for _ in range(rounds):
             best.offer(least_squares_grid(problem, best.grid, best.codes), decoder)
     return best.grid, best.codes
-
-
-def _by_rows(
-    problem: Problem, spec: GridSpec, decoder: Decoder, scales: str, rounds: int
-) -> tuple[Grid, Tensor]:
-    m, n = problem.shape
-    codes = torch.empty(m, n, dtype=torch.int64)
-    scale = torch.empty(m, spec.groups(n), dtype=torch.float64)
-    offset = None if spec.symmetric else torch.empty_like(scale)
-
-    def decide(rows: Tensor, wanted: Tensor) -> Tensor:
-        grid, codes[rows] = fit_grid(
-            problem.with_weight(wanted), spec, decoder, scales=scales, rounds=rounds
-        )
-        scale[rows] = grid.scale.double()
-        if offset is not None and grid.offset is not None:
-            offset[rows] = grid.offset.double()
-        return grid.values(codes[rows])
-
-    assert problem.rows is not None
-    problem.rows.each(problem.original(), decide)
-    return Grid(spec, n, scale, offset), codes
 
 
 class _Best:
@@ -104,24 +119,29 @@ def least_squares_grid(problem: Problem, grid: Grid, codes: Tensor) -> Grid:
     groups without a code other than 0 keep theirs. The result is rounded to what the file holds.
     """
     spec, n = grid.spec, grid.columns
-    group, count = spec.group_of(n), spec.groups(n)
+    count = spec.groups(n)
     H, W = problem.H, problem.original().double()
-    m = len(W)
-    kinds = [codes.double()] if spec.symmetric else [codes.double(), torch.ones(m, n).double()]
-    # (unknowns, m, n): what a unit of each unknown adds to the row, times H; only its group's columns add.
     size = spec.group or max(n, 1)
+
+    def by_group(values: Tensor) -> Tensor:
+        """(…, n) to the sums (…, groups)."""
+        return torch.stack([part.sum(-1) for part in values.split(size, -1)], dim=-1)
+
+    # (groups, m, n): what a unit of each group's scale adds to the row, times H. What one of its offset
+    # adds is the same for all rows (groups, n).
+    C = codes.double()
     spread = torch.stack(
-        [
-            own @ rows
-            for k in kinds
-            for own, rows in zip(k.split(size, 1), H.split(size), strict=True)
-        ]
+        [own @ rows for own, rows in zip(C.split(size, 1), H.split(size), strict=True)]
     )
-    sums = [
-        spread.new_zeros(*spread.shape[:2], count).index_add_(2, group, spread * k) for k in kinds
-    ]
-    A = torch.cat(sums, dim=2).transpose(0, 1).contiguous()
-    b = torch.einsum("amn,mn->ma", spread, W)
+    A = by_group(spread * C).transpose(0, 1)
+    b = torch.einsum("gmn,mn->mg", spread, W)
+    if not spec.symmetric:
+        ones = torch.stack([rows.sum(dim=0) for rows in H.split(size)])
+        mixed = by_group(spread).transpose(0, 1)
+        alike = by_group(ones).expand(len(W), count, count)
+        A = torch.cat([torch.cat([A, mixed], 2), torch.cat([mixed.mT, alike], 2)], dim=1)
+        b = torch.cat([b, W @ ones.T], dim=1)
+    A = A.contiguous()
     unknowns = torch.cat([grid.scale] if grid.offset is None else [grid.scale, grid.offset], dim=1)
     # A small pull to the present values keeps unknowns that the codes do not determine.
     pull = 1e-9 * torch.diagonal(A, dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)

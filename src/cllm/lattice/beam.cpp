@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int64_t WIDTH = 8;           // centres that move together
+constexpr int64_t WIDTH = 32 / sizeof(REAL);  // centres that move together
 constexpr int64_t BLOCK = 8 * WIDTH;   // rows of a block
 constexpr int64_t STRIP = 2 * WIDTH;   // centres of one product
 constexpr int64_t QUAD = 4;            // beams of one product

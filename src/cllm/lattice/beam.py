@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cllm.lattice import beam_kernel, beam_passes
@@ -74,17 +75,18 @@ def beam_search(
     differently. Chunks of targets are shared out among torch's number of threads.
     """
     _check(tree)
+    m, n = tree.opened.shape
     prepared: beam_kernel.Kernel = beam_passes.prepared
     size = max(1, beam_passes.LINES // K)
     if kernel or kernel is None:
         found = beam_kernel.load(tree.opened.dtype)
         if not isinstance(found, str):
-            prepared, size = found, CHUNK
+            # Few targets, too, are shared out.
+            prepared, size = found, max(1, min(CHUNK, -(-m // torch.get_num_threads())))
         elif kernel:
             raise ValueError(f"the kernel for K-best cannot be compiled: {found}")
         else:
             _say_once(found)
-    m, n = tree.opened.shape
     out = empty((m, n), tree.opened.dtype)
 
     decide = prepared(tree, K, children, keep_first, out)

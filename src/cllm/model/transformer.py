@@ -50,8 +50,21 @@ class Block(nn.Module):
         statistics: Statistics | None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
+        return self.feed(self.attend(x_btd, rotary, cache, statistics), statistics)
+
+    def attend(
+        self,
+        x_btd: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: KeyValueCache | None = None,
+        statistics: Statistics | None = None,
+    ) -> Tensor:
+        """The first half."""
         mixed = self.attention(self.attention_norm(x_btd, statistics), rotary, cache)
-        x_btd = x_btd + functional.dropout(mixed, self.dropout, self.training)
+        return x_btd + functional.dropout(mixed, self.dropout, self.training)
+
+    def feed(self, x_btd: Tensor, statistics: Statistics | None = None) -> Tensor:
+        """The second half."""
         made = self.mlp(self.mlp_norm(x_btd, statistics))
         return x_btd + functional.dropout(made, self.dropout, self.training)
 

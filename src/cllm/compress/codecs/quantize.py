@@ -8,6 +8,8 @@ import numpy as np
 
 Bits = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(classes (V,), magnitudes (V,)) to the bits that they cost (V,)."""
+ROWS = 256
+"""Rows that a thread takes at a time; they stay in the second-level cache."""
 
 
 def triangular(basis: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -35,8 +37,28 @@ def nearest_plane(
     two integers beside the real coefficient and zero, the one of least distance plus price times
     ``bits`` (entropy-constrained quantization: Chou, Lookabaugh & Gray 1989).
     """
-    left = targets.copy()
-    chosen = np.empty_like(left)
+    chosen = np.empty_like(targets)
+
+    def decide(start: int) -> None:
+        part = slice(start, start + ROWS)
+        mine = None if classes is None else classes[part]
+        _decide(L, targets[part].copy(), chosen[part], mine, bits, price)
+
+    from cllm.lattice.threads import for_each
+
+    for_each(decide, range(0, len(targets), ROWS))
+    return chosen
+
+
+def _decide(
+    L: np.ndarray,
+    left: np.ndarray,
+    chosen: np.ndarray,
+    classes: np.ndarray | None,
+    bits: Bits | None,
+    price: float,
+) -> None:
+    """Fill in ``chosen`` (rows, k) for targets ``left``, which are used up."""
     for i in range(len(L)):
         real = left[:, i] / L[i, i]
         if bits is None or classes is None or not price:
@@ -44,7 +66,6 @@ def nearest_plane(
         else:
             chosen[:, i] = _cheapest(real, L[i, i] ** 2, classes[:, i], bits, price)
         left[:, i + 1 :] -= chosen[:, i : i + 1] * L[i, i + 1 :]
-    return chosen
 
 
 def _cheapest(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cllm.compress.lattices.blocks import Kind, Link, chain, parities, runs, units
 from cllm.compress.problem import Problem
+from cllm.lattice.threads import for_each
 
 # Columns worked on together; their errors reach the others by one matrix product.
 SPAN = 24
@@ -44,10 +45,13 @@ def k_best_blocks(
     work = _Work(problem, columns, real.to(problem.weight.dtype), K, children, price)
     size = max(1, LINES // K)
     out = torch.empty(m, n, dtype=problem.weight.dtype)
-    for start in range(0, m, size):
+
+    def decide(start: int) -> None:
         part = slice(start, min(start + size, m))
         errors = _chunk(work, part)
         out[part] = ((problem.weight[part] - errors) / work.steps).round()
+
+    for_each(decide, range(0, m, size))
     return problem.back(out)
 
 

@@ -39,8 +39,9 @@ class Points:
 def points_of(problem: Problem, grid: Grid) -> Points:
     """The points of ``grid`` for the rows of ``problem``."""
     dtype = problem.weight.dtype
-    step = grid.steps(dtype)[:, problem.order].contiguous()
+    groups = grid.spec.group_of(grid.columns)[problem.order]
+    step = grid.scale.to(dtype)[:, groups]
     # Where the scale is 0 all codes mean the same; any step will do.
     step = torch.where(step == 0, torch.finfo(dtype).tiny ** 0.5, step)
-    offset = grid.offsets(dtype)[:, problem.order].contiguous()
+    offset = torch.zeros_like(step) if grid.offset is None else grid.offset.to(dtype)[:, groups]
     return Points(step, offset, float(grid.spec.low), float(grid.spec.high))
