@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -237,6 +238,36 @@ def test_what_wraps_or_swallows_errors_is_given_up_all_the_same(
     with pytest.raises(InterruptedRunError, match="SIGTERM"):
         compile_for_ever()
     assert lost == [1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_a_backward_pass_that_is_given_up_is_no_error_in_it(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Torch's compilers trace it so that an error in it is shown with where it comes from."""
+
+    class Endless(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:
+            for _ in range(1000):
+                time.sleep(0.01)
+            return grad
+
+    def step(patience: float) -> None:
+        with Interrupt(patience=patience) as interrupt, torch.autograd.set_detect_anomaly(True):
+            interrupt._hold(signal.SIGTERM, None)
+            Endless.apply(torch.ones(2, requires_grad=True)).sum().backward()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(InterruptedRunError, match="SIGTERM"):
+            step(0.05)
+    assert not [w for w in caught if "Error detected" in str(w.message)]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_outside_the_main_thread_no_signal_is_taken() -> None:

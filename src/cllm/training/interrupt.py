@@ -6,6 +6,7 @@ import shlex
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,6 +165,8 @@ class Interrupt:
         if self._whole:
             self._due = True
             return
+        # What is given up while a backward pass is traced for the compiler is no error in it.
+        warnings.filterwarnings("ignore", "Error detected in", UserWarning)
         raise GivenUpError
 
     def _stop_waiting(self) -> None:

@@ -234,7 +234,7 @@ def assert_clean() -> Iterator[Callable[[Hurt, Path], None]]:
         assert set(os.listdir("/dev/shm")) <= shared
         assert is_locked(run) is False
         ours = [line for line in hurt.lines if re.search(r'File ".*[/\\]cllm[/\\]', line)]
-        assert not ours, hurt.lines
+        assert not ours, "\n".join(hurt.lines)
 
     return check
 
