@@ -54,6 +54,8 @@ def test_kernel_and_passes_decide_alike(made: Made, m, n, seed, boxed, sweeps) -
     if not boxed:
         points = Points(points.step, points.offset, -1e6, 1e6)
     assert torch.equal(babai(p, points), babai(p, points, kernel=False))
+    single = Points(points.step.float(), points.offset.float(), points.low, points.high)
+    assert torch.equal(babai(p, single), babai(p, single, kernel=False))
     start = rtn(p, points)
     found = descend(p, points, start, sweeps)
     assert torch.equal(found, descend(p, points, start, sweeps, kernel=False))

@@ -68,12 +68,9 @@ class Kernel:
     ) -> None:
         m, n = weight.shape
         matrix = matrix.contiguous()
-        rows = {
-            "weight": weight.contiguous(),
-            "step": points.step.contiguous(),
-            "offset": points.offset.contiguous(),
-            "codes": codes,
-        }
+        given = {"weight": weight, "step": points.step, "offset": points.offset}
+        rows = {name: tensor.to(self.dtype).contiguous() for name, tensor in given.items()}
+        rows["codes"] = codes
         assert matrix.shape == (n, n)
         assert all(t.shape == (m, n) for t in rows.values())
         assert all(t.dtype == self.dtype for t in (matrix, *rows.values()))
