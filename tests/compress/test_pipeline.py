@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -237,6 +238,17 @@ def test_a_size_is_kept_and_what_is_impossible_says_the_least(
     assert len(bits) > 3
     with pytest.raises(UserError, match=r"the least possible is [\d,]+"):
         compress_run(trained, settings, Silent(), out=isolated / "b.cllm", size="3KB")
+
+
+@pytest.mark.parametrize("changes", [{"table": "lattice"}, {"grid": "coded"}], ids=str)
+def test_a_missing_extra_is_named_before_any_work(
+    changes: dict[str, Any], trained: Path, isolated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    monkeypatch.setattr("cllm.compress.command.open_source", lambda *given: pytest.fail("work"))
+    with pytest.raises(UserError, match=r"pip install 'cllm\[compress\]'"):
+        make(trained, isolated / "made" / "a.cllm", **changes)
+    assert not (isolated / "made").exists()
 
 
 def test_a_rise_is_kept_by_the_fewest_bits(trained: Path, isolated: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cllm.compress.allocation import allot
 from cllm.compress.certificate import check_predictable, forecast
+from cllm.compress.codecs.entropy import constriction_stream
 from cllm.compress.compressed import Compressed
 from cllm.compress.pipeline import compress
 from cllm.compress.settings import CASTS, Settings
@@ -56,6 +57,8 @@ def compress_run(
     target = _default_place(path, settings) if out is None else out
     if target.suffix != SUFFIX:
         raise UsageError(f"--out names the file to make: {target.name} does not end in {SUFFIX}")
+    if settings.is_coded or settings.table_as == "lattice":
+        constriction_stream()  # said before a minute is spent
     source = open_source(path, settings, progress, calibration)
     with clear_errors(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
