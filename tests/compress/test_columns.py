@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cllm.bench.lattice_timing import torch_threads
 from cllm.compress import scales
 from cllm.compress.codecs.quantize import ROWS, nearest_plane
 from cllm.compress.decoders import Decoder, Points, babai, descend, k_best, points_of, rtn
@@ -26,16 +26,6 @@ Made = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 HERE = kernel.load(torch.float64)
 needs_compiler = pytest.mark.skipif(isinstance(HERE, str), reason=str(HERE))
 SPEC = GridSpec(bits=2, symmetric=False, group=32)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @needs_compiler
@@ -103,7 +93,7 @@ def test_no_bit_depends_on_the_number_of_threads(made: Made, model: bool, monkey
     p = problem(W, H, dtype=torch.float32, outer=outer)
     found = []
     for count in (1, 3):
-        with threads(count):
+        with torch_threads(count):
             found.append(fit_grid(p, SPEC, Decoder(K=4, sweeps=1), scales="least-squares"))
     # What is summed together is the same, too: a difference in the last bit would seldom show.
     assert shares[: len(shares) // 2] == shares[len(shares) // 2 :]
@@ -127,7 +117,7 @@ def test_few_rows_are_searched_by_all_threads(made: Made, monkeypatch) -> None:
     shares = []
     shared = beam.for_each
     monkeypatch.setattr(beam, "for_each", lambda work, s: (shares.append(list(s)), shared(work, s)))
-    with threads(2):
+    with torch_threads(2):
         assert torch.equal(k_best(p, points, 4), alone)
     assert shares == [[0, 5]]
 

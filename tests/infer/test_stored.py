@@ -143,7 +143,7 @@ def model_and_integers(
             codes[:, [0, -1]] = 3
             integers[name] = GridMatrix(codes, (held.scale * 0.02).half(), None, width, bits)
             weight.data.copy_(integers[name].dense())
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(1)
     for name, buffer in model.named_buffers():
         if "running" in name:
             least = 1.0 if "square" in name else 0.0
@@ -188,7 +188,10 @@ def test_with_rounded_inputs_each_layer_is_the_dense_one(
     for module in engine.network.modules():
         if isinstance(module, Int8Dynamic):
             module.register_forward_hook(note)
-    logits(engine)
+    found, wanted = logits(engine), logits(Engine(model))
+    assert engine.network.integers == "8 bits in rows"
+    # How far roundings of inputs reach depends on the averages of batch norm: they are the same each time.
+    assert float((found - wanted).norm()) < 0.2 * float(wanted.norm())
     known = [matrix.dense().double() for matrix in integers.values()]
     assert len(calls) >= 2 * len(model.layers)
     for weight, x, made in calls:

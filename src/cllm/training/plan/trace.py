@@ -33,7 +33,11 @@ FUSED_ATTENTION = "scaled_dot_product"
 HEAVY = {"exp", "log", "sigmoid", "silu", "tanh", "gelu", "gelu_backward", "_softmax"}
 """Operations with an exponential in each element."""
 NOTHING = {"empty", "empty_like", "new_empty", "empty_strided"}
-ALONE = {"embedding", "add_rows", "index", "embedding_dense_backward"} | {
+ALONE = {
+    "embedding",
+    "add_rows",
+    "index",
+    "embedding_dense_backward",
     "_fused_adamw_",
     "_fused_sgd_",
 }
@@ -154,9 +158,9 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         changed = [
             tensor
-            for given_here, argument in zip(args, func._schema.arguments, strict=False)
+            for value, argument in zip(args, func._schema.arguments, strict=False)
             if _is_written(argument)
-            for tensor in tree_leaves(given_here)
+            for tensor in tree_leaves(value)
             if isinstance(tensor, Tensor)
         ]
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
