@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional
 
 from cllm.model.cross_entropy import IGNORE
+from cllm.training.counters import LOSS_SCALE_PATIENCE, LOSS_SCALE_START
 from cllm.training.feed import MicroBatches
-from cllm.training.step import LOSS_SCALE_PATIENCE, LOSS_SCALE_START, TrainStep
+from cllm.training.step import TrainStep
 
 Steps = Callable[..., TrainStep]
 Batches = Callable[..., MicroBatches]

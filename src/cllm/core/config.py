@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cllm.core.errors import UsageError
 from cllm.core.model_config import ModelConfig
-from cllm.core.pipeline_config import PipelineConfig, against_pipeline
+from cllm.core.pipeline_config import PipelineConfig, against_early_update, against_pipeline
 from cllm.core.section import Fraction, NonNegative, PositiveInt, Section
 from cllm.core.teaching_config import SampledConfig, SimilarityConfig
 
@@ -128,6 +128,8 @@ class TrainConfig(Section):
     """Threads of one operation; one where there are several workers."""
     overlap: bool = True
     """Prepare the next batch and write log and checkpoints on threads beside the steps; same bits."""
+    optimizer_in_backward: bool = False
+    """Update a tensor as soon as its gradient is known; needs ``clip = 0``, one micro-batch, eager code."""
     parallel: ParallelConfig = ParallelConfig()
     pipeline: PipelineConfig = PipelineConfig()
     loss_chunk: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
@@ -218,6 +220,9 @@ class Config(Section):
         if self.train.pipeline.mode == "delayed":
             for setting, why in against_pipeline(self):
                 raise ValueError(f"train.pipeline.mode = 'delayed': {setting} {why}")
+        if self.train.optimizer_in_backward:
+            for setting, why in against_early_update(self):
+                raise ValueError(f"train.optimizer_in_backward: {setting} {why}")
         return self
 
     def _check_candidates(self) -> None:
@@ -263,11 +268,14 @@ class Config(Section):
             yield "train.similarity.weight", "draws for whole steps; set it to 0"
         if train.lazy_rows == "on":
             yield "train.lazy_rows = 'on'", "updates rows in one process; set it to off"
+        if train.optimizer_in_backward:
+            yield "train.optimizer_in_backward", "needs the whole gradient in one; leave it out"
 
     @property
     def rows_can_idle(self) -> bool:
         """Whether a step may leave rows of a token table unused."""
-        return self.train.loss == "sampled" or not self.model.tie_embeddings
+        dense = self.train.loss == "exact" and self.model.tie_embeddings
+        return not dense and not self.train.optimizer_in_backward
 
     def replace(self, **values: Any) -> Config:
         """A validated copy with dotted keys (``train__lr=…`` or a dict of ``{"train.lr": …}``) set."""

@@ -1,4 +1,5 @@
-"""``train.pipeline``: a step's work in a pipeline, and what does not go with a delayed one."""
+"""``train.pipeline``: a step's work in a pipeline; and what does not go with a delayed one, nor with an
+update within the backward pass."""
 
 from __future__ import annotations
 
@@ -54,3 +55,27 @@ def against_pipeline(config: Config) -> Iterator[tuple[str, str]]:
         if embedding.is_composed if name == "kind" else value != "none":
             why = "is computed once a step, and there is one copy of it; leave it out"
             yield f"model.embedding.{name} = {value!r}", why
+
+
+def against_early_update(config: Config) -> Iterator[tuple[str, str]]:
+    """Settings that do not go with the optimizer in the backward pass, and why."""
+    train = config.train
+    if train.clip:
+        yield f"train.clip = {train.clip:g}", "needs the norm of the whole gradient; set it to 0"
+    if train.accumulate > 1:
+        yield f"train.accumulate = {train.accumulate}", "adds gradients up first; set it to 1"
+    if train.dtype == "fp16":
+        yield "train.dtype = 'fp16'", "skips steps that overflow; use 'bf16'"
+    if train.compile == "on":
+        yield "train.compile = 'on'", "has all gradients at once; use 'off'"
+    if train.parallel.workers != 1:
+        workers = train.parallel.workers
+        yield f"train.parallel.workers = {workers!r}", "add gradients up first; set it to 1"
+    if train.pipeline.mode != "off":
+        yield f"train.pipeline.mode = {train.pipeline.mode!r}", "updates elsewhere; set it to 'off'"
+    if train.lazy_rows == "on":
+        yield "train.lazy_rows = 'on'", "updates rows at the end; set it to off"
+    if train.loss == "sampled":
+        yield "train.loss = 'sampled'", "has gradients of rows; use 'exact'"
+    if train.similarity.weight:
+        yield "train.similarity.weight", "adds to gradients at the end; set it to 0"

@@ -236,7 +236,9 @@ def _choose_compile(choices: Choices, seconds: float | None) -> None:
         obstacle = "not tested on MPS"
     elif not train.device.startswith("cuda"):
         obstacle = cannot_compile()
-    if launched() is not None and runs_eagerly(train):
+    if train.optimizer_in_backward:
+        obstacle = "compiled code has all gradients at once"
+    elif launched() is not None and runs_eagerly(train):
         obstacle = "shards and stages run uncompiled"
     if train.compile == "on":
         if obstacle:
@@ -333,9 +335,8 @@ def _choose_lazy_rows(choices: Choices) -> None:
         and config.train.pipeline.mode == "off"
     )
     if not config.rows_can_idle or not alone:
-        choices.config = config.replace(
-            **{"train.lazy_rows": "off"}
-        )  # the usual case, and no choice
+        # The usual case, and no choice.
+        choices.config = config.replace(**{"train.lazy_rows": "off"})
         return
     size = config.model.vocab_size
     assert size is not None

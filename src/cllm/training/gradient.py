@@ -7,7 +7,8 @@ those of its rows that the step uses. Ids are places in the core that is given.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,16 @@ class Gradient(NamedTuple):
     similarity: Tensor | None
     flat: Tensor
     rows: dict[str, Tensor]
+
+
+class Listener(Protocol):
+    """Who wants gradients as soon as they are known (in eager code only)."""
+
+    def begin(self, loss: Tensor) -> None:
+        """The summed loss, before anything of its gradient."""
+
+    def known(self, name: str, grad: Tensor) -> None:
+        """The gradient of a parameter of the trunk, which nothing reads any more in this backward pass."""
 
 
 class _Trunk(nn.Module):
@@ -111,11 +122,32 @@ class Gradients:
 
         ``rows``: cores of tables that are updated by rows, of the rows in use.
         """
+        loss, similarity, named, cores = self.by_name(micro, scale, rows)
+        flat = self.layout.flatten(named, self.arena.weights.dtype)
+        return Gradient(loss, similarity, flat, {name: cores[name] for name in rows})
+
+    def by_name(
+        self,
+        micro: Micro,
+        scale: Tensor,
+        rows: Mapping[str, Tensor],
+        listener: Listener | None = None,
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
+        """Summed loss, similarity loss, and the gradients by parameter and by core.
+
+        The ``listener`` hears of those of layers and norms while the layers below have theirs to come;
+        those of tables and their bases are complete at the end only.
+        """
 
         def trunk(
             parameters: dict[str, Tensor], coordinates: Tensor
         ) -> tuple[Tensor, dict[str, Tensor]]:
             statistics: Statistics = []
+            if listener is not None:
+                for name, parameter in parameters.items():
+                    if name.removeprefix("model.").partition(".")[0] not in self.tables:
+                        own = name.removeprefix("model.")
+                        parameter.register_hook(partial(listener.known, own))
             hidden = torch.func.functional_call(self.trunk, parameters, (coordinates, statistics))
             return hidden.flatten(0, 1), dict(statistics)  # vjp takes names as keys only
 
@@ -125,6 +157,8 @@ class Gradients:
         hidden, pull, statistics = vjp(trunk, parameters, coordinates)
         scoring = self._core(self.output, parameters, rows)
         loss, hidden_grad, scoring_grad = self._head(hidden, scoring, micro, scale)
+        if listener is not None:
+            listener.begin(loss)
         # The cores' gradients are added here rather than by autograd, each in a fixed order.
         with torch.no_grad():  # else autograd prepares for second derivatives, at a cost
             grads, coordinates_grad = pull(hidden_grad)
@@ -141,8 +175,7 @@ class Gradients:
                 grads[f"model.{name}.weight"] = self.tables[name].pull(grad)
         self._observe(statistics)
         named = {name.removeprefix("model."): grad for name, grad in grads.items()}
-        flat = self.layout.flatten(named, self.arena.weights.dtype)
-        return Gradient(loss, similarity, flat, {name: cores[name] for name in rows})
+        return loss, similarity, named, cores
 
     def _head(
         self, hidden: Tensor, scoring: Tensor, micro: Micro, scale: Tensor

@@ -23,10 +23,12 @@ from cllm.model.norms import BatchNorm
 from cllm.model.transformer import Transformer
 from cllm.training.arena import Arena
 from cllm.training.compiled import perhaps_compiled
+from cllm.training.counters import count_step, new_counters
 from cllm.training.draws import Draws
 from cllm.training.feed import target_count
 from cllm.training.figures import Figures, Numbers, StepResult, Summed
 from cllm.training.gradient import Gradients, Micro
+from cllm.training.in_backward import InBackward
 from cllm.training.lazy_rows import LazyRows
 from cllm.training.parallel.crew import Crew
 from cllm.training.update import Update
@@ -35,19 +37,14 @@ if TYPE_CHECKING:
     from cllm.training.distributed.team import Team
     from cllm.training.interrupt import Interrupt
 
-LOSS_SCALE_START = 2.0**14
-LOSS_SCALE_PATIENCE = 500
-"""Steps without overflow after which fp16's loss scale is doubled."""
-
 
 class TrainStep:
     """The compiled (or eager) step over one model and its arena.
 
     ``draws`` gives what is drawn for a micro-batch; ``crew``, where it is set, computes the gradient with
-    other processes; ``team`` makes the whole step with those of torchrun. ``counters`` holds, as scalar
-    tensors on the CPU: ``applied`` steps, ``skipped`` steps, ``in_row`` skipped ones since the last
-    applied, and for fp16 the ``loss_scale`` and the ``calm`` steps since it changed. ``cores`` holds, by
-    table, the computed cores; ``core_uses`` counts how often they were ``computed`` and ``read``.
+    other processes; ``team`` makes the whole step with those of torchrun. ``counters``: see
+    ``cllm.training.counters``. ``early``: where it is set, updates within the backward pass. ``cores``
+    holds, by table, the computed cores; ``core_uses`` counts how often they were ``computed`` and ``read``.
     """
 
     def __init__(
@@ -67,11 +64,11 @@ class TrainStep:
         self.crew: Crew | None = None
         self.team: Team | None = None
         self.scaling = arena.compute.dtype == torch.float16
-        names = ("applied", "skipped", "in_row", "loss_scale", "calm")
-        self.counters = {name: torch.zeros(()) for name in names}
-        self.counters["loss_scale"].fill_(LOSS_SCALE_START if self.scaling else 1.0)
+        self.counters = new_counters(self.scaling)
         self.gradients = Gradients(model, arena, chunk)
         self.lazy = LazyRows(self.gradients, self.optimizer) if arena.by_rows else None
+        early = config.optimizer_in_backward
+        self.early = InBackward(arena, self.gradients, self.optimizer) if early else None
         by_rows = self.lazy.tables if self.lazy is not None else ()
         self._kept_cores = tuple(name for name in self.cores if name not in by_rows)
         self.core_uses = {"computed": len(self._kept_cores), "read": 0}
@@ -113,12 +110,15 @@ class TrainStep:
             for kept, running in zip(self._kept, self._running, strict=True):
                 kept.copy_(running)
             self._begun = True
-            if self.crew is not None:
-                summed = self._with_crew(self.crew, batches, numbers.scale)
+            if self.early is not None:
+                found = self._early_step(self.early, self._micros(batches, similarity), numbers)
             else:
-                summed = self._summed(self._micros(batches, similarity), numbers.scale)
-            self._torn = True
-            found = self.finish(summed, self.arena.grad, numbers)
+                if self.crew is not None:
+                    summed = self._with_crew(self.crew, batches, numbers.scale)
+                else:
+                    summed = self._summed(self._micros(batches, similarity), numbers.scale)
+                self._torn = True
+                found = self.finish(summed, self.arena.grad, numbers)
         self._weights_changed(len(batches))
         self.count(found.applied)
         self._begun = self._torn = False
@@ -133,9 +133,23 @@ class TrainStep:
         if applied:
             self._apply(summed, grad, norm, numbers)
         else:
-            for kept, running in zip(self._kept, self._running, strict=True):
-                running.copy_(kept)
+            self._restore()
         return Figures(summed.loss, norm, applied, summed.similarity)
+
+    def _early_step(self, early: InBackward, micros: list[Micro], numbers: Numbers) -> Figures:
+        (micro,) = micros
+        self._torn = True
+        found = early.step(micro, numbers)
+        if not found.applied:
+            self._restore()
+        elif self._kept_cores:
+            self._cores(self._kept_cores)
+        return found
+
+    def _restore(self) -> None:
+        """Batch norm's averages are as before the step."""
+        for kept, running in zip(self._kept, self._running, strict=True):
+            running.copy_(kept)
 
     def _summed(self, micros: list[Micro], scale: float) -> Summed:
         found = Summed(0.0)
@@ -201,10 +215,9 @@ class TrainStep:
         return not self._torn and (self.lazy is None or not self.lazy.is_torn)
 
     def undo(self) -> None:
-        """Forget a step that was given up before its update: batch norm's averages are as before it."""
+        """Forget a step that was given up before its update."""
         if self._begun:
-            for kept, running in zip(self._kept, self._running, strict=True):
-                running.copy_(kept)
+            self._restore()
             self._begun = False
 
     def close(self) -> None:
@@ -265,23 +278,8 @@ class TrainStep:
         self.core_uses["read"] += 2 * batches if self._kept_cores else 0
 
     def count(self, applied: bool) -> None:
-        """Count a step; halve fp16's loss scale on overflow, double it after many calm steps
-        (Micikevicius et al. 2018)."""
-        # `fill_` and no arithmetic: torch would make a tensor of each number.
-        counters = self.counters
-        counters["applied"].fill_(float(counters["applied"]) + applied)
-        counters["skipped"].fill_(float(counters["skipped"]) + (not applied))
-        counters["in_row"].fill_(0.0 if applied else float(counters["in_row"]) + 1.0)
-        if not self.scaling:
-            return
-        scale, calm = float(counters["loss_scale"]), float(counters["calm"])
-        calm = calm + 1.0 if applied else 0.0
-        if not applied:
-            scale *= 0.5
-        elif calm >= LOSS_SCALE_PATIENCE:
-            scale, calm = 2.0 * scale, 0.0
-        counters["loss_scale"].fill_(scale)
-        counters["calm"].fill_(calm)
+        """Count a step, and adapt fp16's loss scale."""
+        count_step(self.counters, applied, self.scaling)
 
     def gradient(
         self, batches: Sequence[tuple[Tensor, Tensor]], similarity: float = 0.0

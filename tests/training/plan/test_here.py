@@ -15,7 +15,9 @@ from cllm.core.errors import UserError
 from cllm.core.machine import machine
 from cllm.training.plan import ask, calibrate, here
 from cllm.training.plan.calibrate import constants, slowest
+from cllm.training.plan.probe import reference
 from cllm.training.plan.trace import Product
+from cllm.training.plan.work import work_of
 
 ConfigOf = Callable[..., Config]
 Answer = Callable[..., list[dict[str, Any]]]
@@ -40,18 +42,35 @@ def test_constants_are_measured_once_and_not_kept_from_a_busy_machine(
     one = Product(1, 2, 3, 4, "float32", (False, True))
     other = Product(2, 2, 3, 4, "float32")
     how = {"threads": 1, "dtype": "fp32", "compiled": False}
-    assert constants([one], **how).rates.products == {one: 1e9}
-    assert constants([one], **how).rates.products == {one: 1e9}
+    first = constants([one], **how).rates
+    assert first.products[one] == 1e9
+    assert constants([one], **how).rates == first
     assert len(asked) == 1
     busy[0] = "busy"
-    assert set(constants([one, other], **how).rates.products) == {one, other}
+    assert set(constants([one, other], **how).rates.products) == {*first.products, other}
     assert asked[-1]["constants"] is False
     assert len(asked[-1]["products"]) == 1
     calibrate._meanwhile.clear()  # another process
-    assert set(constants([one], **how).rates.products) == {one}
+    assert constants([one], **how).rates == first
     assert len(asked) == 2
     constants([], **how | {"threads": 2})
     assert asked[-1]["constants"] is True
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_forecasts_of_the_reference_are_what_it_took(
+    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer_of: Answer
+) -> None:
+    """Whatever the single figures say, and beside others, who are as slow."""
+    monkeypatch.setenv("CLLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibrate, "ask", answer_of)
+    monkeypatch.setattr(calibrate, "_meanwhile", {})
+    config = reference(1, "fp32", compiled)
+    for together, seconds in ((1, 0.5), (2, 1.0)):
+        how = {"threads": 1, "dtype": "fp32", "compiled": compiled}
+        work = work_of(config, constants([], **how, together=together).rates)
+        whole = work.micro.of(work.layers) + work.end.of(work.layers)
+        assert whole == pytest.approx(seconds, rel=1e-9)
 
 
 def test_this_machine_has_threads_and_workers(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
+from cllm.core.config import Config
 from cllm.core.cpu import is_busy
 from cllm.core.measurements import recall, remember
 from cllm.training.plan.ask import ask
+from cllm.training.plan.probe import reference
 from cllm.training.plan.roofline import Rates
 from cllm.training.plan.trace import Product
+from cllm.training.plan.work import products_of, work_of
 
 _meanwhile: dict[tuple[str, int], dict[str, Any]] = {}
 """What this process has measured, by name and threads."""
@@ -49,8 +52,8 @@ def constants(
     known = _known(how, products, together, say)
     alone = known if together == 1 else _known(how, [], 1, say)
     return Constants(
-        rates=_rates(known),
-        alone=_rates(alone),
+        rates=_rates(how, known),
+        alone=_rates(how, alone),
         base_memory=known["base_memory"],
         hand_over=alone["hand_over"],
     )
@@ -65,6 +68,11 @@ class _How:
     compiled: bool
 
     @property
+    def reference(self) -> Config:
+        """What is measured whole."""
+        return reference(self.threads, self.dtype, self.compiled)
+
+    @property
     def code(self) -> str:
         return "compiled" if self.compiled else "eager"
 
@@ -74,7 +82,8 @@ def _known(
 ) -> dict[str, Any]:
     """What was measured of ``together`` processes, these products among it; measured now if need be."""
     threads = how.threads
-    name = f"plan 2 {how.dtype} {how.code}" + (f" by {together}" if together > 1 else "")
+    products = (*products, *products_of(how.reference))
+    name = f"plan 3 {how.dtype} {how.code}" + (f" by {together}" if together > 1 else "")
     known: dict[str, Any] = recall(name, threads=threads) or _meanwhile.get((name, threads), {})
     rates = {_key(fields): rate for fields, rate in known.get("products", [])}
     missing = [p for p in dict.fromkeys(products) if _key(astuple(p)) not in rates]
@@ -115,9 +124,10 @@ def slowest(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _rates(known: dict[str, Any]) -> Rates:
+def _rates(how: _How, known: dict[str, Any]) -> Rates:
+    """The rates, and how much slower than by them the reference's step was."""
     table = {Product.of(fields): rate for fields, rate in known["products"]}
-    return Rates(
+    rates = Rates(
         flops=max(table.values(), default=1.0),
         stream=[(size, rate) for size, rate in known["stream"]],
         products=table,
@@ -126,6 +136,11 @@ def _rates(known: dict[str, Any]) -> Rates:
         heavy=known["heavy"],
         call=known["call"],
     )
+    config = how.reference
+    work = work_of(config, rates)
+    layers = config.model.n_layers
+    foretold = work.micro.of(layers) + work.end.of(layers)
+    return replace(rates, slowness=known["reference"] / foretold)
 
 
 def _key(fields: Any) -> str:

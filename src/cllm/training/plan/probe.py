@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from cllm.core.allocator import keep_freed_memory
+from cllm.core.config import Config
 from cllm.core.memory import peak_rss
 from cllm.core.settings import build as configuration
 from cllm.training.build import build_step
@@ -50,6 +51,25 @@ TINY: dict[str, Any] = {
 }
 """A model so small that its step is nothing but overhead."""
 
+REFERENCE: dict[str, Any] = {
+    "model.preset": "tiny",
+    "model.n_layers": 2,
+    "model.vocab_size": 2048,
+    "train.batch_size": 8,
+    "train.device": "cpu",
+    "train.attention": "matmul",
+    "train.loss_chunk": 0,
+    "train.lazy_rows": "off",
+}
+"""A model whose step is measured whole, so as to see what is in no single measurement: caches that one
+operation leaves to the next, and memory that several share."""
+
+
+def reference(threads: int, dtype: str, compiled: bool) -> Config:
+    """The configuration of ``REFERENCE``, resolved."""
+    changes = {"train.threads": threads, "train.dtype": dtype}
+    return configuration(REFERENCE | changes | {"train.compile": "on" if compiled else "off"})
+
 
 def main() -> None:
     """Answer the request."""
@@ -79,6 +99,7 @@ def constants(threads: int, dtype: str, compiled: bool) -> dict[str, Any]:
         "heavy": heavy,
         "stream": [(size, stream_rate(size)) for size in SETS],
         "hand_over": hand_over_seconds(),
+        "reference": reference_seconds(threads, dtype, compiled),
     }
 
 
@@ -92,6 +113,15 @@ def call_seconds(threads: int, dtype: str, compiled: bool) -> float:
     seconds = _seconds(lambda: step([(ids, ids)], 1e-3), at_least=30)
     traced = trace_step(config)
     return seconds / sum(len(tasks_of(part, compiled)) for part in (traced.micro, traced.end))
+
+
+def reference_seconds(threads: int, dtype: str, compiled: bool) -> float:
+    """Seconds of a step of the reference."""
+    config = reference(threads, dtype, compiled)
+    model, step = build_step(config)
+    model.train()
+    ids = torch.zeros(config.train.batch_size, config.model.context, dtype=torch.int64)
+    return _seconds(lambda: step([(ids, ids)], 1e-3), at_least=9)
 
 
 def stream_rate(size: int) -> float:

@@ -47,7 +47,7 @@ class Rates:
     ``products``: rates by shape; ``flops``: for those without one. ``stream``: (working set in bytes, bytes
     a second), ascending. ``light``, ``strided`` and ``heavy``: seconds an element, of simple operations, of
     those over strides, and of those with an exponential. ``call``: seconds that a piece of work takes to
-    begin.
+    begin. ``slowness``: what a whole step takes, as a multiple of what the model makes of all these.
     """
 
     flops: float
@@ -57,6 +57,7 @@ class Rates:
     strided: float = 0.0
     heavy: float = 0.0
     call: float = 0.0
+    slowness: float = 1.0
 
     def bandwidth(self, size: float) -> float:
         """Bytes a second where ``size`` bytes are in use: between two measurements in a line over the
@@ -160,7 +161,7 @@ def _fused(groups: Sequence[Sequence[Operation]], lasting: set[int]) -> list[Tas
 
 def step_seconds(trace: Trace, rates: Rates, compiled: bool) -> float:
     """The time of all that a trace does."""
-    return math.fsum(rates.seconds(task) for task in tasks_of(trace, compiled))
+    return rates.slowness * math.fsum(rates.seconds(task) for task in tasks_of(trace, compiled))
 
 
 def peak_bytes(trace: Trace, compiled: bool) -> tuple[int, int]:

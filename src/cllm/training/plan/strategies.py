@@ -24,6 +24,7 @@ from cllm.training.plan.estimate import (
 )
 from cllm.training.plan.machines import Devices
 from cllm.training.plan.network import Network
+from cllm.training.plan.roofline import Rates
 from cllm.training.plan.work import MASTER, Work, with_rows, work_of
 
 
@@ -153,7 +154,7 @@ def sharded(config: Config, devices: Devices) -> Estimate:
                 logits=whole.logits,
                 base=devices.base + home,
             ),
-            compute=count * work.micro.of(work.layers) + end,
+            compute=count * (work.micro.of(work.layers) + _copying(work, devices.rates)) + end,
             communication=count * sending + ordering,
             sent=count * sent + ordered,
             tokens=tokens_of(config),
@@ -161,6 +162,17 @@ def sharded(config: Config, devices: Devices) -> Estimate:
         ),
         devices.memory,
     )
+
+
+def _copying(work: Work, rates: Rates) -> float:
+    """Seconds of a micro-batch in which weights are copied out of the buffers that they were gathered in,
+    and gradients into those that they are scattered from."""
+    layer, rest = work.parameters.layer, work.parameters.fixed
+    seconds = 0.0
+    for numbers, gathers, times in ((layer, 2, work.layers), (rest, 1, 1)):
+        for size in (*[numbers * work.compute_width] * gathers, MASTER * numbers):
+            seconds += times * 2 * size / rates.bandwidth(2 * size)
+    return seconds
 
 
 def _shards_of_a_micro_batch(work: Work, network: Network) -> tuple[float, float]:
