@@ -3,9 +3,9 @@
 The demo's model and batch, each contestant in a process of its own, first on an idle machine, then beside
 another program that wants one core. One worker on one core beside a team of threads that waits for its
 slowest member at every operation: that is what the comparison is about. Then what ends a step, over one
-arena (``cllm.bench.arena``), what is done beside the steps (``cllm.bench.overlap``), what processes of
-torchrun send (``cllm.bench.traffic``), and what the delay costs (``cllm.bench.delay``; its text may be
-given with ``--data``).
+arena (``cllm.bench.arena``), or updates within the backward pass (``cllm.bench.early``), what is done
+beside the steps (``cllm.bench.overlap``), what processes of torchrun send (``cllm.bench.traffic``), and
+what the delay costs (``cllm.bench.delay``; its text may be given with ``--data``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from statistics import median
 
-from cllm.bench import arena, delay, overlap, traffic
+from cllm.bench import arena, delay, early, overlap, traffic
 from cllm.bench.contestants import SideBySide, our_contestant
 from cllm.bench.harness import (
     Claim,
@@ -85,12 +85,18 @@ def run(options: Options) -> Result:
     why = "--quick measures nothing" if options.quick else (busy or "")
     ends, end_claims, end_notes = arena.measure(options.quick, why)
     beside_steps, beside_notes = overlap.measure(options.quick)
+    updates, update_claims = early.measure(options.quick, why, rounds, steps)
     sent, sent_claims, sent_notes = traffic.measure(options.quick, why)
     quality, quality_notes = delay.measure(options.quick, options.data)
     return Result(
         bench="parallel",
-        rows=rows + quality + ends + beside_steps + sent,
-        claims=_claims(rates, cores, workers, team, crew, apart, why) + end_claims + sent_claims,
+        rows=rows + updates + quality + ends + beside_steps + sent,
+        claims=[
+            *_claims(rates, cores, workers, team, crew, apart, why),
+            *update_claims,
+            *end_claims,
+            *sent_claims,
+        ],
         notes=[
             f"Shape and batch: {contestants[0].ready['shape']}; {contestants[0].ready['dtype']}. Medians "
             f"of {rounds} interleaved rounds of {steps} steps, compilation and warm-up apart. Workers take "

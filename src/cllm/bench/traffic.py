@@ -88,17 +88,13 @@ def compare(
 def claims_of(rows: Sequence[dict[str, Any]], quick: str, busy: str) -> list[Claim]:
     """The worst forecast of each kind. Bytes are the same on a busy machine."""
     claims = []
-    for what, required, why in (
-        (SENT, WITHIN, quick),
-        (SENDING, WITHIN, quick or busy),
-        (STEP, None, quick or busy or "shown beside"),
-    ):
+    for what, why in ((SENT, quick), (SENDING, quick or busy), (STEP, quick or busy)):
         mine = [row for row in rows if row["contestant"].endswith(f": {what}")]
         claims.append(
             Claim(
                 name=f"two processes of torchrun, {what}: largest error of the forecast",
                 value=round(max(abs(row["forecast ÷ measured"] - 1) for row in mine), 3),
-                required=required,
+                required=WITHIN,
                 higher_is_better=False,
                 why=why,
                 judged=not why,

@@ -21,6 +21,7 @@ from cllm.core.torchrun import Launch
 from cllm.training.distributed.check import check_team
 from cllm.training.plan import forecast
 from cllm.training.plan.calibrate import Constants
+from cllm.training.plan.estimate import share_of
 from cllm.training.plan.machines import Devices, MachineEntry, read_machines
 from cllm.training.plan.pipelines import _pipelines, pipelined, staged
 from cllm.training.plan.roofline import Rates
@@ -31,6 +32,7 @@ from cllm.training.plan.strategies import (
     sharded,
     workers,
 )
+from cllm.training.plan.work import with_rows, work_of
 
 ConfigOf = Callable[..., Config]
 DevicesWith = Callable[..., Devices]
@@ -88,6 +90,20 @@ def test_shards_hold_less_and_send_more(resolved: ConfigOf, devices_with: Device
         # Layers are gathered twice, the table once; gradients are scattered.
         numbers = 7 / 8 * ((weights + layers) * width / 4 + weights)
         assert one.sent == pytest.approx(numbers + 7 / 8 * 16 * whole.tokens, rel=0.01)
+
+
+def test_shards_are_copied_out_of_buffers_and_into_them(
+    resolved: ConfigOf, devices_with: DevicesWith
+) -> None:
+    config, devices = resolved(train__accumulate=4, model__n_layers=8), devices_with(8)
+    rows, micros = share_of(config, 8)
+    work = work_of(with_rows(config, rows), devices.rates)
+    own = micros * work.micro.of(8) + work.end.of(8) / 8
+    # Read and written: layers for forward and for backward, the rest once, and all gradients.
+    numbers = 2 * 8 * work.parameters.layer + work.parameters.fixed + work.parameters.of(8)
+    copying = micros * 2 * 4 * numbers / 1e11
+    assert copying > 0.1 * work.end.of(8)
+    assert sharded(config, devices).compute == pytest.approx(own + copying, rel=1e-9)
 
 
 def test_a_pipeline_waits_for_its_stages(resolved: ConfigOf, devices_with: DevicesWith) -> None:

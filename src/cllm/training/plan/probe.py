@@ -121,7 +121,7 @@ def reference_seconds(threads: int, dtype: str, compiled: bool) -> float:
     model, step = build_step(config)
     model.train()
     ids = torch.zeros(config.train.batch_size, config.model.context, dtype=torch.int64)
-    return _seconds(lambda: step([(ids, ids)], 1e-3), at_least=9)
+    return _seconds(lambda: step([(ids, ids)], 1e-3), at_least=40)
 
 
 def stream_rate(size: int) -> float:
