@@ -76,22 +76,28 @@ def test_a_step_sends_as_long_as_its_collectives_take_at_their_medians() -> None
 
 
 @pytest.mark.parametrize(
-    ("sent", "sending", "holds"),
-    [(1.01, 0.75, (True, True)), (1.31, 1.2, (False, True)), (0.9, 0.6, (True, False))],
+    ("sent", "sending", "step", "holds"),
+    [
+        (1.01, 0.75, 1.29, (True, True, True)),
+        (1.31, 1.2, 0.69, (False, True, False)),
+        (0.9, 0.6, 1.0, (True, False, True)),
+    ],
 )
-def test_the_worst_forecast_is_judged(sent: float, sending: float, holds: tuple[bool, ...]) -> None:
+def test_the_worst_forecast_is_judged(
+    sent: float, sending: float, step: float, holds: tuple[bool, ...]
+) -> None:
     rows = [
         {"contestant": f"{name}, a: {what}", "forecast ÷ measured": ratio}
         for name in ("DDP", "FSDP")
         for what, ratio in (
             (traffic.SENT, sent if name == "FSDP" else 1.0),
             (traffic.SENDING, sending if name == "FSDP" else 1.0),
-            (traffic.STEP, 3.0),
+            (traffic.STEP, step if name == "FSDP" else 1.0),
         )
     ]
     claims = traffic.claims_of(rows, "", "")
-    assert tuple(claim.holds for claim in claims) == (*holds, None)
-    assert [claim.required for claim in claims] == [0.3, 0.3, None]
+    assert tuple(claim.holds for claim in claims) == holds
+    assert [claim.required for claim in claims] == [0.3, 0.3, 0.3]
     busy = traffic.claims_of(rows, "", "others are at work")
     assert [claim.holds for claim in busy] == [holds[0], None, None]
     quick = traffic.claims_of(rows, "--quick", "")

@@ -47,6 +47,7 @@ def measure(
     claim = Claim(
         name="optimizer in backward ÷ optimizer at the end, uncompiled, no clipping",
         value=round(ratio_of_medians(early, late), 3),
+        required=None,
         why=why or "shown beside",
         judged=False,
     )

@@ -1,6 +1,6 @@
 """What is counted of training steps, and fp16's loss scale, which follows from it.
 
-Scalar tensors on the CPU, which checkpoints keep as they keep weights: ``applied`` steps, ``skipped`` steps,
+Scalar tensors on the CPU, which checkpoints keep as they keep weights: ``applied`` steps, ``skipped`` ones,
 ``in_row`` skipped ones since the last applied, and for fp16 the ``loss_scale`` and the ``calm`` steps since
 it changed.
 """
