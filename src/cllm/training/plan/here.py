@@ -149,7 +149,7 @@ def devices_here(config: Config, count: int, rows: int, say: Say) -> Devices:
 def network_of(count: int, say: Say) -> Network:
     """What ``count`` processes of this machine send each other over gloo; measured once, and not kept from
     a busy machine."""
-    name = f"plan 3 gloo by {count}"
+    name = f"plan 4 gloo by {count}"
     known: dict[str, Any] | None = recall(name, threads=1) or _meanwhile.get(count)
     if known is not None:
         return Network.of_gloo(count, known)

@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from cllm.core.torchrun import leave
 
 SIZES = (2**6, 2**16, 2**20, 2**22, 2**24)
 """Bytes of the messages that are measured, multiples of four times as many as processes."""
-ROUNDS = 11
+ROUNDS = 25
 OTHER = 2**25
 """Bytes that are touched between two messages, as a step's arithmetic does: what is sent is not near."""
 
@@ -37,28 +38,35 @@ def main() -> None:
     keep_freed_memory()  # as in training
     store = dist.FileStore(asked["store"], processes)
     dist.init_process_group("gloo", store=store, rank=number, world_size=processes)
+    sizes = [size - size % (4 * processes) for size in SIZES]
+    calls = {
+        (name, size): call
+        for size in sizes
+        for name, call in _calls(number, processes, size).items()
+    }
     found: dict[str, list[tuple[int, float]]] = {}
-    for size in SIZES:
-        size -= size % (4 * processes)
-        for name, call in _calls(number, processes, size).items():
-            found.setdefault(name, []).append((size, seconds_of(call)))
+    for (name, size), seconds in seconds_of(calls).items():
+        found.setdefault(name, []).append((size, seconds))
     print(json.dumps(found), flush=True)
     leave(0)
 
 
-def seconds_of(call: Callable[[], object]) -> float:
-    """The median time from when the last process begins until the last is done."""
-    other, taken = torch.ones(OTHER // 4), []
+def seconds_of(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
+    """The median time of each from when the last process begins it until the last is done. They take turns,
+    so that a second in which the machine is slow spoils a few times of each and not all times of one."""
+    other = torch.ones(OTHER // 4)
+    taken: dict[Any, list[float]] = {key: [] for key in calls}
     for _ in range(ROUNDS):
-        other.add_(1.0)
-        dist.barrier()
-        begin = time.perf_counter()
-        call()
-        # One clock for all processes of a machine.
-        ends = torch.tensor([begin, time.perf_counter()], dtype=torch.float64)
-        dist.all_reduce(ends, dist.ReduceOp.MAX)
-        taken.append(float(ends[1] - ends[0]))
-    return sorted(taken)[ROUNDS // 2]
+        for key, call in calls.items():
+            other.add_(1.0)
+            dist.barrier()
+            begin = time.perf_counter()
+            call()
+            # One clock for all processes of a machine.
+            ends = torch.tensor([begin, time.perf_counter()], dtype=torch.float64)
+            dist.all_reduce(ends, dist.ReduceOp.MAX)
+            taken[key].append(float(ends[1] - ends[0]))
+    return {key: sorted(times)[ROUNDS // 2] for key, times in taken.items()}
 
 
 def _calls(number: int, processes: int, size: int) -> dict[str, Callable[[], object]]:
