@@ -70,9 +70,8 @@ def tables(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     table *= 10.0 ** draw(st.integers(-3, 3))
     rows = table[g.integers(V, size=4)]
     queries = np.concatenate([rows, rows + table.std() * g.standard_normal((4, D))])
-    longest = 1e8 / max(
-        np.abs(queries[-1]).max(), 1.0
-    )  # 1e9 and more are refused: a test of its own
+    # Vectors of 1e9 and more are refused, which has a test of its own.
+    longest = 1e8 / max(np.abs(queries[-1]).max(), 1.0)
     queries[-1] *= min(draw(st.sampled_from([0.0, 1.0, 1e2])), longest)
     return table.astype(np.float32), queries.astype(np.float32)
 

@@ -269,7 +269,10 @@ class Config(Section):
         if train.lazy_rows == "on":
             yield "train.lazy_rows = 'on'", "updates rows in one process; set it to off"
         if train.optimizer_in_backward:
-            yield "train.optimizer_in_backward", "needs the whole gradient in one; leave it out"
+            yield (
+                "train.optimizer_in_backward",
+                "needs the whole gradient in one process; leave it out",
+            )
 
     @property
     def rows_can_idle(self) -> bool:

@@ -144,10 +144,10 @@ class Gradients:
         ) -> tuple[Tensor, dict[str, Tensor]]:
             statistics: Statistics = []
             if listener is not None:
-                for name, parameter in parameters.items():
-                    if name.removeprefix("model.").partition(".")[0] not in self.tables:
-                        own = name.removeprefix("model.")
-                        parameter.register_hook(partial(listener.known, own))
+                for prefixed, parameter in parameters.items():
+                    name = prefixed.removeprefix("model.")
+                    if name.partition(".")[0] not in self.tables:
+                        parameter.register_hook(partial(listener.known, name))
             hidden = torch.func.functional_call(self.trunk, parameters, (coordinates, statistics))
             return hidden.flatten(0, 1), dict(statistics)  # vjp takes names as keys only
 

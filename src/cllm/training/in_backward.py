@@ -5,7 +5,8 @@ wait for the layers below it, and finds its gradient in the cache. What is given
 skipped whole: a loss that is not finite is seen before anything is changed, a gradient that is not only
 when the layers above have been updated, which ends the training. The bits are those of an update at the
 end (Lv et al., "Full parameter fine-tuning for large language models with limited resources", 2023, fuse
-the two likewise, to save the memory of the gradient; the arena keeps it).
+the two likewise, to save the memory of the gradient; the arena keeps it). Each check of a gradient waits
+for the device (not measured on a GPU).
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +25,8 @@ from cllm.core.torchrun import leave
 SIZES = (2**6, 2**16, 2**20, 2**22, 2**24)
 """Bytes of the messages that are measured, multiples of four times as many as processes."""
 ROUNDS = 25
+Call = tuple[str, int]
+"""A way of sending, and bytes."""
 OTHER = 2**25
 """Bytes that are touched between two messages, as a step's arithmetic does: what is sent is not near."""
 
@@ -51,11 +52,11 @@ def main() -> None:
     leave(0)
 
 
-def seconds_of(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
+def seconds_of(calls: Mapping[Call, Callable[[], object]]) -> dict[Call, float]:
     """The median time of each from when the last process begins it until the last is done. They take turns,
     so that a second in which the machine is slow spoils a few times of each and not all times of one."""
     other = torch.ones(OTHER // 4)
-    taken: dict[Any, list[float]] = {key: [] for key in calls}
+    taken: dict[Call, list[float]] = {key: [] for key in calls}
     for _ in range(ROUNDS):
         for key, call in calls.items():
             other.add_(1.0)

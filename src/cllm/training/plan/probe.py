@@ -36,7 +36,13 @@ LARGEST = 2**32
 SECONDS = 0.03
 """Time that a product is measured for."""
 CHAIN = 16
-TINY: dict[str, Any] = {
+RESOLVED: dict[str, Any] = {
+    "train.device": "cpu",
+    "train.attention": "matmul",
+    "train.loss_chunk": 0,
+    "train.lazy_rows": "off",
+}
+TINY: dict[str, Any] = RESOLVED | {
     "model.d_model": 8,
     "model.n_layers": 2,
     "model.n_heads": 2,
@@ -44,22 +50,14 @@ TINY: dict[str, Any] = {
     "model.context": 4,
     "model.vocab_size": 16,
     "train.batch_size": 2,
-    "train.device": "cpu",
-    "train.attention": "matmul",
-    "train.loss_chunk": 0,
-    "train.lazy_rows": "off",
 }
 """A model so small that its step is nothing but overhead."""
 
-REFERENCE: dict[str, Any] = {
+REFERENCE: dict[str, Any] = RESOLVED | {
     "model.preset": "tiny",
     "model.n_layers": 2,
     "model.vocab_size": 2048,
     "train.batch_size": 8,
-    "train.device": "cpu",
-    "train.attention": "matmul",
-    "train.loss_chunk": 0,
-    "train.lazy_rows": "off",
 }
 """A model whose step is measured whole, so as to see what is in no single measurement: caches that one
 operation leaves to the next, and memory that several share."""
@@ -67,8 +65,12 @@ operation leaves to the next, and memory that several share."""
 
 def reference(threads: int, dtype: str, compiled: bool) -> Config:
     """The configuration of ``REFERENCE``, resolved."""
+    return _resolved(REFERENCE, threads, dtype, compiled)
+
+
+def _resolved(model: dict[str, Any], threads: int, dtype: str, compiled: bool) -> Config:
     changes = {"train.threads": threads, "train.dtype": dtype}
-    return configuration(REFERENCE | changes | {"train.compile": "on" if compiled else "off"})
+    return configuration(model | changes | {"train.compile": "on" if compiled else "off"})
 
 
 def main() -> None:
@@ -105,8 +107,7 @@ def constants(threads: int, dtype: str, compiled: bool) -> dict[str, Any]:
 
 def call_seconds(threads: int, dtype: str, compiled: bool) -> float:
     """Seconds that an operation (of compiled code: a group) takes beside its work: a tiny step's."""
-    changes = {"train.threads": threads, "train.dtype": dtype}
-    config = configuration(TINY | changes | {"train.compile": "on" if compiled else "off"})
+    config = _resolved(TINY, threads, dtype, compiled)
     model, step = build_step(config)
     model.train()
     ids = torch.zeros(2, config.model.context, dtype=torch.int64)
