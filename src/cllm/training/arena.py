@@ -115,8 +115,8 @@ class Arena:
     ) -> Arena:
         """Move a model's parameters into an arena: they become views of ``weights``.
 
-        ``memory``: where weights and their copy lie, if other processes share them; one that is not
-        their ``owner`` takes the weights as they are there.
+        ``memory``: where weights, their copy and the moments lie, if other processes share them; one
+        that is not their ``owner`` takes them as they are there.
         """
         found = dict(model.named_parameters())
         dense = [name for name in found if name not in by_rows]
@@ -138,6 +138,10 @@ class Arena:
             weights, compute = places[0], places[-1]
         for name, view in layout.views(weights).items():
             parameters[name].data = view
+        if memory is None:
+            state = {name: torch.zeros_like(weights) for name in moments}
+        else:  # zeros, where nobody wrote
+            state = {name: memory.take(weights.shape, master) for name in moments}
         # The last that holds the parameters' own memory, in blocks too small for what follows.
         del tensors
         give_back_freed_memory()
@@ -146,7 +150,7 @@ class Arena:
             weights=weights,
             compute=compute,
             grad=weights.new_zeros(layout.first(len(dense)).size),
-            moments={name: torch.zeros_like(weights) for name in moments},
+            moments=state,
             decaying=layout.first(len(matrices)).size,
             by_rows=by_rows,
         )
@@ -161,19 +165,25 @@ class Arena:
         """``compute`` without the tables ``by_rows``."""
         return self.compute[: self.dense_layout.size] if self.by_rows else self.compute
 
-    def parts(self, copy: Tensor | None = None) -> list[Part]:
+    def parts(
+        self, copy: Tensor | None = None, within: tuple[int, int] | None = None
+    ) -> list[Part]:
         """All but the tables ``by_rows``, as views: what decays, then what does not.
 
         ``copy``: the buffer that becomes the copy of the weights; ``compute`` if that is one.
+        ``within``: first and last of the elements that are wanted.
         """
+        size = self.dense_layout.size
+        begin, end = (0, size) if within is None else within
         if copy is None and self.compute is not self.weights:
             copy = self.compute
-        ends = (0, self.decaying), (self.decaying, self.dense_layout.size)
+        middle = min(max(begin, self.decaying), end)
+        ends = (begin, middle), (middle, min(end, size))
         return [
             Part(
                 weights=self.weights[first:last],
                 moments={name: flat[first:last] for name, flat in self.moments.items()},
-                decays=first == 0,
+                decays=first < self.decaying,
                 copy=copy[first:last] if copy is not None else None,
                 first=first,
             )

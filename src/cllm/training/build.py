@@ -19,7 +19,8 @@ from cllm.training.distributed.check import runs_eagerly
 from cllm.training.draws import Draws
 from cllm.training.lazy_rows import idling_tables
 from cllm.training.optimizer import OPTIMIZERS
-from cllm.training.parallel.crew import Crew, reserve
+from cllm.training.parallel.crew import Crew
+from cllm.training.parallel.shared import reserve
 from cllm.training.step import TrainStep
 
 
@@ -38,7 +39,7 @@ def build(config: Config, draws: Draws | None = None) -> tuple[Transformer, Trai
         return build_step(config, draws=draws)
     memory = reserve(config)
     model, step = build_step(config, memory)
-    step.crew = Crew(config, memory, model, step.arena, step.cores)
+    step.crew = Crew(config, memory, model, step.update, step.cores)
     return model, step
 
 
@@ -66,7 +67,7 @@ def build_step(
     arena = Arena.adopt(
         model,
         arithmetic(train),
-        OPTIMIZERS[train.optimizer].moments if owner else (),
+        OPTIMIZERS[train.optimizer].moments,
         idling_tables(train, config.model.tie_embeddings),
         memory,
         owner,

@@ -90,6 +90,11 @@ class TrainStep:
         return self.gradients.cores
 
     @property
+    def _ending(self) -> Update | Crew:
+        """Who ends the step."""
+        return self.update if self.crew is None else self.crew
+
+    @property
     def number(self) -> int:
         """Steps so far, the skipped ones included: what draws depend on beside the seed."""
         return int(self.counters["applied"]) + int(self.counters["skipped"])
@@ -127,7 +132,7 @@ class TrainStep:
 
     def finish(self, summed: Summed, grad: Tensor, numbers: Numbers) -> Figures:
         """Check, clip and update with a summed gradient; what is not finite changes nothing."""
-        dense = self.update.norm(grad)
+        dense = self._ending.norm(grad)
         norm = math.hypot(dense, math.sqrt(summed.square)) * numbers.unscale
         applied = math.isfinite(norm) and math.isfinite(summed.loss)
         if applied:
@@ -166,14 +171,11 @@ class TrainStep:
     def _with_crew(
         self, crew: Crew, batches: Sequence[tuple[Tensor, Tensor]], scale: float
     ) -> Summed:
-        """The gradient of several workers: they are added in the workers' order."""
+        """The loss of several workers, whose gradients the crew adds up at the end of the step."""
         own = crew.begin(batches, scale)
         micros = (Micro(ids, targets) for ids, targets in own)
         total = self.accumulate(micros, len(crew.shards[0]), scale)
-        for loss, grad in crew.results():
-            total += loss
-            self.arena.grad.add_(grad)
-        return Summed(total)
+        return Summed(sum(crew.results(), total))
 
     def accumulate(self, micros: Iterable[Micro], count: int, scale: float) -> float:
         """The summed gradient of ``scale`` times the loss of ``count`` micro-batches goes into
@@ -202,7 +204,7 @@ class TrainStep:
         return float(self._total), similarity
 
     def _apply(self, summed: Summed, grad: Tensor, norm: float, numbers: Numbers) -> None:
-        factor = self.update.apply(grad, norm, numbers.unscale, numbers.lr, numbers.at)
+        factor = self._ending.apply(grad, norm, numbers.unscale, numbers.lr, numbers.at)
         if self.lazy is not None:
             self.lazy.apply(summed.used, summed.rows, factor, numbers.lr, numbers.at)
         if self._kept_cores:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cllm.training.parallel import crew, wire, worker
+from cllm.training.parallel import ending, shared, wire, worker
 
 sys.path.append(str(Path(__file__).parent.parent))
 from waits import late
@@ -26,5 +26,7 @@ if __name__ == "__main__":
     seed = random.Random(f"{os.environ['DELAYS']} {sys.argv[-1]}")
     wire.receive = delayed(wire.receive, seed)
     # What was received and is not yet read, and what was computed and is not yet told.
-    crew.Shared.share = delayed(crew.Shared.share, seed)  # type: ignore[method-assign]
+    shared.Shared.share = delayed(shared.Shared.share, seed)  # type: ignore[method-assign]
+    for name in ("add_up", "apply"):
+        setattr(ending.Ending, name, delayed(getattr(ending.Ending, name), seed))
     worker.main(sys.argv[1:])

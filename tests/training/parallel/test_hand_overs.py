@@ -78,7 +78,7 @@ def test_random_delays_at_every_hand_over_change_no_bit(
     rng = random.Random(seed)
     monkeypatch.setattr(Crew, "program", (sys.executable, str(file)))
     monkeypatch.setattr(wire, "receive", module.delayed(wire.receive, rng))
-    for name in ("begin", "results"):
+    for name in ("begin", "results", "norm", "apply"):
         monkeypatch.setattr(Crew, name, module.delayed(getattr(Crew, name), rng))
     hurried = weights()
     assert all(torch.equal(one, other) for one, other in zip(calm, hurried, strict=True))

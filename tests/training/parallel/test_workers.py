@@ -26,7 +26,8 @@ from cllm.training.clipping import clip_factor
 from cllm.training.feed import Feed, MicroBatches, target_count
 from cllm.training.figures import Numbers, Summed
 from cllm.training.gradient import Micro
-from cllm.training.parallel.crew import WorkerError, cores_of_workers
+from cllm.training.parallel.cores import cores_of_workers
+from cllm.training.parallel.crew import WorkerError
 from cllm.training.step import TrainStep
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd")
@@ -219,6 +220,27 @@ def test_a_lost_worker_is_named_and_nothing_of_its_step_is_applied(
         step(batches(1), 1e-2)
     assert torch.equal(step.arena.weights, before)
     step.close()
+
+
+def test_a_worker_lost_in_the_middle_of_an_update_leaves_nothing_to_save(
+    step_with: Callable[..., TrainStep],
+) -> None:
+    step = step_with(2)
+    step(batches(0), 1e-2)
+    assert step.crew is not None
+    assert step.is_whole
+    (process,) = step.crew._processes
+    own = step.crew._own.add_up
+
+    def add_up() -> None:
+        own()
+        process.kill()
+        process.wait()
+
+    step.crew._own.add_up = add_up  # type: ignore[method-assign]
+    with pytest.raises(WorkerError, match="killed by signal 9"):
+        step(batches(1), 1e-2)
+    assert not step.is_whole
 
 
 def test_more_workers_than_cores_are_warned_of(

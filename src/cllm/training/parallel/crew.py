@@ -1,9 +1,9 @@
 """Workers on one machine: processes with gradients of their own over one copy of the weights.
 
 Threads would not do: compiled code holds the interpreter's lock, and two threads were measured to be no
-faster than one (``docs/speed.md``). The parent is worker 0 and takes its share like the others; then it
-adds up the gradients in the workers' order, and makes the optimizer's step alone. Who is left ends when
-another is gone: each sees its socket close.
+faster than one (``docs/speed.md``). The parent is worker 0 and takes its share like the others, of the
+step's end too (``cllm.training.parallel.ending``). Who is left ends when another is gone: each sees its
+socket close.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ from cllm.core.config import Config
 from cllm.core.errors import UserError
 from cllm.core.shared_memory import SharedMemory
 from cllm.model.transformer import Transformer
-from cllm.training.arena import Arena
+from cllm.training.clipping import clip_factor
 from cllm.training.parallel import wire
-from cllm.training.parallel.shards import Shard, deal
+from cllm.training.parallel.cores import cores_of_workers
+from cllm.training.parallel.ending import Ending
+from cllm.training.parallel.shards import deal
+from cllm.training.parallel.shared import Shared
+from cllm.training.update import Update
 
 _SEED_STRIDE = 7_919
 _PATIENCE = 1.0
@@ -41,53 +45,10 @@ class WorkerError(UserError):
     """A worker ended, or reported an error, in the middle of training."""
 
 
-def reserve(config: Config) -> SharedMemory:
-    """Memory for all that the workers of ``config`` share; more than enough, as what is not used takes
-    none."""
-    train, shape = config.train, config.model
-    assert isinstance(train.parallel.workers, int)
-    with torch.device("meta"):
-        model = Transformer(shape)
-    weights = sum(p.numel() + 64 for p in model.parameters())
-    buffers = sum(b.numel() + 64 for b in model.buffers())
-    cores = 2 * ((shape.vocab_size or 0) * shape.d_model + 64)
-    batches = 2 * train.accumulate * train.batch_size * shape.context
-    numbers = (2 + train.parallel.workers) * weights + cores + batches + buffers
-    return SharedMemory.create(8 * numbers + 2**20)
-
-
-class Shared:
-    """What parent and workers share, taken in the same order by each: the batch, each worker's gradient,
-    the cores that are computed, the model's buffers. (The weights are the arena's.)"""
-
-    def __init__(
-        self, memory: SharedMemory, config: Config, arena: Arena, cores: dict[str, Tensor]
-    ) -> None:
-        train, workers = config.train, config.train.parallel.workers
-        assert isinstance(workers, int)
-        shape = (2, train.accumulate, train.batch_size, config.model.context)
-        self.batch = memory.take(shape, torch.int64)
-        self.grads = [memory.take(arena.grad.shape, arena.grad.dtype) for _ in range(workers)]
-        self.cores = {
-            name: memory.take(core.shape, core.dtype) for name, core in sorted(cores.items())
-        }
-        self.memory = memory
-
-    def buffers(self, model: Transformer) -> dict[str, Tensor]:
-        """Places for the model's buffers; to be asked for once."""
-        named = sorted(model.named_buffers())
-        return {name: self.memory.take(b.shape, b.dtype) for name, b in named}
-
-    def share(self, shards: Sequence[Shard]) -> list[tuple[Tensor, Tensor]]:
-        """(ids, targets) of some shards of the present batch."""
-        ids, targets = self.batch
-        return [
-            (ids[s.micro, s.first : s.last], targets[s.micro, s.first : s.last]) for s in shards
-        ]
-
-
 class Crew:
-    """The parent's side. ``begin`` hands a step out, ``results`` gathers what the others computed.
+    """The parent's side. ``begin`` hands a step out, ``results`` waits for what the others compute; then
+    ``norm`` and ``apply`` end the step. Each raises ``WorkerError`` if a worker is gone, or with what it
+    reports.
 
     ``program``: what a worker runs, with its arguments after it.
     """
@@ -99,10 +60,11 @@ class Crew:
         config: Config,
         memory: SharedMemory,
         model: Transformer,
-        arena: Arena,
+        update: Update,
         cores: dict[str, Tensor],
     ) -> None:
         """Take the shared memory; the workers begin with the first step."""
+        arena = update.arena
         self.config, self.model, self.memory = config, model, memory
         train = config.train
         assert isinstance(train.parallel.workers, int)
@@ -113,6 +75,7 @@ class Crew:
         for name, place in self.shared.cores.items():
             place.copy_(cores[name])
             cores[name] = place
+        self._clip, self._own = update.clip, Ending(update, self.shared, 0)
         self._buffers = self.shared.buffers(model)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._sockets: list[socket.socket] = []
@@ -130,8 +93,8 @@ class Crew:
     def begin(self, batches: Batches, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
         """Hand the step's micro-batches out; gives the parent's own share, one after the other.
 
-        ``scale`` is what the loss is multiplied with. Raises ``WorkerError`` if a worker is gone, and the
-        share does so before each micro-batch.
+        ``scale`` is what the loss is multiplied with. The share looks for lost workers before each
+        micro-batch.
         """
         if not self._processes:
             self._hire()
@@ -140,27 +103,49 @@ class Crew:
             ids[number].copy_(some_ids)
             targets[number].copy_(some_targets)
         seed = torch.initial_seed()
-        for number, sock in enumerate(self._sockets, start=1):
-            order = wire.ORDER.pack(scale, (seed + _SEED_STRIDE * number) % 2**63)
-            try:
-                sock.sendall(order)
-            except OSError as error:
-                raise self._lost(number) from error
+        for number in range(1, self.size):
+            own = (seed + _SEED_STRIDE * number) % 2**63
+            self._order(number, wire.COMPUTE, scale, integer=own)
         return self._watched(self.shared.share(self.shards[0]))
 
-    def results(self) -> list[tuple[float, Tensor]]:
-        """(summed loss, flat gradient) of each other worker, in order; waits for them.
-
-        Raises ``WorkerError`` with what a worker reports, or if it is gone.
-        """
-        found = [
-            (self._answer(number, sock), self.shared.grads[number])
-            for number, sock in enumerate(self._sockets, start=1)
-        ]
+    def results(self) -> list[float]:
+        """The summed loss of each other worker, in order."""
+        found = self._answers()
         if self._mine and not self._affinity:
             self._affinity = os.sched_getaffinity(0)
             os.sched_setaffinity(0, self._mine)
         return found
+
+    def norm(self, grad: Tensor) -> float:
+        """Add the workers' gradients up into ``grad``, the arena's; its norm (see ``Norm``)."""
+        assert grad is self.shared.grads[0]
+        for number in range(1, self.size):
+            self._order(number, wire.ADD_UP)
+        self._own.add_up()
+        self._answers()
+        return self._own.norm.total()
+
+    def apply(self, grad: Tensor, norm: float, unscale: float, lr: float, count: int) -> float:
+        """Update with ``grad``, which is what ``norm`` added up (see ``Update.apply``)."""
+        assert grad is self.shared.grads[0]
+        factor = unscale * clip_factor(norm, self._clip)
+        for number in range(1, self.size):
+            self._order(number, wire.UPDATE, factor, lr, count)
+        self._own.apply(factor, lr, count)
+        self._answers()
+        return factor
+
+    def _order(
+        self, number: int, what: int, factor: float = 0.0, lr: float = 0.0, integer: int = 0
+    ) -> None:
+        try:
+            self._sockets[number - 1].sendall(wire.ORDER.pack(what, factor, lr, integer))
+        except OSError as error:
+            raise self._lost(number) from error
+
+    def _answers(self) -> list[float]:
+        """What each other worker answers, in order; waits for them."""
+        return [self._answer(number, sock) for number, sock in enumerate(self._sockets, start=1)]
 
     def _answer(self, number: int, sock: socket.socket) -> float:
         """The summed loss of worker ``number``."""
@@ -262,8 +247,8 @@ class Crew:
         if code is not None and code < 0:
             how = f"was killed by signal {-code}"
         return WorkerError(
-            f"worker {number} (process {process.pid}) {how}; nothing of its step was applied: go on from "
-            "the last checkpoint with cllm train --resume"
+            f"worker {number} (process {process.pid}) {how}; its step is lost: go on from the last "
+            "checkpoint with cllm train --resume"
         )
 
 
@@ -277,26 +262,3 @@ def _signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def cores_of_workers(config: Config) -> list[list[int]]:
-    """The processor cores of each worker, ``train.threads`` each; none where they are not to be pinned.
-
-    That is where others may want some of the cores, as a second run would the very same ones, while the
-    rest stays idle: the system then places them better. Together the workers must have all cores that this
-    process may run on.
-    """
-    train = config.train
-    assert isinstance(train.parallel.workers, int)
-    assert isinstance(train.threads, int)
-    return cores_of_processes(train.threads, train.parallel.workers)
-
-
-def cores_of_processes(each: int, count: int) -> list[list[int]]:
-    """``each`` of this process's cores for each of ``count`` processes; none unless that is all of them."""
-    if not hasattr(os, "sched_getaffinity"):
-        return []
-    mine = sorted(os.sched_getaffinity(0))
-    if len(mine) != each * count:
-        return []
-    return [mine[n * each : (n + 1) * each] for n in range(count)]

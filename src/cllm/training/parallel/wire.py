@@ -9,10 +9,13 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-ORDER = struct.Struct("<dq")
-"""Scale of the loss and seed of the step."""
+ORDER = struct.Struct("<Bddq")
+"""What is to be done: ``COMPUTE`` (with the scale of the loss, and the seed of the step last), ``ADD_UP``
+(nothing beside) or ``UPDATE`` (with the factor of the gradient, the learning rate, the step's number)."""
+COMPUTE, ADD_UP, UPDATE = range(3)
 ANSWER = struct.Struct("<?d")
-"""Whether it went well, and the summed loss (or the length of a message that follows)."""
+"""Whether it went well, and the summed loss where there is one (or the length of a message that follows).
+"""
 _LENGTH = struct.Struct("<q")
 
 

@@ -43,8 +43,9 @@ def _serve(sock: socket.socket, memory_fd: int, number: int, facts: dict[str, ob
     from cllm.core.shared_memory import SharedMemory
     from cllm.training.build import build_step
     from cllm.training.gradient import Micro
-    from cllm.training.parallel.crew import Shared
+    from cllm.training.parallel.ending import Ending
     from cllm.training.parallel.shards import deal
+    from cllm.training.parallel.shared import Shared
 
     if facts["double"]:
         torch.set_default_dtype(torch.float64)
@@ -67,12 +68,23 @@ def _serve(sock: socket.socket, memory_fd: int, number: int, facts: dict[str, ob
     cores = facts["cores"]
     assert isinstance(cores, list)
     shards = deal(config.train.batch_size, config.train.accumulate, workers)[number]
-    while True:
-        scale, seed = wire.ORDER.unpack(wire.receive(sock, wire.ORDER.size))
-        try:
-            torch.manual_seed(seed)
+    ending = Ending(step.update, shared, number)
+
+    def obey(what: int, scale: float, lr: float, integer: int) -> float:
+        if what == wire.ADD_UP:
+            ending.add_up()
+        elif what == wire.UPDATE:
+            ending.apply(scale, lr, integer)
+        else:
+            torch.manual_seed(integer)
             micros = [Micro(ids, targets) for ids, targets in shared.share(shards)]
-            loss = step.accumulate(micros, len(micros), scale)
+            return step.accumulate(micros, len(micros), scale)
+        return 0.0
+
+    while True:
+        order = wire.ORDER.unpack(wire.receive(sock, wire.ORDER.size))
+        try:
+            loss = obey(*order)
         except Exception as error:
             traceback.print_exc()
             text = f"{type(error).__name__}: {error}".encode()

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from cllm.core.errors import UserError
 from cllm.core.threads import spin_briefly
-from cllm.training.parallel.crew import cores_of_processes
+from cllm.training.parallel.cores import cores_of_processes
 
 PROBE = "cllm.training.plan.probe"
 WAITING = "waiting"
