@@ -146,7 +146,7 @@ def test_what_cannot_be_is_named(resolved: ConfigOf, devices_with: DevicesWith) 
 
 def test_workers_share_windows_and_weights(resolved: ConfigOf) -> None:
     rates = Rates(flops=1e10, stream=[(1.0, 1e11)], products={})
-    known = Constants(rates=rates, alone=rates, base_memory=10**8, hand_over=1e-5)
+    known = Constants(rates=rates, base_memory=10**8, hand_over=1e-5)
     alone = one_process(resolved(), known, None)
     two = workers(resolved(train__parallel__workers=2), known, None)
     assert two.compute < 0.7 * alone.compute
@@ -161,8 +161,7 @@ def test_workers_share_windows_and_weights(resolved: ConfigOf) -> None:
     both = dataclasses.replace(known, rates=crowded)
     slower = workers(resolved(train__parallel__workers=2), both, None)
     assert slower.compute > 1.5 * two.compute
-    # What one does while the others wait is as fast as ever.
-    assert slower.communication == two.communication
+    assert slower.communication > two.communication
 
 
 def machine_list(**changes: Any) -> list[MachineEntry]:

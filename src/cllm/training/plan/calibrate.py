@@ -23,11 +23,10 @@ _meanwhile: dict[tuple[str, int], dict[str, Any]] = {}
 @dataclass(frozen=True, kw_only=True)
 class Constants:
     """What was measured: ``rates`` of one process, while as many others are at work as it has beside it;
-    ``alone``: its rates while those wait; ``base_memory``: bytes of a process that trains a model of no
-    size; ``hand_over``: seconds of a message to another thread and back."""
+    ``base_memory``: bytes of a process that trains a model of no size; ``hand_over``: seconds of a message
+    to another thread, on any core, and back."""
 
     rates: Rates
-    alone: Rates
     base_memory: int
     hand_over: float
 
@@ -50,10 +49,10 @@ def constants(
     """
     how = _How(threads, dtype, compiled)
     known = _known(how, products, together, say)
+    # Where several are measured, each has its threads on one core.
     alone = known if together == 1 else _known(how, [], 1, say)
     return Constants(
         rates=_rates(how, known),
-        alone=_rates(how, alone),
         base_memory=known["base_memory"],
         hand_over=alone["hand_over"],
     )

@@ -27,6 +27,9 @@ from cllm.training.plan.network import Network
 from cllm.training.plan.roofline import Rates
 from cllm.training.plan.work import MASTER, Work, with_rows, work_of
 
+HAND_OVERS = 3
+"""Orders to each worker in a step: to compute, to add up, to update."""
+
 
 def one_process(config: Config, constants: Constants, room: float | None) -> Estimate:
     """One process on this machine. ``room``: bytes of memory that it may use."""
@@ -49,18 +52,18 @@ def one_process(config: Config, constants: Constants, room: float | None) -> Est
 def workers(config: Config, constants: Constants, room: float | None) -> Estimate:
     """``train.parallel.workers`` processes over one copy of the weights on this machine.
 
-    ``constants`` are one process's beside the others, who wait while one of them adds the gradients up
-    and makes the optimizer's step. Raises ``ValueError`` where the windows do not divide.
+    ``constants`` are one process's beside the others, each of which adds up and updates a stretch of the
+    arena. Raises ``ValueError`` where the windows do not divide.
     """
-    train, rates, alone = config.train, constants.rates, constants.alone
+    train, rates = config.train, constants.rates
     count = train.parallel.workers
     assert isinstance(count, int)
     share = deal(train.batch_size, train.accumulate, count)[-1]  # the last has the most
     mine = with_rows(config, share[0].last - share[0].first)
-    work, end = work_of(mine, rates), work_of(mine, alone).end
+    work = work_of(mine, rates)
     arena = MASTER * work.arena.of(work.layers)
     micros = len(share) * (work.micro.of(work.layers) + added_seconds(arena, rates.bandwidth))
-    summed = (count - 1) * added_seconds(arena, alone.bandwidth)
+    summed = (count - 1) * added_seconds(arena / count, rates.bandwidth)
     memory = whole_memory(work, constants.base_memory)
     activations = activation_bytes(work, whole=False)
     return checked(
@@ -76,8 +79,8 @@ def workers(config: Config, constants: Constants, room: float | None) -> Estimat
                 logits=count * memory.logits,
                 base=count * memory.base,
             ),
-            compute=micros + end.of(work.layers),
-            communication=summed + (count - 1) * constants.hand_over,
+            compute=micros + work.end.of(work.layers) / count,
+            communication=summed + HAND_OVERS * (count - 1) * constants.hand_over,
             sent=arena,
             tokens=tokens_of(config),
             micro_batch=work.config.train.batch_size,
