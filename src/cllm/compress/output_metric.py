@@ -50,13 +50,16 @@ def output_metrics(
         if isinstance(module, nn.Linear)
     }
     outer = {name: torch.zeros(one.out_features, one.out_features) for name, one in linear.items()}
-    saliency: dict[str, list[Tensor]] = {name: [] for name in linear}
+    # In one piece from the start: what is kept of each batch would lie between the freed blocks of two, and
+    # memory would grow by a batch's logits with each.
+    saliency = {name: torch.zeros(windows.shape) for name in linear}
+    batch = slice(0)
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def seen(gradient: Tensor) -> None:
             rows = gradient.flatten(0, -2)
             add_products(outer[name], rows)
-            saliency[name].append(gradient.square().sum(dim=-1))
+            torch.sum(gradient.square(), dim=-1, out=saliency[name][batch])
 
         def ran(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if not output.requires_grad:
@@ -71,6 +74,7 @@ def output_metrics(
     try:
         with progress.stage("measuring what outputs matter", len(ids)) as advance:
             for part in ids.split(batch_windows(ids.shape[1])):
+                batch = slice(batch.stop, batch.stop + len(part))
                 logits = model(part).flatten(0, 1)
                 drawn = torch.multinomial(logits.detach().softmax(dim=-1), 1, generator=generator)
                 functional.cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
@@ -80,7 +84,7 @@ def output_metrics(
             handle.remove()
     found = {}
     for name, total in outer.items():
-        mean, sizes = mirrored(total) / ids.numel(), torch.cat(saliency[name])
+        mean, sizes = mirrored(total) / ids.numel(), saliency[name]
         level = torch.eye(len(mean)) * (torch.trace(mean) / len(mean))
         fourth = float(sizes.double().square().mean())
         found[name] = OutputMetric(drawn_to(mean, level, fourth, sizes.numel()), sizes)
