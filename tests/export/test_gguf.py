@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,10 @@ import pytest
 from cllm.core.errors import UserError
 from cllm.export import gguf_blocks
 from cllm.export.check import CheckFailedError, check, random_texts
-from cllm.export.gguf import KINDS, write_blocks
+from cllm.export.gguf import KINDS, open_runtime, write_blocks
 from cllm.export.gguf_blocks import Stored, pack_q4_0, pack_q8_0, store
 from cllm.export.gguf_reading import read_back
+from cllm.export.llama_cpp import EndsProcessError, open_llama_cpp
 from cllm.export.runtime import Runtime
 from cllm.export.source import Source
 from cllm.text.tokenizer import Tokenizer
@@ -30,11 +33,12 @@ Exported = Callable[..., tuple[Path, Any]]
 
 
 def llama_cpp(path: Path) -> Runtime:
-    """The file in llama.cpp; the test is skipped where that is not installed."""
+    """The file in llama.cpp; the test is skipped where that is not installed, or ends alone."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is built from source, by hand")
-    from cllm.export.llama_cpp import open_llama_cpp
-
-    return open_llama_cpp(path)
+    try:
+        return open_llama_cpp(path)
+    except EndsProcessError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(params=[read_back, llama_cpp], ids=["read back", "llama.cpp"])
@@ -76,6 +80,22 @@ def test_each_precision_is_what_was_stored(
             check(runtime, source.model, source)
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert kinds == {"F32", *KINDS[dtype][:2]}
+
+
+def test_a_llama_cpp_that_ends_is_told_of_and_the_file_read_back(
+    source_of: SourceOf,
+    exported: Exported,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = source_of()
+    path, model = exported(source, "gguf")
+    (tmp_path / "alone.py").write_text("import os; os.kill(os.getpid(), 4)")
+    monkeypatch.setattr("cllm.export.llama_cpp.ALONE", tmp_path / "alone.py")
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(__version__="0.0"))
+    runtime = open_runtime(path)
+    assert "llama-cpp-python 0.0) ends by SIGILL on this machine" in runtime.name
+    assert check(runtime, model, source).difference <= 1e-4
 
 
 def test_a_wrong_order_of_rows_fails_the_check(

@@ -156,11 +156,14 @@ def _write_file(source: Source, dtype: str, path: Path, stored: dict[str, Stored
 
 
 def open_runtime(path: Path) -> Runtime:
-    """The file in llama.cpp, or read back by the ``gguf`` package where llama-cpp-python is missing."""
+    """The file in llama.cpp, or read back by the ``gguf`` package where llama-cpp-python is missing or
+    would end the process."""
     from cllm.export.gguf_reading import read_back
-    from cllm.export.llama_cpp import open_llama_cpp
+    from cllm.export.llama_cpp import EndsProcessError, open_llama_cpp
 
     try:
         return open_llama_cpp(path)
     except ModuleNotFoundError:
         return read_back(path)
+    except EndsProcessError as error:
+        return read_back(path, str(error))

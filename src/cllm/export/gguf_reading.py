@@ -30,8 +30,11 @@ def broken(path: Path) -> str:
     return f"{path} is no whole GGUF file of a Llama: it was cut short or altered; export anew"
 
 
-def read_back(path: Path) -> Runtime:
-    """The file at ``path``. Raises ``UserError`` if it is no whole GGUF file of a Llama."""
+def read_back(
+    path: Path, why: str = "not in llama.cpp, which pip install 'cllm[llama]' builds"
+) -> Runtime:
+    """The file at ``path``; ``why`` not in llama.cpp. Raises ``UserError`` if it is no whole GGUF file of a
+    Llama."""
     gguf = gguf_package()
     try:
         reader = gguf.GGUFReader(path)
@@ -48,9 +51,7 @@ def read_back(path: Path) -> Runtime:
         raise UserError(f"{path} is no GGUF file that cllm exports: {error}") from error
     except Exception as error:  # numpy's and struct's, which tell of reshaping and offsets
         raise UserError(broken(path)) from error
-    name = (
-        f"the gguf package {_version()} (not in llama.cpp, which pip install 'cllm[llama]' builds)"
-    )
+    name = f"the gguf package {_version()} ({why})"
     return Runtime(name, llama.logits, encode.ids)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,22 @@ from cllm.export.gguf_reading import broken
 from cllm.export.llama_library import F32, hush
 from cllm.export.runtime import Runtime
 
+ALONE = Path(__file__).with_name("llama_alone.py")
+
+
+class EndsProcessError(UserError):
+    """llama.cpp ends the process that has it compute."""
+
 
 def open_llama_cpp(path: Path) -> Runtime:
     """The file at ``path``, its cache in float32.
 
-    Raises ``ModuleNotFoundError`` without llama-cpp-python, and ``UserError`` where llama.cpp refuses.
+    Raises ``ModuleNotFoundError`` without llama-cpp-python, ``EndsProcessError`` where it would end this
+    process, and ``UserError`` where it refuses.
     """
     llama_cpp = importlib.import_module("llama_cpp")
     kind, context = _facts(path)
+    _try_alone(path, context, llama_cpp.__version__)
     hush(llama_cpp)
     try:
         model = llama_cpp.Llama(
@@ -42,6 +53,18 @@ def open_llama_cpp(path: Path) -> Runtime:
     caller = _Caller(model)
     # On F16, BF16 and blocks llama.cpp rounds activations, too, before it multiplies.
     return Runtime(name, caller.logits, caller.encode, exact=kind == "ALL_F32")
+
+
+def _try_alone(path: Path, context: int, version: str) -> None:
+    """Have another process ask it first: of llama-cpp-python 0.3.36, built on a machine with AMX, integers
+    of 4 and 8 bits were an illegal instruction. What it merely refuses is met again here."""
+    call = [sys.executable, "-I", str(ALONE), str(path.resolve()), str(context)]
+    code = subprocess.run(call, capture_output=True).returncode
+    if code < 0:
+        raise EndsProcessError(
+            f"llama.cpp (llama-cpp-python {version}) ends by {signal.Signals(-code).name} on this machine, "
+            "alone as well: build it anew for this processor, or with fewer of its instructions"
+        )
 
 
 class _Caller:
