@@ -133,6 +133,27 @@ def test_what_is_predicted_comes_about_and_nothing_is_compressed_for_it(
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"grid": "coded", "lattice": "e8"},
+        {"grid": "coded", "lattice": "leech"},
+        {"grid": "e8"},
+        {"rotate": "hadamard"},
+    ],
+    ids=str,
+)
+def test_blocks_and_rotated_layers_err_as_predicted(
+    changes: dict[str, str], trained: Path, isolated: Path
+) -> None:
+    settings = Settings(**(QUICK | {"bits": 3} | changes))
+    found = forecast(open_source(trained, settings, Silent()), settings, Silent())
+    made = compress_run(trained, settings, Silent(), out=isolated / "a.cllm")
+    errors = {layer["name"]: layer["error"] for layer in made.layers}
+    for layer in found.layers:
+        assert layer.error == pytest.approx(errors[layer.name], rel=0.35)
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["--method", "fp16", "--predict"],

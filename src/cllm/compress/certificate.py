@@ -15,24 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cllm.compress.calibration import Layer, calibrate, layers_in_order
-from cllm.compress.coded import bits_like
-from cllm.compress.coded_fit import fit_coded
-from cllm.compress.damping import choose_damping
+from cllm.compress.calibration import calibrate, layers_in_order
 from cllm.compress.divergence import Judge
-from cllm.compress.expected import Expected, expected_coded, expected_on_grid
-from cllm.compress.grids import GridSpec
+from cllm.compress.outlook import Outlook, outlook
 from cllm.compress.pipeline import round_table
-from cllm.compress.problem import Problem, objective, problem
-from cllm.compress.scales import fit_grid
 from cllm.compress.settings import Settings
 from cllm.compress.source import Source
 from cllm.core.errors import UsageError, UserError
 from cllm.text.batches import evaluation_windows
 from cllm.training.progress import Progress
 
-ROWS = 16
-"""Rows of a layer that are decoded to see how the decoder fares; twice as many of coded ones."""
 WINDOWS = 24
 """Windows of validation text that a single layer is judged on."""
 MOST = 160
@@ -94,19 +86,19 @@ def forecast(source: Source, settings: Settings, progress: Progress, seed: int =
     judge = Judge(source.model(), source.model(), ids)
     generator = torch.Generator().manual_seed(seed)
     joint: list[dict[str, Tensor]] = [{} for _ in range(DRAWS)]
-    found: list[tuple[_Outlook, float, Tensor]] = []
+    found: list[tuple[Outlook, float, Tensor]] = []
     outputs = source.output_metrics(progress) if settings.by_model else None
     with progress.stage("predicting the rise", len(layers_in_order(model))) as advance:
         for layer in calibrate(model, source.windows, outputs=outputs):
-            outlook = _outlook(layer, settings, generator)
-            name = f"{layer.name}.weight"
+            expected = outlook(layer, settings, generator)
+            name = expected.name
             for draw in joint:
-                draw[name] = outlook.draw(generator)
+                draw[name] = expected.draw(generator)
             # The next layers see what an error in this one makes of their inputs.
             with torch.no_grad():
                 layer.linear.weight.copy_(joint[0][name])
-            error = outlook.share([draw[name] for draw in joint], layer.seen)
-            found.append((outlook, error, judge.each({name: joint[0][name]}, WINDOWS)))
+            error = expected.share([draw[name] for draw in joint], layer.seen)
+            found.append((expected, error, judge.each({name: joint[0][name]}, WINDOWS)))
             advance(1)
         tables = _tables(source, settings)
         alone = judge.each(tables, WINDOWS)
@@ -118,13 +110,13 @@ def forecast(source: Source, settings: Settings, progress: Progress, seed: int =
     price = rate * mean / max(divergence, 1e-300)
     layers = [
         LayerForecast(
-            name=outlook.name,
+            name=one.name,
             error=error,
-            gain=outlook.gain,
+            gain=one.gain,
             rise=price * float(each.mean()),
-            sigma=_sigma(each, outlook.spread, price, rate, tokens),
+            sigma=_sigma(each, one.spread, price, rate, tokens),
         )
-        for outlook, error, each in found
+        for one, error, each in found
     ]
     costs = [float(each.mean()) for *_, each in found]
     gains = math.hypot(*(c * o.spread for c, (o, *_) in zip(costs, found, strict=True)))
@@ -168,97 +160,6 @@ def _noise(cost: float, tokens: int) -> float:
     """Standard error of the mean loss over ``tokens``: of a prediction that is ``cost`` nats away, the
     loss of single tokens changes with variance 2 · ``cost``."""
     return math.sqrt(2 * max(cost, 0.0) / max(tokens, 1))
-
-
-@dataclass(frozen=True, eq=False)
-class _Outlook:
-    """What is expected of a layer: ``error`` of rows, each beside what it should be, over the outputs' size
-    under ``metric``, ``shrinkage``, the share of the weights that the error takes from them, and
-    ``spread``, the relative standard error of the gain."""
-
-    name: str
-    weight: Tensor
-    problem: Problem
-    expected: Expected
-    metric: Tensor
-    gain: float
-    spread: float
-    error: float
-    shrinkage: float
-
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """Weights (m, n) with an error of the expected size under the metric without damping.
-
-        Scales that are best for their codes leave an error that is orthogonal to the result, so that it
-        has a part along the weights, and the rest is chance.
-        """
-        drawn = self.expected.draw(self.problem, generator)
-        none = torch.zeros_like(drawn)
-        size = float(objective(drawn, none, self.metric).sum())
-        whole = float(objective(self.weight, none, self.metric).sum())
-        wanted = max(self.error - self.shrinkage**2, 0.0) * whole
-        errors = self.shrinkage * self.weight + drawn * (wanted / max(size, 1e-300)) ** 0.5
-        rows = self.problem.rows
-        return self.weight - (errors if rows is None else rows.carried(errors))
-
-    def share(self, draws: list[Tensor], seen: Tensor) -> float:
-        """Squared error of the outputs of ``draws`` over their squared size, as the report has it."""
-        whole = float(objective(self.weight, torch.zeros_like(self.weight), seen).sum())
-        made = [float(objective(self.weight, draw, seen).sum()) for draw in draws]
-        return sum(made) / len(made) / max(whole, 1e-300)
-
-
-def _outlook(layer: Layer, settings: Settings, generator: torch.Generator) -> _Outlook:
-    weight = layer.linear.weight.detach().float()
-    metric = layer.whole
-    spec = GridSpec(bits=3, group=0) if settings.is_coded else settings.grid_spec
-    count = min(len(weight), 2 * ROWS if settings.is_coded else ROWS)
-    rows = torch.linspace(0, len(weight) - 1, count).round().long()
-    damping = choose_damping(weight[rows], layer.fit, layer.held, spec, order=settings.order)
-    prepared = problem(
-        weight,
-        metric,
-        damping=damping,
-        order=settings.order,
-        dtype=torch.float32,
-        outer=layer.outer,
-    )
-    if settings.is_coded:
-        expected = expected_coded(prepared, settings.bits)
-    else:
-        expected = expected_on_grid(prepared, spec)
-    wished = weight
-    if prepared.rows is not None:  # rows make up for errors in those before, as they may turn out
-        drawn = expected.draw(prepared, generator)
-        wished = weight + drawn - prepared.rows.carried(drawn)
-    picked = wished[rows]
-    some, surplus = prepared.with_weight(picked), 1.0
-    if settings.is_coded:
-        target = int(settings.bits * picked.numel() / 8)
-        matrix, _ = fit_coded(some, target, settings.decoder, settings.coded_spec)
-        classes, table = bits_like(matrix.integers)
-        sizes = abs(matrix.integers).clip(max=table.shape[1] - 1)
-        # Few rows pay more for the models' description than all do: what they lack is 6 dB a bit.
-        surplus = 4.0 ** (float(table[classes, sizes].mean()) - settings.bits)
-        values = torch.from_numpy(matrix.dense())
-    else:
-        grid, codes = fit_grid(some, spec, settings.decoder, scales=settings.scales)
-        values = grid.values(codes)
-    # What the damping adds to the metric is no error of the outputs.
-    made = objective(picked, values, metric) * surplus
-    wanted = expected.error[rows]
-    gain = float(made.sum() / wanted.sum().clamp_min(1e-300))
-    ratio = (made - gain * wanted) / wanted.mean().clamp_min(1e-300) / max(gain, 1e-300)
-    spread = float(ratio.std()) / len(rows) ** 0.5 if len(rows) > 1 else 1.0
-    whole = float(objective(weight, torch.zeros_like(weight), metric).sum())
-    error = gain * float(expected.error.sum()) / max(whole, 1e-300)
-    along = ((picked - values).double() @ metric * picked.double()).sum()
-    shrinkage = float(along / objective(picked, torch.zeros_like(picked), metric).sum())
-    name = f"{layer.name}.weight"
-    weight = weight.clone()
-    return _Outlook(
-        name, weight, prepared, expected, metric, gain, spread, error, surplus * shrinkage
-    )
 
 
 def _tables(source: Source, settings: Settings) -> dict[str, Tensor]:
