@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from cllm.compress.calibration import Layer
 from cllm.compress.certificate import forecast
 from cllm.compress.command import compress_run
 from cllm.compress.decoders import Decoder, points_of
 from cllm.compress.divergence import Judge
 from cllm.compress.expected import expected_coded, expected_in_box, expected_on_grid
 from cllm.compress.grids import GridSpec, range_grid
+from cllm.compress.outlook import outlook
 from cllm.compress.problem import problem
 from cllm.compress.scales import fit_grid
 from cllm.compress.settings import Settings
 from cllm.compress.source import open_source
-from cllm.core.errors import UsageError
+from cllm.core.errors import UsageError, UserError
 from cllm.training.progress import Silent
 
 QUICK = {"tokens": 1024, "bits": 2, "method": "babai", "table": "fp16", "scales": "search"}
@@ -172,3 +174,23 @@ def test_what_cannot_be_predicted_is_refused(
     assert result.err.count("\n") == 1
     with pytest.raises(UsageError, match="leave out"):
         compress_run(trained, Settings(method="fp16"), Silent(), predict=True)
+
+
+def layer_of(rows: int, columns: int) -> Layer:
+    """A layer whose inputs are independent."""
+    linear, eye = torch.nn.Linear(columns, rows, bias=False), torch.eye(columns).double()
+    return Layer("layers.0.mlp.up", linear, eye, eye, eye, None)
+
+
+def test_rows_that_all_come_out_as_zeros_lose_all() -> None:
+    torch.manual_seed(0)
+    settings = Settings(grid="coded", method="babai", bits=2)
+    found = outlook(layer_of(16, 24), settings, torch.Generator().manual_seed(0))
+    assert found.error > 0.5
+
+
+@pytest.mark.parametrize("lattice", ["z", "e8", "leech"])
+def test_rows_that_take_more_than_their_share_are_refused_by_name(lattice: str) -> None:
+    settings = Settings(grid="coded", method="babai", bits=0.5, lattice=lattice)
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.up: nothing can be told from 32 rows"):
+        outlook(layer_of(32, 24), settings, torch.Generator())

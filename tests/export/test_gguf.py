@@ -21,7 +21,7 @@ from cllm.export.check import CheckFailedError, check, random_texts
 from cllm.export.gguf import KINDS, open_runtime, write_blocks
 from cllm.export.gguf_blocks import Stored, pack_q4_0, pack_q8_0, store
 from cllm.export.gguf_reading import read_back
-from cllm.export.llama_cpp import EndsProcessError, open_llama_cpp
+from cllm.export.llama_cpp import IllegalInstructionError, open_llama_cpp
 from cllm.export.runtime import Runtime
 from cllm.export.source import Source
 from cllm.text.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ def llama_cpp(path: Path) -> Runtime:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is built from source, by hand")
     try:
         return open_llama_cpp(path)
-    except EndsProcessError as error:
+    except IllegalInstructionError as error:
         pytest.skip(str(error))
 
 
@@ -96,6 +96,21 @@ def test_a_llama_cpp_that_ends_is_told_of_and_the_file_read_back(
     runtime = open_runtime(path)
     assert "llama-cpp-python 0.0) ends by SIGILL on this machine" in runtime.name
     assert check(runtime, model, source).difference <= 1e-4
+
+
+def test_a_file_that_ends_llama_cpp_is_refused(
+    source_of: SourceOf,
+    exported: Exported,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, _ = exported(source_of(), "gguf")
+    program = "import os, sys; print('assert failed', file=sys.stderr, flush=True); os.abort()"
+    (tmp_path / "alone.py").write_text(program)
+    monkeypatch.setattr("cllm.export.llama_cpp.ALONE", tmp_path / "alone.py")
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(__version__="0.0"))
+    with pytest.raises(UserError, match=r"ends by SIGABRT over .*: assert failed"):
+        open_runtime(path)
 
 
 def test_a_wrong_order_of_rows_fails_the_check(

@@ -22,9 +22,11 @@ from cllm.compress.problem import Problem, objective, problem
 from cllm.compress.rotation import Rotation, rotation_of
 from cllm.compress.scales import fit_grid
 from cllm.compress.settings import Settings
+from cllm.core.errors import UserError
 
 ROWS = 16
-"""Rows of a layer that are decoded to see how the decoder fares; twice as many at any given rate."""
+"""Rows of a layer that are decoded to see how the decoder fares; twice as many of coded ones and codebooks.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +103,10 @@ def outlook(layer: Layer, settings: Settings, generator: torch.Generator) -> Out
         drawn = expected.draw(prepared, generator)
         wished = weight + drawn - prepared.rows.carried(drawn)
     picked = wished[rows]
-    values, surplus = _decoded(prepared.with_weight(picked), settings, spec)
+    try:
+        values, surplus = _decoded(prepared.with_weight(picked), settings, spec)
+    except ValueError as error:
+        raise UserError(f"{layer.name}: nothing can be told from {count} rows: {error}") from error
     # What the damping adds to the metric is no error of the outputs.
     made = objective(picked, values, metric) * surplus
     wanted = expected.error[rows]
@@ -135,6 +140,8 @@ def _decoded(some: Problem, settings: Settings, spec: GridSpec) -> tuple[Tensor,
         return grid.values(codes), 1.0
     target = int(settings.bits * some.weight.numel() / 8)
     coded, data = fit_coded(some, target, settings.decoder, settings.coded_spec)
+    if not coded.integers.any():
+        return torch.from_numpy(coded.dense()), 1.0
     # Few rows pay more for the models' description than all do: what they lack is 6 dB a bit.
     surplus = 4.0 ** (_lasting_bits(coded, data) - settings.bits)
     return torch.from_numpy(coded.dense()), surplus

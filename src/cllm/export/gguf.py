@@ -157,13 +157,13 @@ def _write_file(source: Source, dtype: str, path: Path, stored: dict[str, Stored
 
 def open_runtime(path: Path) -> Runtime:
     """The file in llama.cpp, or read back by the ``gguf`` package where llama-cpp-python is missing or
-    would end the process."""
+    was built for another processor."""
     from cllm.export.gguf_reading import read_back
-    from cllm.export.llama_cpp import EndsProcessError, open_llama_cpp
+    from cllm.export.llama_cpp import IllegalInstructionError, open_llama_cpp
 
     try:
         return open_llama_cpp(path)
     except ModuleNotFoundError:
         return read_back(path)
-    except EndsProcessError as error:
+    except IllegalInstructionError as error:
         return read_back(path, str(error))

@@ -9,7 +9,8 @@ import llama_cpp
 
 
 def main(path: str, context: int) -> None:
-    """A whole context at once, then a single token: the two go through different code."""
+    """A whole context at once, then a single token: the two go through different code. The cache is in
+    float32 (type 0), as the parent's will be."""
     model = llama_cpp.Llama(
         path,
         n_ctx=context,
@@ -17,6 +18,8 @@ def main(path: str, context: int) -> None:
         n_threads=1,
         n_threads_batch=1,
         logits_all=True,
+        type_k=0,
+        type_v=0,
         verbose=False,
     )
     model.eval([0] * (context - 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import subprocess
 import sys
@@ -20,15 +21,15 @@ from cllm.export.runtime import Runtime
 ALONE = Path(__file__).with_name("llama_alone.py")
 
 
-class EndsProcessError(UserError):
-    """llama.cpp ends the process that has it compute."""
+class IllegalInstructionError(UserError):
+    """llama.cpp would end this process: built with instructions that this processor does not take."""
 
 
 def open_llama_cpp(path: Path) -> Runtime:
     """The file at ``path``, its cache in float32.
 
-    Raises ``ModuleNotFoundError`` without llama-cpp-python, ``EndsProcessError`` where it would end this
-    process, and ``UserError`` where it refuses.
+    Raises ``ModuleNotFoundError`` without llama-cpp-python, ``IllegalInstructionError``, and
+    ``UserError`` where it refuses the file or ends by it.
     """
     llama_cpp = importlib.import_module("llama_cpp")
     kind, context = _facts(path)
@@ -58,13 +59,18 @@ def open_llama_cpp(path: Path) -> Runtime:
 def _try_alone(path: Path, context: int, version: str) -> None:
     """Have another process ask it first: of llama-cpp-python 0.3.36, built on a machine with AMX, integers
     of 4 and 8 bits were an illegal instruction. What it merely refuses is met again here."""
-    call = [sys.executable, "-I", str(ALONE), str(path.resolve()), str(context)]
-    code = subprocess.run(call, capture_output=True).returncode
-    if code < 0:
-        raise EndsProcessError(
-            f"llama.cpp (llama-cpp-python {version}) ends by {signal.Signals(-code).name} on this machine, "
-            "alone as well: build it anew for this processor, or with fewer of its instructions"
+    call = [sys.executable, str(ALONE), str(path.resolve()), str(context)]
+    found = subprocess.run(call, capture_output=True, env=os.environ | {"PYTHONSAFEPATH": "1"})
+    if found.returncode >= 0:
+        return
+    name, who = signal.Signals(-found.returncode).name, f"llama.cpp (llama-cpp-python {version})"
+    if name == "SIGILL":
+        raise IllegalInstructionError(
+            f"{who} ends by {name} on this machine, alone as well: build it anew for this processor, or "
+            "with fewer of its instructions"
         )
+    lines = found.stderr.decode("utf-8", "replace").strip().splitlines()
+    raise UserError(f"{who} ends by {name} over {path}{f': {lines[-1]}' if lines else ''}")
 
 
 class _Caller:

@@ -122,7 +122,6 @@ class TrainStep:
                     summed = self._with_crew(self.crew, batches, numbers.scale)
                 else:
                     summed = self._summed(self._micros(batches, similarity), numbers.scale)
-                self._torn = True
                 found = self.finish(summed, self.arena.grad, numbers)
         self._weights_changed(len(batches))
         self.count(found.applied)
@@ -204,6 +203,7 @@ class TrainStep:
         return float(self._total), similarity
 
     def _apply(self, summed: Summed, grad: Tensor, norm: float, numbers: Numbers) -> None:
+        self._torn = True
         factor = self._ending.apply(grad, norm, numbers.unscale, numbers.lr, numbers.at)
         if self.lazy is not None:
             self.lazy.apply(summed.used, summed.rows, factor, numbers.lr, numbers.at)

@@ -27,6 +27,11 @@ class Update:
         self.norm = Norm(arena.grad)
         self._parts = arena.parts()
 
+    def factor(self, norm: float, unscale: float) -> float:
+        """What clipping multiplies ``unscale`` times a gradient of ``norm``, which must be finite, with."""
+        assert math.isfinite(norm)
+        return unscale * clip_factor(norm, self.clip)
+
     def apply(
         self,
         grad: Tensor,
@@ -41,8 +46,7 @@ class Update:
 
         ``parts``: the arena's, with other copies. Returns the factor of the gradient.
         """
-        assert math.isfinite(norm)
-        factor = unscale * clip_factor(norm, self.clip)
+        factor = self.factor(norm, unscale)
         for part in self._parts if parts is None else parts:
             self.optimizer.update(part, part.of(grad), factor, lr, count)
         return factor

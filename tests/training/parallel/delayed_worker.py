@@ -25,7 +25,7 @@ def delayed(function: Callable[..., Any], rng: random.Random) -> Callable[..., A
 if __name__ == "__main__":
     seed = random.Random(f"{os.environ['DELAYS']} {sys.argv[-1]}")
     wire.receive = delayed(wire.receive, seed)
-    # What was received and is not yet read, and what was computed and is not yet told.
+    # What was received and is not yet read, then what was computed or updated and is not yet told.
     shared.Shared.share = delayed(shared.Shared.share, seed)  # type: ignore[method-assign]
     for name in ("add_up", "apply"):
         setattr(ending.Ending, name, delayed(getattr(ending.Ending, name), seed))

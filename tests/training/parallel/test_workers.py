@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -222,7 +223,9 @@ def test_a_lost_worker_is_named_and_nothing_of_its_step_is_applied(
     step.close()
 
 
-def test_a_worker_lost_in_the_middle_of_an_update_leaves_nothing_to_save(
+@pytest.mark.parametrize("during", ["add_up", "apply"])
+def test_a_worker_lost_at_the_end_of_a_step_leaves_what_was_or_nothing_to_save(
+    during: str,
     step_with: Callable[..., TrainStep],
 ) -> None:
     step = step_with(2)
@@ -230,17 +233,29 @@ def test_a_worker_lost_in_the_middle_of_an_update_leaves_nothing_to_save(
     assert step.crew is not None
     assert step.is_whole
     (process,) = step.crew._processes
-    own = step.crew._own.add_up
+    own = step.crew._own
+    # It never gets to what it is asked for next, and is gone when the parent has done its part of that.
+    before_it = (step.crew, "results") if during == "add_up" else (own.norm, "total")
+    call, last = getattr(own, during), getattr(*before_it)
 
-    def add_up() -> None:
-        own()
+    def stop() -> Any:
+        found = last()
+        process.send_signal(signal.SIGSTOP)
+        return found
+
+    def end(*numbers: float) -> None:
+        call(*numbers)
         process.kill()
         process.wait()
 
-    step.crew._own.add_up = add_up  # type: ignore[method-assign]
+    setattr(*before_it, stop)
+    setattr(own, during, end)
+    before = step.arena.weights.clone()
     with pytest.raises(WorkerError, match="killed by signal 9"):
         step(batches(1), 1e-2)
-    assert not step.is_whole
+    unchanged = during == "add_up"
+    assert step.is_whole == unchanged
+    assert torch.equal(step.arena.weights, before) == unchanged
 
 
 def test_more_workers_than_cores_are_warned_of(

@@ -26,7 +26,6 @@ from cllm.core.config import Config
 from cllm.core.errors import UserError
 from cllm.core.shared_memory import SharedMemory
 from cllm.model.transformer import Transformer
-from cllm.training.clipping import clip_factor
 from cllm.training.parallel import wire
 from cllm.training.parallel.cores import cores_of_workers
 from cllm.training.parallel.ending import Ending
@@ -75,7 +74,7 @@ class Crew:
         for name, place in self.shared.cores.items():
             place.copy_(cores[name])
             cores[name] = place
-        self._clip, self._own = update.clip, Ending(update, self.shared, 0)
+        self._update, self._own = update, Ending(update, self.shared, 0)
         self._buffers = self.shared.buffers(model)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._sockets: list[socket.socket] = []
@@ -128,7 +127,7 @@ class Crew:
     def apply(self, grad: Tensor, norm: float, unscale: float, lr: float, count: int) -> float:
         """Update with ``grad``, which is what ``norm`` added up (see ``Update.apply``)."""
         assert grad is self.shared.grads[0]
-        factor = unscale * clip_factor(norm, self._clip)
+        factor = self._update.factor(norm, unscale)
         for number in range(1, self.size):
             self._order(number, wire.UPDATE, factor, lr, count)
         self._own.apply(factor, lr, count)
@@ -148,7 +147,7 @@ class Crew:
         return [self._answer(number, sock) for number, sock in enumerate(self._sockets, start=1)]
 
     def _answer(self, number: int, sock: socket.socket) -> float:
-        """The summed loss of worker ``number``."""
+        """What worker ``number`` answers: its summed loss, or 0 where it was to end a step."""
         try:
             well, value = wire.ANSWER.unpack(wire.receive(sock, wire.ANSWER.size))
             if not well:

@@ -21,7 +21,7 @@ class Ending:
         workers, size = len(shared.grads), len(self._sum)
         self._blocks = _stretch(BLOCKS + 1, number, workers)
         self._first, self._last = (self.norm.begin_of(size, block) for block in self._blocks)
-        # Whole lines of memory, so that no two processes write to the same one.
+        # Of the update: whole lines of memory, so that no two processes write to the same one.
         mine = (place * ALIGN for place in _stretch(-(-size // ALIGN), number, workers))
         self._parts: list[Part] = update.arena.parts(within=(next(mine), next(mine)))
 

@@ -1,4 +1,4 @@
-"""A worker's process: forward and backward of its share of each step, for as long as the parent is there.
+"""A worker's process: its share of each step, and of the step's end, for as long as the parent is there.
 
 ``python -m cllm.training.parallel.worker SOCKET MEMORY NUMBER`` with inherited file descriptors.
 """

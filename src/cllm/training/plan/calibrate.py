@@ -49,7 +49,8 @@ def constants(
     """
     how = _How(threads, dtype, compiled)
     known = _known(how, products, together, say)
-    # Where several are measured, each has its threads on one core.
+    # Probes of several have one core each, and a message between two threads of one core is no message
+    # between workers.
     alone = known if together == 1 else _known(how, [], 1, say)
     return Constants(
         rates=_rates(how, known),

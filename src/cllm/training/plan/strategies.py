@@ -90,14 +90,15 @@ def workers(config: Config, constants: Constants, room: float | None) -> Estimat
 
 
 def first_worker_bytes(config: Config, constants: Constants) -> float:
-    """Bytes of the first of the workers: what its peak memory shows."""
+    """Bytes of the first of the workers: what its peak memory shows. Of the others' gradients and of the
+    moments it touches the stretch that it adds up and updates."""
     count = config.train.parallel.workers
     assert isinstance(count, int)
     share = deal(config.train.batch_size, config.train.accumulate, count)[0]
     work = work_of(with_rows(config, share[0].last - share[0].first), constants.rates)
     arena = MASTER * work.arena.of(work.layers)
     memory = whole_memory(work, constants.base_memory)
-    held = memory.weights + count * arena + memory.optimizer
+    held = memory.weights + (2 - 1 / count) * arena + memory.optimizer / count
     return held + activation_bytes(work, whole=False) + memory.base
 
 
