@@ -52,15 +52,25 @@ def run(options: Options) -> Result:
         for kept, others in zip(keeps, peers, strict=True):
             said |= _measure_peers(kept, others)
     times = time_claims(keeps, options.quick)
-    rows = [row for case in wanted if (row := _row(case, measured)) is not None]
     rivals = list(dict.fromkeys(case for found in peers for case in found))
-    rows += [row for case in rivals if (row := _row(case, peers)) is not None]
+    by_size = {
+        size: [
+            row
+            for listed, found in ((wanted, measured), (rivals, peers))
+            for case in listed
+            if (row := _row(size, case, _of_size(size, keeps, found))) is not None
+        ]
+        for size in dict.fromkeys(kept.parameters for kept in keeps)
+    }
+    rows = [row for some in by_size.values() for row in some]
     points = [point for found in measured for point in points_of(found)]
-    missing = [case for case in wanted if any(case not in found for found in measured)]
+    missing = [case for case in wanted if all(case not in found for found in measured)]
     notes = [
-        f"{len(runs)} runs; means, and the standard error of the rise. Rises are of the bits per byte of "
-        "validation text over the run as trained. Bits a weight are those of the linear layers, scales, "
-        "offsets and all else of theirs counted; entropy-coded layers get the bytes that GPTQ's grid "
+        f"{len(runs)} runs; means over those of a size that a method was measured on, and the standard "
+        "error of the rise. Rises are of the bits per byte of validation text over the run as trained. "
+        "Claims are over all runs, and the picture of bits is of the first run's size. Bits a weight are "
+        "those of the linear layers, scales, offsets and all else of theirs counted; entropy-coded layers "
+        "get the bytes that GPTQ's grid "
         "takes, and tables are fp16 throughout.",
         "GPTQ: act-order, scales of least error under H of those searched, damping by held-out error, "
         "sequential calibration; all methods share these. Errors cost what they do to a layer's outputs; "
@@ -86,7 +96,7 @@ def run(options: Options) -> Result:
         packages=("torch", "numpy", "constriction", "hqq", "torchao", "llama_cpp_python"),
         load_before=load,
         busy=busy or "",
-        plots={} if options.quick else draw(rows, points),
+        plots={} if options.quick else draw(by_size[keeps[0].parameters], points),
     )
 
 
@@ -137,13 +147,22 @@ def _measure_peers(kept: Kept, found: dict[Case, Figures]) -> set[str]:
     return notes
 
 
-def _row(case: Case, measured: list[dict[Case, Figures]]) -> dict[str, Any] | None:
+def _of_size(
+    size: int, keeps: list[Kept], measured: list[dict[Case, Figures]]
+) -> list[dict[Case, Figures]]:
+    """What was measured of the runs of ``size`` parameters."""
+    pairs = zip(keeps, measured, strict=True)
+    return [found for kept, found in pairs if kept.parameters == size]
+
+
+def _row(size: int, case: Case, measured: list[dict[Case, Figures]]) -> dict[str, Any] | None:
     found = [figures[case] for figures in measured if case in figures]
     if not found:
         return None
     rises = [f["bpb"] - f["base"] for f in found]
     sizes = [f["bytes"] for f in found]
     return {
+        "parameters": size,
         "method": case.method,
         "nominal bits": case.bits,
         "bits a weight": round(mean(f["bits"] for f in found), 3),
