@@ -70,8 +70,7 @@ def run(options: Options) -> Result:
         "error of the rise. Rises are of the bits per byte of validation text over the run as trained. "
         "Claims are over all runs, and the picture of bits is of the first run's size. Bits a weight are "
         "those of the linear layers, scales, offsets and all else of theirs counted; entropy-coded layers "
-        "get the bytes that GPTQ's grid "
-        "takes, and tables are fp16 throughout.",
+        "get the bytes that GPTQ's grid takes, and tables are fp16 throughout.",
         "GPTQ: act-order, scales of least error under H of those searched, damping by held-out error, "
         "sequential calibration; all methods share these. Errors cost what they do to a layer's outputs; "
         "with k-best, what they do to the model's predictions (--metric auto). GPTQ under that metric "

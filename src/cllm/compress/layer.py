@@ -12,14 +12,12 @@ from torch import Tensor
 from cllm.compress import codecs
 from cllm.compress.calibration import Layer
 from cllm.compress.coded_fit import fit_coded
-from cllm.compress.damping import choose_damping
 from cllm.compress.formats import CASTS, Parts, store_fixed, store_grid, store_plain
 from cllm.compress.grids import Grid, GridSpec, as_stored
-from cllm.compress.lattices.blocks import block_numbers
 from cllm.compress.lattices.fixed_fit import fit_fixed
-from cllm.compress.problem import Problem, checked_metric, objective, problem
+from cllm.compress.prepared import prepared, turned
+from cllm.compress.problem import checked_metric, objective, problem
 from cllm.compress.pruning import parse_pattern, prune_on_grid, prune_values
-from cllm.compress.rotation import rotation_of
 from cllm.compress.scales import fit_grid
 from cllm.compress.settings import Settings
 from cllm.compress.sparse import read_sparse, store_sparse, store_sparse_grid
@@ -52,41 +50,32 @@ def compress_layer(layer: Layer, settings: Settings, bits: float | None = None) 
 
     Raises ``UserError`` for a matrix that the grid's blocks do not fit and a rate below what is possible.
     """
-    weight = layer.linear.weight.detach().float()
-    whole, seen = checked_metric(layer.whole), checked_metric(layer.seen)
-    size = float(objective(weight, torch.zeros_like(weight), seen).sum())
-    rotation = rotation_of(
-        settings.rotate, layer.name, (int(weight.shape[0]), int(weight.shape[1]))
-    )
-    fit, held, metric, original = layer.fit, layer.held, whole, weight
-    if rotation is not None:
-        weight, metric = rotation.apply(weight), rotation.metric(whole)
-        fit, held = rotation.metric(fit), rotation.metric(held)
+    seen, whole = checked_metric(layer.seen), turned(layer, settings)
+    weight, metric = whole.weight, whole.metric
+    original = layer.linear.weight.detach().float()
+    size = float(objective(original, torch.zeros_like(original), seen).sum())
     damping = 0.01
     try:
         if settings.prune:
             made = _pruned(weight, metric, damping, settings)
-        elif settings.is_coded or settings.is_fixed:
-            spec = GridSpec(bits=3, group=0)  # the damping is chosen on a grid like it
-            damping = choose_damping(weight, fit, held, spec, order=settings.order)
-            if settings.is_fixed:
-                made = _fixed(weight, metric, damping, settings)
-            else:
-                rate = settings.bits if bits is None else bits
-                made = _coded(weight, metric, damping, settings, rate, layer.outer)
+        elif settings.is_fixed:
+            damping = whole.damping(settings)
+            made = _fixed(weight, metric, damping, settings)
+        elif settings.is_coded:
+            damping = whole.damping(settings)
+            rate = settings.bits if bits is None else bits
+            made = _coded(weight, metric, damping, settings, rate, layer.outer)
         else:
             spec = settings.grid_spec
             spec.check_shape((int(weight.shape[0]), int(weight.shape[1])))
-            damping = choose_damping(weight, fit, held, spec, order=settings.order)
+            damping = whole.damping(settings)
             made = _on_grid(weight, metric, damping, settings, spec, layer.outer)
     except ValueError as error:
         raise UserError(f"{layer.name}: {error}") from error
     stored, parts, values = made
-    if rotation is not None:
-        stored, values = (
-            replace(stored, facts=stored.facts | rotation.facts()),
-            rotation.undo(values),
-        )
+    values = whole.back(values)
+    if whole.rotation is not None:
+        stored = replace(stored, facts=stored.facts | whole.rotation.facts())
     lost = float(objective(original, values, seen).sum()) / max(size, 1e-300)
     figures: dict[str, Any] = {"error": lost, "damping": damping}
     if stored.kind == "coded":
@@ -102,8 +91,8 @@ def _on_grid(
     spec: GridSpec,
     outer: Tensor | None,
 ) -> tuple[Stored, Parts, Tensor]:
-    prepared = _prepared(weight, metric, damping, settings, outer)
-    grid, codes = fit_grid(prepared, spec, settings.decoder, scales=settings.scales)
+    ready = prepared(weight, metric, damping, settings, outer)
+    grid, codes = fit_grid(ready, spec, settings.decoder, scales=settings.scales)
     stored, parts = store_grid(grid, codes)
     return stored, parts, grid.values(codes)
 
@@ -113,12 +102,12 @@ def _pruned(
 ) -> tuple[Stored, Parts, Tensor]:
     pattern = parse_pattern(settings.prune)
     order = pattern.order or settings.order
-    prepared = problem(weight, metric, damping=damping, order=order, dtype=torch.float32)
+    ready = problem(weight, metric, damping=damping, order=order, dtype=torch.float32)
     if settings.method in CASTS:
-        kept, values = prune_values(prepared, pattern)
+        kept, values = prune_values(ready, pattern)
         stored, parts = store_sparse(kept, values, CASTS[settings.method], settings.method)
     else:
-        kept, grid, codes = prune_on_grid(prepared, pattern, settings.grid_spec)
+        kept, grid, codes = prune_on_grid(ready, pattern, settings.grid_spec)
         stored, parts = store_sparse_grid(kept, grid, codes)
     return stored, parts, read_sparse(stored, parts)
 
@@ -131,11 +120,11 @@ def _coded(
     bits: float,
     outer: Tensor | None,
 ) -> tuple[Stored, Parts, Tensor]:
-    prepared = _prepared(weight, metric, damping, settings, outer)
+    ready = prepared(weight, metric, damping, settings, outer)
     target = int(bits * weight.numel() / 8)
     if settings.recover and settings.recover_codes:
         target = int(BEFORE_RECOVERY * target)
-    matrix, data = fit_coded(prepared, target, settings.decoder, settings.coded_spec)
+    matrix, data = fit_coded(ready, target, settings.decoder, settings.coded_spec)
     stored = Stored(kind="coded", shape=(int(weight.shape[0]), int(weight.shape[1])))
     return stored, {"": as_bytes(data)}, torch.from_numpy(matrix.dense())
 
@@ -143,29 +132,10 @@ def _coded(
 def _fixed(
     weight: Tensor, metric: Tensor, damping: float, settings: Settings
 ) -> tuple[Stored, Parts, Tensor]:
-    prepared = _prepared(weight, metric, damping, settings)
-    matrix = fit_fixed(prepared, settings.fixed_spec, by_metric=settings.method != "rtn")
+    ready = prepared(weight, metric, damping, settings)
+    matrix = fit_fixed(ready, settings.fixed_spec, by_metric=settings.method != "rtn")
     stored, parts = store_fixed(matrix)
     return stored, parts, matrix.dense()
-
-
-def _prepared(
-    weight: Tensor,
-    metric: Tensor,
-    damping: float,
-    settings: Settings,
-    outer: Tensor | None = None,
-) -> Problem:
-    """The problem, the columns of a block together."""
-    return problem(
-        weight,
-        metric,
-        damping=damping,
-        order=settings.order,
-        dtype=torch.float32,
-        blocks=block_numbers(settings.blocks, weight.shape[1]) if settings.blocks else None,
-        outer=outer,
-    )
 
 
 def as_bytes(data: bytes) -> Tensor:

@@ -11,15 +11,13 @@ from torch import Tensor
 from cllm.compress.calibration import Layer
 from cllm.compress.coded import CodedMatrix, bits_like
 from cllm.compress.coded_fit import fit_coded
-from cllm.compress.damping import choose_damping
 from cllm.compress.expected import Expected, expected_coded, expected_on_grid
 from cllm.compress.grids import GridSpec
 from cllm.compress.lattices import coding
-from cllm.compress.lattices.blocks import block_numbers
 from cllm.compress.lattices.coding import LatticeMatrix
 from cllm.compress.lattices.fixed_fit import fit_fixed
-from cllm.compress.problem import Problem, objective, problem
-from cllm.compress.rotation import Rotation, rotation_of
+from cllm.compress.prepared import Turned, grid_of, prepared, turned
+from cllm.compress.problem import Problem, objective
 from cllm.compress.scales import fit_grid
 from cllm.compress.settings import Settings
 from cllm.core.errors import UserError
@@ -32,18 +30,16 @@ ROWS = 16
 @dataclass(frozen=True, eq=False)
 class Outlook:
     """What is expected of a layer: ``error`` of rows, each beside what it should be, over the outputs' size
-    under ``metric``, ``shrinkage``, the share of the weights that the error takes from them, ``gain`` of
+    under the metric, ``shrinkage``, the share of the weights that the error takes from them, ``gain`` of
     the decoder (its error over that expected of nearest plane), and ``spread``, the relative standard error
-    of the gain. ``original``: the weight (m, n); all else is of what ``rotation`` makes of it.
+    of the gain. ``original``: the weight (m, n); all else is of the layer ``turned``.
     """
 
     name: str
     original: Tensor
-    rotation: Rotation | None
-    weight: Tensor
+    turned: Turned
     problem: Problem
     expected: Expected
-    metric: Tensor
     gain: float
     spread: float
     error: float
@@ -55,15 +51,14 @@ class Outlook:
         Scales that are best for their codes leave an error that is orthogonal to the result, so that it
         has a part along the weights, and the rest is chance.
         """
+        weight, metric, rows = self.turned.weight, self.turned.metric, self.problem.rows
         drawn = self.expected.draw(self.problem, generator)
         none = torch.zeros_like(drawn)
-        size = float(objective(drawn, none, self.metric).sum())
-        whole = float(objective(self.weight, none, self.metric).sum())
+        size = float(objective(drawn, none, metric).sum())
+        whole = float(objective(weight, none, metric).sum())
         wanted = max(self.error - self.shrinkage**2, 0.0) * whole
-        errors = self.shrinkage * self.weight + drawn * (wanted / max(size, 1e-300)) ** 0.5
-        rows = self.problem.rows
-        found = self.weight - (errors if rows is None else rows.carried(errors))
-        return found if self.rotation is None else self.rotation.undo(found)
+        errors = self.shrinkage * weight + drawn * (wanted / max(size, 1e-300)) ** 0.5
+        return self.turned.back(weight - (errors if rows is None else rows.carried(errors)))
 
     def share(self, draws: list[Tensor], seen: Tensor) -> float:
         """Squared error of the outputs of ``draws`` over their squared size, as the report has it."""
@@ -74,37 +69,21 @@ class Outlook:
 
 def outlook(layer: Layer, settings: Settings, generator: torch.Generator) -> Outlook:
     """Of ``layer`` in its turn, rounded by ``settings``."""
-    original = weight = layer.linear.weight.detach().float().clone()
-    fit, held, metric = layer.fit, layer.held, layer.whole
-    rotation = rotation_of(
-        settings.rotate, layer.name, (int(weight.shape[0]), int(weight.shape[1]))
-    )
-    if rotation is not None:
-        weight = rotation.apply(weight)
-        fit, held, metric = (rotation.metric(one) for one in (fit, held, metric))
+    whole = turned(layer, settings)
+    weight, metric, spec = whole.weight, whole.metric, grid_of(settings)
     by_rate = settings.is_coded or settings.is_fixed
-    spec = GridSpec(bits=3, group=0) if by_rate else settings.grid_spec
     count = min(len(weight), 2 * ROWS if by_rate else ROWS)
     rows = torch.linspace(0, len(weight) - 1, count).round().long()
-    damping = choose_damping(weight[rows], fit, held, spec, order=settings.order)
-    prepared = problem(
-        weight,
-        metric,
-        damping=damping,
-        order=settings.order,
-        dtype=torch.float32,
-        blocks=block_numbers(settings.blocks, weight.shape[1]) if settings.blocks else None,
-        outer=layer.outer,
-    )
+    ready = prepared(weight, metric, whole.damping(settings, rows), settings, layer.outer)
     rate = settings.bits
-    expected = expected_coded(prepared, rate) if by_rate else expected_on_grid(prepared, spec)
+    expected = expected_coded(ready, rate) if by_rate else expected_on_grid(ready, spec)
     wished = weight
-    if prepared.rows is not None:  # rows make up for errors in those before, as they may turn out
-        drawn = expected.draw(prepared, generator)
-        wished = weight + drawn - prepared.rows.carried(drawn)
+    if ready.rows is not None:  # rows make up for errors in those before, as they may turn out
+        drawn = expected.draw(ready, generator)
+        wished = weight + drawn - ready.rows.carried(drawn)
     picked = wished[rows]
     try:
-        values, surplus = _decoded(prepared.with_weight(picked), settings, spec)
+        values, surplus = _decoded(ready.with_weight(picked), settings, spec)
     except ValueError as error:
         raise UserError(f"{layer.name}: nothing can be told from {count} rows: {error}") from error
     # What the damping adds to the metric is no error of the outputs.
@@ -112,20 +91,18 @@ def outlook(layer: Layer, settings: Settings, generator: torch.Generator) -> Out
     wanted = expected.error[rows]
     gain = float(made.sum() / wanted.sum().clamp_min(1e-300))
     ratio = (made - gain * wanted) / wanted.mean().clamp_min(1e-300) / max(gain, 1e-300)
-    whole = float(objective(weight, torch.zeros_like(weight), metric).sum())
+    size = float(objective(weight, torch.zeros_like(weight), metric).sum())
     along = ((picked - values).double() @ metric * picked.double()).sum()
     shrinkage = float(along / objective(picked, torch.zeros_like(picked), metric).sum())
     return Outlook(
         name=f"{layer.name}.weight",
-        original=original,
-        rotation=rotation,
-        weight=weight,
-        problem=prepared,
+        original=layer.linear.weight.detach().float().clone(),
+        turned=whole,
+        problem=ready,
         expected=expected,
-        metric=metric,
         gain=gain,
         spread=float(ratio.std()) / len(rows) ** 0.5 if len(rows) > 1 else 1.0,
-        error=gain * float(expected.error.sum()) / max(whole, 1e-300),
+        error=gain * float(expected.error.sum()) / max(size, 1e-300),
         shrinkage=surplus * shrinkage,
     )
 

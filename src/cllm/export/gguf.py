@@ -157,7 +157,7 @@ def _write_file(source: Source, dtype: str, path: Path, stored: dict[str, Stored
 
 def open_runtime(path: Path) -> Runtime:
     """The file in llama.cpp, or read back by the ``gguf`` package where llama-cpp-python is missing or
-    was built for another processor."""
+    ends by an illegal instruction."""
     from cllm.export.gguf_reading import read_back
     from cllm.export.llama_cpp import IllegalInstructionError, open_llama_cpp
 

@@ -22,7 +22,7 @@ ALONE = Path(__file__).with_name("llama_alone.py")
 
 
 class IllegalInstructionError(UserError):
-    """llama.cpp would end this process: built with instructions that this processor does not take."""
+    """llama.cpp would end this process by an instruction that is illegal here."""
 
 
 def open_llama_cpp(path: Path) -> Runtime:
@@ -66,8 +66,8 @@ def _try_alone(path: Path, context: int, version: str) -> None:
     name, who = signal.Signals(-found.returncode).name, f"llama.cpp (llama-cpp-python {version})"
     if name == "SIGILL":
         raise IllegalInstructionError(
-            f"{who} ends by {name} on this machine, alone as well: build it anew for this processor, or "
-            "with fewer of its instructions"
+            f"{who} ends by {name} on this machine, alone as well: build it with fewer of this processor's "
+            "instructions, or another version"
         )
     lines = found.stderr.decode("utf-8", "replace").strip().splitlines()
     raise UserError(f"{who} ends by {name} over {path}{f': {lines[-1]}' if lines else ''}")
