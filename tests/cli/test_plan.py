@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cllm.core.machine import machine
-from cllm.training.plan import calibrate, here
+from cllm.training.plan import here
 
 ROOT = Path(__file__).parents[2]
 LIST = [
@@ -57,7 +57,6 @@ def test_this_machine_and_its_text(
 ) -> None:
     one = dataclasses.replace(machine(), cores=1, quota=None, threads=1)
     monkeypatch.setattr(here, "machine", lambda: one)
-    monkeypatch.setattr(calibrate, "_meanwhile", {})
     small = ["--preset", "nano", "--set", "train.batch_size=4", "--set", "train.compile=off"]
     small += ["--set", "train.dtype=fp32"]
     result = cllm("plan", *small, "--set", "tokenizer.vocab_size=300", "--data", corpus, "--json")

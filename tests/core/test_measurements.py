@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from cllm.core import measurements
-from cllm.core.measurements import recall, remember
+from cllm.core.measurements import afresh, recall, remember
 
 
 @pytest.fixture
@@ -44,3 +44,27 @@ def test_an_unwritable_cache_is_told(kept: Path) -> None:
     kept.write_text("a file stands in the way")
     assert remember("attention", 1) is False
     assert recall("attention") is None
+
+
+def test_what_is_measured_afresh_stays_apart(kept: Path) -> None:
+    remember("attention", 1)
+    with afresh():
+        assert recall("attention") is None
+        assert remember("attention", 2)
+        assert recall("attention") == 2
+        with afresh():
+            assert recall("attention") is None
+        assert recall("attention") == 2
+    assert recall("attention") == 1
+
+
+def test_what_is_not_for_good_stays_in_this_process(kept: Path) -> None:
+    assert remember("attention", 1, for_good=False)
+    assert recall("attention") == 1
+    assert recall("attention", threads=99) is None
+    assert not kept.exists()
+    with afresh():
+        assert recall("attention") is None
+    remember("attention", 2)
+    measurements._meanwhile.clear()  # another process
+    assert recall("attention") == 2

@@ -35,7 +35,7 @@ from cllm.core.cpu import is_busy, usable_threads
 from cllm.core.errors import UserError
 from cllm.training.parallel.shards import most_workers
 
-ROUNDS, STEPS = 5, 10
+ROUNDS, STEPS = 15, 10
 ONE = "one process, one thread"
 DELAYED = "delayed pipeline, three threads"
 TAKES = frozenset({"data"})

@@ -16,12 +16,13 @@ from typing import Any
 from cllm.bench.contestants import our_contestant
 from cllm.bench.harness import Claim, Contestant, contest, interleaved
 from cllm.core.config import Config
+from cllm.core.measurements import afresh
 from cllm.core.settings import merge, parse_setting
 from cllm.training.choose import choose
 from cllm.training.plan.estimate import Estimate
 from cllm.training.plan.here import by_processes
 
-ROUNDS, STEPS, PROCESSES = 5, 3, 2
+ROUNDS, STEPS, PROCESSES = 9, 3, 2
 WITHIN = 0.3
 """Share by which a forecast may be off."""
 STRATEGIES = {
@@ -48,7 +49,8 @@ def measure(quick: bool, why: str) -> tuple[list[dict[str, Any]], list[Claim], l
     sizes = {"nano": ["model.preset=nano"]} if quick else SIZES
     for size, settings in sizes.items():
         calls = {name: [*BASE, *settings, *own] for name, own in STRATEGIES.items()}
-        foretold = {name: _forecast(settings, own) for name, own in STRATEGIES.items()}
+        with afresh():
+            foretold = {name: _forecast(settings, own) for name, own in STRATEGIES.items()}
         starts = [
             partial(_start, name, 2 if quick else STEPS, call) for name, call in calls.items()
         ]
@@ -119,8 +121,9 @@ def _start(name: str, steps: int, settings: Sequence[str]) -> Contestant:
 def _note() -> str:
     return (
         f"DDP, FSDP and stages: {PROCESSES} processes of torchrun with one thread each, uncompiled, beside "
-        f"the forecast of `cllm plan`; medians of {ROUNDS} interleaved rounds of {STEPS} steps. Bytes are "
-        "what the TCP connections of the process that sends most have sent, without headers. Of each "
+        f"the forecast of `cllm plan`, whose constants were measured just before; medians of {ROUNDS} "
+        f"interleaved rounds of {STEPS} steps. Bytes are what the TCP connections of the process that sends "
+        "most have sent, without headers. Of each "
         "collective that torch's profiler sees, time counts from when the last process begins it to when "
         "the last has ended it, so that no waiting for a process that still computes is in it (nor the "
         "waking up of who waits); a step's communication is the sum of their medians, and none of them "

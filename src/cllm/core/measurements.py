@@ -9,12 +9,34 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from cllm.core.atomic import write_json
 from cllm.core.errors import UserError
 from cllm.core.machine import cache_dir, machine, torch_version
+
+_meanwhile: dict[tuple[Path, str], Any] = {}
+"""What is kept in this process only, by file and name."""
+_apart: ContextVar[Path | None] = ContextVar("_apart", default=None)
+"""Where measurements are, inside ``afresh``."""
+
+
+@contextmanager
+def afresh() -> Iterator[None]:
+    """Inside, nothing counts that was measured before, and outside nothing that was measured inside: for
+    who holds measurements against others of the same minutes, as a shared machine's speed comes and goes.
+    """
+    with tempfile.TemporaryDirectory(prefix="cllm-measurements-") as folder:
+        token = _apart.set(Path(folder))
+        try:
+            yield
+        finally:
+            _apart.reset(token)
 
 
 def machine_facts(threads: int | None = None) -> dict[str, Any]:
@@ -31,15 +53,21 @@ def machine_facts(threads: int | None = None) -> dict[str, Any]:
 
 def recall(name: str, *, threads: int | None = None) -> Any | None:
     """The measurement ``name`` made on a machine like this one, or ``None``."""
-    return _read(_path(threads)).get(name)
+    path = _path(threads)
+    return _read(path).get(name, _meanwhile.get((path, name)))
 
 
-def remember(name: str, value: Any, *, threads: int | None = None) -> bool:
+def remember(name: str, value: Any, *, threads: int | None = None, for_good: bool = True) -> bool:
     """Keep the measurement ``name`` (any JSON). False if the cache directory cannot be written.
 
-    Two processes that remember at once may lose one of the two values, which is then measured anew.
+    ``for_good``: if not, it is kept in this process only, as what other programs may have spoiled. Two
+    processes that remember at once may lose one of the two values, which is then measured anew.
     """
     path = _path(threads)
+    if not for_good:
+        _meanwhile[path, name] = value
+        return True
+    _meanwhile.pop((path, name), None)
     body = {"machine": machine_facts(threads), "values": _read(path) | {name: value}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +79,8 @@ def remember(name: str, value: Any, *, threads: int | None = None) -> bool:
 
 def _path(threads: int | None) -> Path:
     facts = json.dumps(machine_facts(threads), sort_keys=True)
-    return cache_dir() / "measurements" / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
+    folder = _apart.get() or cache_dir() / "measurements"
+    return folder / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cllm.core import measurements
 from cllm.core.config import Config
 from cllm.core.errors import UserError
 from cllm.core.machine import machine
@@ -37,7 +38,6 @@ def test_constants_are_measured_once_and_not_kept_from_a_busy_machine(
 
     busy = ["", "busy"]
     monkeypatch.setattr(calibrate, "ask", ask)
-    monkeypatch.setattr(calibrate, "_meanwhile", {})
     monkeypatch.setattr(calibrate, "is_busy", lambda threads: busy[0])
     one = Product(1, 2, 3, 4, "float32", (False, True))
     other = Product(2, 2, 3, 4, "float32")
@@ -50,7 +50,7 @@ def test_constants_are_measured_once_and_not_kept_from_a_busy_machine(
     assert set(constants([one, other], **how).rates.products) == {*first.products, other}
     assert asked[-1]["constants"] is False
     assert len(asked[-1]["products"]) == 1
-    calibrate._meanwhile.clear()  # another process
+    measurements._meanwhile.clear()  # another process
     assert constants([one], **how).rates == first
     assert len(asked) == 2
     constants([], **how | {"threads": 2})
@@ -64,7 +64,6 @@ def test_forecasts_of_the_reference_are_what_it_took(
     """Whatever the single figures say, and beside others, who are as slow."""
     monkeypatch.setenv("CLLM_CACHE", str(tmp_path))
     monkeypatch.setattr(calibrate, "ask", answer_of)
-    monkeypatch.setattr(calibrate, "_meanwhile", {})
     config = reference(1, "fp32", compiled)
     for together, seconds in ((1, 0.5), (2, 1.0)):
         how = {"threads": 1, "dtype": "fp32", "compiled": compiled}
@@ -83,8 +82,6 @@ def test_this_machine_has_threads_and_workers(
     monkeypatch.setattr(here, "machine", lambda: two)
     monkeypatch.setattr(calibrate, "ask", answer_of)
     monkeypatch.setattr(here, "ask", answer_of)
-    monkeypatch.setattr(here, "_meanwhile", {})
-    monkeypatch.setattr(calibrate, "_meanwhile", {})
     monkeypatch.setenv("CLLM_CACHE", str(tmp_path))
     told: list[str] = []
     made = here.plan_here(config_of(model__vocab_size=300), 10**6, told.append)
@@ -119,7 +116,6 @@ def test_this_machine_has_threads_and_workers(
 
 
 def test_this_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "_meanwhile", {})
     monkeypatch.setenv("CLLM_CACHE", str(tmp_path))
     product = Product(4, 32, 16, 32, "float32", (True, False))
     found = constants([product], threads=1, dtype="fp32", compiled=False)
@@ -174,7 +170,6 @@ def test_the_link_of_two_processes_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CLLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(here, "_meanwhile", {})
     said: list[str] = []
     found = here.network_of(2, said.append)
     assert found.link > 1e6

@@ -16,9 +16,6 @@ from cllm.training.plan.roofline import Rates
 from cllm.training.plan.trace import Product
 from cllm.training.plan.work import products_of, work_of
 
-_meanwhile: dict[tuple[str, int], dict[str, Any]] = {}
-"""What this process has measured, by name and threads."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
@@ -84,7 +81,7 @@ def _known(
     threads = how.threads
     products = (*products, *products_of(how.reference))
     name = f"plan 3 {how.dtype} {how.code}" + (f" by {together}" if together > 1 else "")
-    known: dict[str, Any] = recall(name, threads=threads) or _meanwhile.get((name, threads), {})
+    known: dict[str, Any] = recall(name, threads=threads) or {}
     rates = {_key(fields): rate for fields, rate in known.get("products", [])}
     missing = [p for p in dict.fromkeys(products) if _key(astuple(p)) not in rates]
     if known and not missing:
@@ -100,9 +97,7 @@ def _known(
     rates |= {_key(fields): rate for fields, rate in found}
     known = known | answer
     known["products"] = [[json.loads(key), rate] for key, rate in rates.items()]
-    _meanwhile[name, threads] = known
-    if not busy:
-        remember(name, known, threads=threads)
+    remember(name, known, threads=threads, for_good=not busy)
     return known
 
 

@@ -29,8 +29,6 @@ from cllm.training.plan.work import products_of, with_rows
 
 Say = Callable[[str], None]
 LINK = "cllm.training.plan.link_probe"
-_meanwhile: dict[int, dict[str, Any]] = {}
-"""What this process has measured of sending, by processes."""
 
 
 def plan_here(config: Config, tokens: int | None, say: Say) -> Plan:
@@ -150,7 +148,7 @@ def network_of(count: int, say: Say) -> Network:
     """What ``count`` processes of this machine send each other over gloo; measured once, and not kept from
     a busy machine."""
     name = f"plan 4 gloo by {count}"
-    known: dict[str, Any] | None = recall(name, threads=1) or _meanwhile.get(count)
+    known: dict[str, Any] | None = recall(name, threads=1)
     if known is not None:
         return Network.of_gloo(count, known)
     say(f"measuring this machine once: what {count} processes send each other")
@@ -158,9 +156,7 @@ def network_of(count: int, say: Say) -> Network:
     with tempfile.TemporaryDirectory(prefix="cllm-plan-") as folder:
         request = {"threads": 1, "processes": count, "store": os.path.join(folder, "store")}
         found = ask(request, count, program=LINK)[0]  # all say the same
-    _meanwhile[count] = found
-    if not busy:
-        remember(name, found, threads=1)
+    remember(name, found, threads=1, for_good=not busy)
     return Network.of_gloo(count, found)
 
 
