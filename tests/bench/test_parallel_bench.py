@@ -37,7 +37,7 @@ def test_a_quick_run_measures_all_and_judges_nothing(corpus: Path) -> None:
             assert rows[machine, name]["tokens/s"] > 0
     ends = [row for row in result.rows if row["contestant"].startswith("end of a step")]
     assert {row["contestant"] for row in ends} == {
-        f"end of a step: {name}" for name in (arena.PLAIN, arena.THEIRS)
+        f"end of a step: {name}" for name in (arena.OURS, arena.THEIRS)
     }
     assert all(row["µs"] > 0 for row in ends)
     assert any("nothing in common" in name for machine, name in rows if machine == "idle")

@@ -122,8 +122,8 @@ def _note() -> str:
     return (
         f"DDP, FSDP and stages: {PROCESSES} processes of torchrun with one thread each, uncompiled, beside "
         f"the forecast of `cllm plan`, whose constants were measured just before; medians of {ROUNDS} "
-        f"interleaved rounds of {STEPS} steps. Bytes are what the TCP connections of the process that sends "
-        "most have sent, without headers. Of each "
+        f"interleaved rounds of {STEPS} steps. Bytes are what the TCP connections of the process that "
+        "sends most have sent, without headers. Of each "
         "collective that torch's profiler sees, time counts from when the last process begins it to when "
         "the last has ended it, so that no waiting for a process that still computes is in it (nor the "
         "waking up of who waits); a step's communication is the sum of their medians, and none of them "
