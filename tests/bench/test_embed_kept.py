@@ -13,7 +13,7 @@ import pytest
 
 from cllm.bench import embed_trainings
 from cllm.bench.embed import UNMEASURED, _Judge, _notes
-from cllm.bench.embed_cases import BUDGETS, CORPUS, NORMAL, RATES, SEEDS, main_cases
+from cllm.bench.embed_cases import BUDGETS, CORPUS, NORMAL, RATES, SEEDS, Case, main_cases
 from cllm.bench.embed_kept import NAME, Figures, Kept, Words, figures_of, machines
 from cllm.bench.embed_trainings import Trainings, make_all
 from cllm.bench.reference import reference_key
@@ -64,7 +64,7 @@ class Fake:
         if len(self.trained) == self.most:
             raise KeyboardInterrupt
         self.trained.append(config)
-        status, toml = RunDirectory.open(self.run).status(), RunDirectory(self.run).read_config()
+        status = RunDirectory.open(self.run).status()
         bpb = 1.9 - 0.1 * (config.train.lr == BEST)
         known = replace(status, facts=status.facts | {"validation_bpb": bpb})
 
@@ -73,7 +73,7 @@ class Fake:
                 return known
 
             def read_config(self) -> Any:
-                return toml
+                return {"train": {"dtype": config.train.dtype}}
 
         return Run()
 
@@ -83,6 +83,7 @@ def fake(trained: Path, monkeypatch: pytest.MonkeyPatch, isolated: Path) -> Fake
     made = Fake(trained)
     monkeypatch.setattr(embed_trainings, "reference_run", made)
     monkeypatch.setattr(embed_trainings, "is_kept", lambda key: False)
+    monkeypatch.setattr(embed_trainings, "faster_precision", lambda: "fp32")
     return made
 
 
@@ -221,6 +222,25 @@ def test_first_one_rate_then_the_rates_then_seeds_in_turns(fake: Fake, corpora: 
     large = [i for i, c in enumerate(rest) if c.train.steps > 2 * steps]
     other = [i for i, c in enumerate(rest) if c.model.embedding.init == "crystal"]
     assert max(large) < min(other)
+
+
+def test_what_is_compared_is_of_one_precision(
+    fake: Fake, corpora: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A seed goes on in what it was begun in, on a machine that would choose another, too."""
+    budget = BUDGETS[0]
+
+    def make(seed: int, *cases: Case) -> None:
+        trainings = Trainings(quick=False, kept=Kept(write=True), tuned_on="one.txt")
+        for case in cases:
+            trainings.make(case, "one.txt", budget, RATES[0], seed)
+
+    make(0, NORMAL)
+    monkeypatch.setattr(embed_trainings, "faster_precision", lambda: "bf16")
+    make(0, NORMAL, CORPUS)
+    make(1, NORMAL)
+    seen = [(c.train.seed, c.model.embedding.init, c.train.dtype) for c in fake.trained]
+    assert seen == [(0, "normal", "fp32"), (0, "corpus", "fp32"), (1, "normal", "bf16")]
 
 
 def test_the_first_rate_stands_until_all_were_tried(fake: Fake, corpora: list[str]) -> None:

@@ -46,4 +46,4 @@ def test_the_faster_precision_is_the_peers(
 ) -> None:
     rates = {"fp32": 1.0, "bf16": bf16}
     monkeypatch.setattr("cllm.training.choose.matmul_rates", lambda threads: rates)
-    assert training._faster_precision() == wanted
+    assert training.faster_precision() == wanted

@@ -41,24 +41,6 @@ def test_nearest_is_exact(root, dtype):
     assert np.abs(ours - exact.distances).max() < (1e-5 if dtype == np.float32 else 1e-12)
 
 
-@pytest.mark.slow
-def test_leech_is_exact_on_many_points():
-    """All kinds of points: uniform, near the lattice, near its deep holes, and on its symmetries."""
-    root = lattice.Leech()
-    rng = np.random.default_rng(1)
-    points = root.codebook(2.0).point(rng.integers(0, 196561, 20000))
-    kinds = [
-        uniform(root, 20000),
-        points + 0.3 * rng.standard_normal(points.shape),
-        points / 2 + 0.01 * rng.standard_normal(points.shape),
-        points[:, ::-1] / np.sqrt(2) + 1e-3 * rng.standard_normal(points.shape),
-    ]
-    for x in kinds:
-        exact = lattice.closest(root.generator(), x, "exact").distances
-        ours = np.linalg.norm(x - root.nearest(x), axis=1)
-        assert np.abs(ours - exact).max() < 1e-12
-
-
 @pytest.mark.parametrize("root", LATTICES, ids=ids)
 def test_lattice_points_and_ties_stay_in_the_lattice(root):
     rng = np.random.default_rng(2)

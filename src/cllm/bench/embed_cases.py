@@ -59,7 +59,14 @@ class Case:
     training: dict[str, Any] = field(default_factory=dict)
 
     def config(
-        self, paths: tuple[str, ...], budget: Budget, lr: float, seed: int, quick: bool
+        self,
+        paths: tuple[str, ...],
+        budget: Budget,
+        lr: float,
+        seed: int,
+        *,
+        dtype: str = "fp32",
+        quick: bool = False,
     ) -> Config:
         """The configuration of one training; evaluations only at the end, as they cost time."""
         base: dict[str, Any] = {"model.preset": "nano" if quick else "tiny"}
@@ -72,7 +79,7 @@ class Case:
         settings = base | {
             "data.paths": paths,
             "train.steps": steps,
-            "train.dtype": "fp32",  # else another machine would choose another precision
+            "train.dtype": dtype,
             "train.lr": lr,
             "train.seed": seed,
             "train.eval_every": steps,

@@ -83,6 +83,12 @@ class Kept:
         """The line of the reference run ``key``."""
         return self._found.get(key)
 
+    def precision(self, corpus: str, tokens: str, seed: int) -> str | None:
+        """That of the trainings with this seed and so many tokens of a text; ``None`` if there is none."""
+        wanted = (corpus, tokens, seed)
+        found = (f for f in self._found.values() if (f.corpus, f.tokens, f.seed) == wanted)
+        return next((figures.dtype for figures in found), None)
+
     def add(self, figures: Figures) -> None:
         """Append a line, at once: a bench that is killed loses only the training at hand."""
         self._found[figures.key] = figures

@@ -21,6 +21,7 @@ from cllm.bench.embed_cases import (
 )
 from cllm.bench.embed_kept import Figures, Kept, Words, figures_of
 from cllm.bench.reference import Prints, is_kept, reference_key, reference_run, text_prints
+from cllm.bench.training import faster_precision
 
 
 def corpus_name(corpus: str) -> str:
@@ -42,6 +43,7 @@ class Trainings:
     """Those that are known, by path of the corpus and what they are."""
     _keys: dict[tuple[str, Words], str] = field(default_factory=dict)
     _prints: dict[str, Prints] = field(default_factory=dict)
+    _precisions: dict[tuple[str, str, int], str] = field(default_factory=dict)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -67,6 +69,15 @@ class Trainings:
         whole = replace(case, share=1.0)
         found = {lr: self.known(whole, self.tuned_on, BUDGETS[0], lr, SEEDS[0]) for lr in RATES}
         return {lr: figures.validation_bpb for lr, figures in found.items() if figures is not None}
+
+    def precision(self, corpus: str, budget: Budget, seed: int) -> str:
+        """That of all trainings with a seed and so many tokens of a text, as they are compared: of those
+        that are kept, else the faster one here."""
+        place = (corpus_name(corpus), budget.name, seed)
+        if place not in self._precisions:
+            here = "fp32" if self.quick else faster_precision()
+            self._precisions[place] = self.kept.precision(*place) or here
+        return self._precisions[place]
 
     def known(
         self, case: Case, corpus: str, budget: Budget, lr: float, seed: int
@@ -100,16 +111,22 @@ class Trainings:
         place = (corpus, words)
         if place in self.used:
             return self.used[place]
-        paths = (corpus,) if corpus else ()
+        config = case.config(
+            (corpus,) if corpus else (),
+            budget,
+            lr,
+            seed,
+            dtype=self.precision(corpus, budget, seed),
+            quick=self.quick,
+        )
         if place not in self._keys:
-            config = case.config(paths, budget, lr, seed, self.quick)
             if corpus not in self._prints:
                 self._prints[corpus] = text_prints(config)
             self._keys[place] = reference_key(config, self._prints[corpus])
         key = self._keys[place]
         figures = self.kept.get(key)
         if figures is None and (train or is_kept(key)):
-            run = reference_run(case.config(paths, budget, lr, seed, self.quick))
+            run = reference_run(config)
             figures = figures_of(run, key, words)
             self.kept.add(figures)
         if figures is not None:

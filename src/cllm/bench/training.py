@@ -68,7 +68,7 @@ def run(options: Options) -> Result:
     busy = is_busy()
     rounds, steps = (2, 2) if options.quick else (ROUNDS, STEPS)
     shape = ["--steps", str(steps)] + (["--small"] if options.quick else [])
-    low = _faster_precision()
+    low = faster_precision()
     peers = {name.format(low=low): call.format(low=low) for name, call in PEERS.items()}
     tuned = {name: call.format(low=low) for name, call in TUNED.items()}
     strongest = STRONGEST.format(low=low)
@@ -123,7 +123,8 @@ def run(options: Options) -> Result:
     )
 
 
-def _faster_precision() -> str:
+def faster_precision() -> str:
+    """That in which this machine multiplies faster: ``fp32`` or ``bf16``."""
     from cllm.training.choose import matmul_rates
 
     rates = matmul_rates(usable_threads())

@@ -3,21 +3,24 @@
 A point is (m + 2c + 4b)/√8 with m in {0, 1}, c a Golay codeword and b integers whose sum has the
 parity of m (Conway & Sloane 1999, chapter 4, section 11). Maximum-likelihood decoding after Vardy &
 Be'ery, "Maximum-likelihood decoding of the Leech lattice", IEEE Trans. Inf. Theory 39 (1993): through
-the hexacode, one quarter of the lattice (m, and the parity h of the columns) at a time. Here every
-hexacode word of every quarter gets a lower bound, by leaving out the two parity conditions; in each
-quarter the word of least bound is decoded exactly, and then every word whose bound is below the best
-of the four: about one is.
+the hexacode, one quarter of the lattice (m, and the parity h of the columns) at a time. A compiled
+kernel (leech.cpp) decides every hexacode word of every quarter exactly. Where there is no compiler, torch
+does so in passes: every word gets a lower bound, by leaving out the two parity conditions; in each quarter
+the word of least bound is decoded exactly, and then every word whose bound is below the best of the four:
+about one is.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from functools import cached_property
 
 import numpy as np
 import torch
 
+from cllm.lattice import leech_kernel
 from cllm.lattice.golay import column_patterns, golay, hexacode
 from cllm.lattice.root import InColumns, flip_worst, parity
 
@@ -66,6 +69,16 @@ class Leech(InColumns):
         codeword = ((bits @ check.T) % 2 == 0).all(dim=1)
         b = (integers - m - 2 * bits) // 4
         return same & codeword & ((b.sum(dim=1) - m[:, 0]) % 2 == 0)
+
+    def _decode_all(self, points: torch.Tensor, out: torch.Tensor) -> None:
+        kernel = leech_kernel.load(points.dtype)
+        if not isinstance(kernel, str):
+            kernel(points, out)
+            return
+        # Python shows a warning of one place and text once.
+        text = f"Leech points are found by passes of torch, many times slower: {kernel}"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+        super()._decode_all(points, out)
 
     def _decode(self, x: torch.Tensor) -> torch.Tensor:
         costs = _Costs(x)

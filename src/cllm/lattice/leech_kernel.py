@@ -1,0 +1,81 @@
+"""The kernel of the Leech lattice's decoder (leech.cpp), as a function of rows."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cllm.lattice.golay import column_patterns, hexacode
+from cllm.lattice.native import CannotCompileError, Library
+from cllm.lattice.threads import for_each
+
+SOURCE = Path(__file__).with_name("leech.cpp")
+REALS = {torch.float32: "float", torch.float64: "double"}
+SCALE = math.sqrt(8)
+# Rows that a thread takes at a time, a multiple of the kernel's lanes.
+CHUNK = 256
+_LOCK = threading.Lock()
+
+Kernel = Callable[[Tensor, Tensor], None]
+"""Writes the points nearest to rows (m, 24) to rows of the second tensor."""
+
+
+class _Arguments(ctypes.Structure):
+    """leech.cpp's ``Arguments``."""
+
+    _fields_ = [
+        ("m", ctypes.c_int64),
+        *[(name, ctypes.c_double) for name in ("scale", "unit")],
+        *[(name, ctypes.c_void_p) for name in ("x", "out", "words", "patterns")],
+    ]
+
+
+def load(dtype: torch.dtype) -> Kernel | str:
+    """The kernel for a dtype, or in one line why there is none."""
+    with _LOCK:
+        return _load(dtype)
+
+
+@cache
+def _load(dtype: torch.dtype) -> Kernel | str:
+    options = ("-std=c++17", f"-DREAL={REALS[dtype]}")
+    try:
+        made = Library(source=SOURCE, options=options).compile()
+    except CannotCompileError as error:
+        return str(error)
+    function = ctypes.CDLL(str(made)).nearest
+    function.argtypes, function.restype = [ctypes.POINTER(_Arguments)], None
+    words, patterns = (
+        np.ascontiguousarray(t, dtype=np.int32) for t in (hexacode(), column_patterns())
+    )
+
+    def nearest(points: Tensor, out: Tensor) -> None:
+        points = points.contiguous()
+        assert points.shape == out.shape == (len(points), 24)
+        assert points.dtype == out.dtype == dtype
+        assert out.is_contiguous()
+
+        def decode(start: int) -> None:
+            part = slice(start, start + CHUNK)
+            arguments = _Arguments(
+                m=len(points[part]),
+                scale=SCALE,
+                unit=1 / SCALE,
+                x=points[part].data_ptr(),
+                out=out[part].data_ptr(),
+                words=words.ctypes.data,
+                patterns=patterns.ctypes.data,
+            )
+            function(ctypes.byref(arguments))
+
+        for_each(decode, range(0, len(points), CHUNK))
+
+    return nearest
