@@ -16,10 +16,12 @@ from cllm.store.container import Container, Header, Stored, tensor_name, write_c
 from cllm.store.packing import (
     GridMatrix,
     pack_codes,
+    pack_rows,
     q4_0_blocks,
     q8_0_blocks,
     read_blocks,
     unpack_codes,
+    unpack_rows,
 )
 
 
@@ -122,6 +124,18 @@ def test_codes_come_back_from_as_few_bytes_as_they_take(bits: int, count: int, s
     assert len(packed) == -(-count // per) * per * bits // 8
     with pytest.raises(ValueError, match="do not hold"):
         unpack_codes(packed, bits, count + per)
+
+
+@given(bits=st.sampled_from([2, 3, 4, 8]), rows=st.integers(0, 4), columns=st.integers(1, 20))
+@settings(max_examples=60)
+def test_each_row_of_codes_begins_at_a_byte(bits: int, rows: int, columns: int) -> None:
+    codes = torch.from_numpy(np.random.default_rng(0).integers(0, 1 << bits, (rows, columns)))
+    packed = pack_rows(codes, bits)
+    for row, line in zip(codes, packed, strict=True):
+        assert torch.equal(line, pack_codes(row, bits))
+    assert torch.equal(unpack_rows(packed, bits, columns).long(), codes)
+    with pytest.raises(ValueError, match="do not hold"):
+        unpack_rows(packed, bits, columns + 8)
 
 
 @pytest.mark.parametrize(("kind", "low", "high"), [("q4_0", -8, 7), ("q8_0", -127, 127)])

@@ -8,7 +8,6 @@
 // Compiled by leech_kernel.py for the machine it runs on.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -116,72 +115,101 @@ struct Best {
     }
 };
 
-// The states of the six columns, exclusive or ``need``, of least total cost: back through a four-state trellis.
-void trellis(const REAL cost[COLUMNS][4], int need, int states[COLUMNS]) {
-    REAL reached[4];
-    int from[COLUMNS][4];
-    std::copy(cost[0], cost[0] + 4, reached);
-    for (int j = 1; j < COLUMNS; ++j) {
-        REAL next[4];
-        for (int s = 0; s < 4; ++s) {
-            next[s] = cost[j][0] + reached[s], from[j][s] = 0;
-            for (int t = 1; t < 4; ++t) {
-                const REAL tried = cost[j][t] + reached[s ^ t];
-                if (tried < next[s]) next[s] = tried, from[j][s] = t;
-            }
-        }
-        std::copy(next, next + 4, reached);
-    }
-    for (int j = COLUMNS - 1; j > 0; --j) states[j] = from[j][need], need ^= states[j];
-    states[0] = need;
-}
+// The points of the lanes' best words, in steps of the lattice's unit.
+struct Points {
+    Lane coordinate[24];
 
-// The point of a lane's best word.
-void assemble(const Arguments &a, const Costs &costs, const REAL *x, Whole number, int lane, REAL *out) {
-    const int m = number / (2 * WORDS), h = number / WORDS % 2;
-    const int32_t *word = a.words + COLUMNS * (number % WORDS);
-    REAL cost[COLUMNS][4];
-    int states[COLUMNS];
-    for (int j = 0; j < COLUMNS; ++j)
-        for (int s = 0; s < 4; ++s) {
-            const int32_t pattern = a.patterns[8 * h + 2 * word[j] + (s >> 1)];
-            cost[j][s] = costs.column[m][j][pattern][s & 1][lane];
+    Points(const Arguments &a, const Costs &costs, const Lane *x, const Wholes &number) {
+        const int32_t *word[LANES], *patterns[LANES];
+        Lane cost[COLUMNS][4], m;
+        Wholes need;
+        for (int l = 0; l < LANES; ++l) {
+            const int quarter = int(number[l]) / WORDS, odd = quarter / 2, h = quarter % 2;
+            word[l] = a.words + COLUMNS * (int(number[l]) % WORDS), patterns[l] = a.patterns + 8 * h;
+            m[l] = REAL(odd), need[l] = 2 * h + odd;
+            for (int j = 0; j < COLUMNS; ++j)
+                for (int s = 0; s < 4; ++s)
+                    cost[j][s][l] = costs.column[odd][j][patterns[l][2 * word[l][j] + (s >> 1)]][s & 1][l];
         }
-    trellis(cost, 2 * h + m, states);
-    for (int j = 0; j < COLUMNS; ++j) {
-        const int32_t pattern = a.patterns[8 * h + 2 * word[j] + (states[j] >> 1)];
-        REAL b[ROWS], error[ROWS], sum = 0;
-        int worst = 0;
+        Wholes states[COLUMNS];
+        trellis(cost, need, states);
+        for (int j = 0; j < COLUMNS; ++j) {
+            Lane bit[ROWS];
+            for (int l = 0; l < LANES; ++l) {
+                const int32_t pattern = patterns[l][2 * word[l][j] + int(states[j][l] >> 1)];
+                for (int i = 0; i < ROWS; ++i) bit[i][l] = REAL(pattern >> i & 1);
+            }
+            column(x + ROWS * j, REAL(a.scale), m, bit, states[j], coordinate + ROWS * j);
+        }
+    }
+
+    // The states of the six columns, exclusive or ``need``, of least total cost: back through a four-state trellis.
+    static void trellis(const Lane cost[COLUMNS][4], Wholes need, Wholes states[COLUMNS]) {
+        Lane reached[COLUMNS][4];
+        std::copy(cost[0], cost[0] + 4, reached[0]);
+        for (int j = 1; j < COLUMNS; ++j)
+            for (int s = 0; s < 4; ++s) {
+                const Lane *r = reached[j - 1], *c = cost[j];
+                reached[j][s] = least(least(c[0] + r[s], c[1] + r[s ^ 1]), least(c[2] + r[s ^ 2], c[3] + r[s ^ 3]));
+            }
+        for (int j = COLUMNS - 1; j > 0; --j) {
+            Lane best = cost[j][0] + of(reached[j - 1], need);
+            states[j] = Wholes{};
+            for (int s = 1; s < 4; ++s) {
+                const Lane tried = cost[j][s] + of(reached[j - 1], need ^ Whole(s));
+                states[j] = tried < best ? Wholes{} + Whole(s) : states[j];
+                best = least(best, tried);
+            }
+            need ^= states[j];
+        }
+        states[0] = need;
+    }
+
+    // The number of its own state for each lane.
+    static Lane of(const Lane values[4], Wholes state) {
+        const Lane low = (state & 1) != 0 ? values[1] : values[0], high = (state & 1) != 0 ? values[3] : values[2];
+        return (state & 2) != 0 ? high : low;
+    }
+
+    // Four coordinates whose code bits and parity of b are known.
+    static void column(const Lane *x, REAL scale, Lane m, const Lane bit[ROWS], Wholes state, Lane *out) {
+        Lane b[ROWS], error[ROWS], sum = Lane{}, worst = Lane{} - 1;
+        Wholes place = Wholes{};
         for (int i = 0; i < ROWS; ++i) {
-            const REAL y = (x[ROWS * j + i] * REAL(a.scale) - REAL(m)) * REAL(0.25) - (pattern >> i & 1) * REAL(0.5);
-            b[i] = std::nearbyint(y), error[i] = y - b[i], sum += b[i];
-            if (std::abs(error[i]) >= std::abs(error[worst])) worst = i;
+            const Lane y = (x[i] * scale - m) * REAL(0.25) - bit[i] * REAL(0.5);
+            b[i] = nearest_whole(y), error[i] = y - b[i], sum += b[i];
+            place = size_of(error[i]) >= worst ? Wholes{} + Whole(i) : place;
+            worst = size_of(error[i]) >= worst ? size_of(error[i]) : worst;
         }
         // To the other parity of b at the cheapest coordinate of a column that needs it.
-        if ((int64_t(sum) & 1) != (states[j] & 1)) b[worst] += std::copysign(REAL(1), error[worst]);
-        for (int i = 0; i < ROWS; ++i)
-            out[ROWS * j + i] = (4 * b[i] + 2 * (pattern >> i & 1) + m) * REAL(a.unit);
+        const Lane wanted = (state & 1) != 0 ? Lane{} - 1 : Lane{} + 1;
+        const Wholes turn = parity_sign(sum) != wanted;
+        for (int i = 0; i < ROWS; ++i) {
+            const Lane step = error[i] < 0 ? Lane{} - 1 : Lane{} + 1;
+            b[i] += (turn & (place == Whole(i))) != 0 ? step : Lane{};
+            out[i] = 4 * b[i] + 2 * bit[i] + m;
+        }
     }
-}
+};
 
 void decode(const Arguments &a, int64_t first) {
     const int count = int(std::min<int64_t>(LANES, a.m - first));
-    const REAL *x = a.x + 24 * first;
-    Lane columns[24];
+    Lane x[24];
     for (int l = 0; l < LANES; ++l)
-        for (int i = 0; i < 24; ++i) columns[i][l] = x[24 * std::min(l, count - 1) + i];
+        for (int i = 0; i < 24; ++i) x[i][l] = a.x[24 * (first + std::min(l, count - 1)) + i];
     Costs costs;
     Pairs pairs;
     Best best;
-    for (int m = 0; m < 2; ++m) costs.take(columns, a.scale, m);
+    for (int m = 0; m < 2; ++m) costs.take(x, a.scale, m);
     for (int quarter = 0; quarter < QUARTERS; ++quarter) {
         const int m = quarter / 2, h = quarter % 2;
         pairs.take(costs, a.patterns, m, h);
         for (int w = 0; w < WORDS; ++w)
             best.offer(pairs, costs.base[m], a.words + COLUMNS * w, 2 * h + m, WORDS * quarter + w);
     }
+    const Points points(a, costs, x, best.number);
     for (int l = 0; l < count; ++l)
-        assemble(a, costs, x + 24 * l, best.number[l], l, a.out + 24 * (first + l));
+        for (int i = 0; i < 24; ++i) a.out[24 * (first + l) + i] = points.coordinate[i][l] * REAL(a.unit);
 }
 
 }  // namespace

@@ -48,6 +48,25 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     return torch.from_numpy(out.reshape(-1)[:count])
 
 
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Rows (m, n) of codes as rows (m, bytes) of uint8: each is what ``pack_codes`` makes of it."""
+    per, width = _word(bits)
+    padded = torch.zeros(len(codes), -(-codes.shape[1] // per) * per, dtype=torch.uint8)
+    padded[:, : codes.shape[1]] = codes
+    return pack_codes(padded, bits).view(len(codes), padded.shape[1] // per * width)
+
+
+def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The (m, columns) uint8 codes that ``pack_rows`` packed. Raises ``ValueError`` for rows of another
+    size."""
+    per, width = _word(bits)
+    words = -(-columns // per)
+    if packed.shape[1] != words * width:
+        raise ValueError(f"{packed.shape[1]} bytes do not hold {columns} codes of {bits} bits")
+    flat = unpack_codes(packed.reshape(-1), bits, len(packed) * words * per)
+    return flat.view(len(packed), words * per)[:, :columns]
+
+
 def _word(bits: int) -> tuple[int, int]:
     """Codes and bytes of a word."""
     return {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}[bits]

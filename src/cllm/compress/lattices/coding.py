@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,9 @@ from cllm.compress.lattices.stream import ReadStream, WriteStream
 NAMES = {"e8": "coded-e8", "leech": "coded-leech"}
 # The first part is 1/32 of the blocks; each one doubles what is known.
 _PARTS = 5
+_INFORMATION = 12
+"""Free bits of a Golay word, those of the coordinates that are coded first."""
+_POWERS = np.exp2(np.arange(_INFORMATION), dtype=np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,26 +136,17 @@ def _blocks(
     if kind.modulus > 1:
         middle = (byte_sums(classes) // kind.width).astype(np.uint8)
         m = stream.cosets(middle, None if known is None else known[..., 0] % 2)
-    out = np.empty(classes.shape, dtype=np.int32)
-    word, total = np.zeros_like(m), np.zeros_like(m)
-    for links in _alike(chain(kind, tuple(range(kind.width)))):
-        places = [link.position for link in links]
-        residues = [_residue(kind, link, m, word, total) for link in links]
-        if all(residue is m for residue in residues):
-            del residues[1:]  # the same for all
-        together = np.empty((*m.shape, len(residues)), dtype=np.uint8)
-        for i, residue in enumerate(residues):
-            together[..., i] = residue
+    order, groups = _order(kind)
+    laid = np.zeros(classes.shape, dtype=np.int32)  # in that order, 0 where it is not yet known
+    begin = 0
+    for links in groups:
+        places = order[begin : begin + len(links)]
         here = None if known is None else known[..., places]
-        found = stream.values(links[0].spacing, together, classes.take(places, axis=-1), here)
-        for i, place in enumerate(places):  # numpy sums and spreads short axes slowly
-            out[..., place] = found[..., i]
-            total += found[..., i]
-        if kind.width == 24:
-            for i, link in enumerate(links):
-                if link.bit >= 0:
-                    word |= ((found[..., i] - m) >> 1 & 1) << link.bit
-    return out
+        residues = _residues(kind, links, m, laid)
+        found = stream.values(links[0].spacing, residues, classes.take(places, axis=-1), here)
+        laid[..., begin : begin + len(links)] = found
+        begin += len(links)
+    return laid.take(np.argsort(order), axis=-1)
 
 
 def byte_sums(lines: np.ndarray) -> np.ndarray:
@@ -167,19 +162,36 @@ def byte_sums(lines: np.ndarray) -> np.ndarray:
     return total
 
 
-def _alike(links: tuple[Link, ...]) -> list[list[Link]]:
-    """Links of one spacing together, the free ones first: none of them follows from another of them."""
+@cache
+def _order(kind: Kind) -> tuple[np.ndarray, list[tuple[Link, ...]]]:
+    """Positions in the order in which they are coded, and their links: those of one spacing together, the
+    free ones first, as none of them follows from another of them."""
+    links = chain(kind, tuple(range(kind.width)))
     spacings = sorted({link.spacing for link in links})
-    return [[link for link in links if link.spacing == s] for s in spacings]
+    groups = [tuple(link for link in links if link.spacing == s) for s in spacings]
+    return np.array([link.position for group in groups for link in group]), groups
 
 
-def _residue(
-    kind: Kind, link: Link, m: np.ndarray, word: np.ndarray, total: np.ndarray
-) -> np.ndarray:
-    """What is known of a coordinate modulo ``link.spacing``; ``total`` is the sum of the others where that
-    decides."""
-    if link.spacing == kind.modulus and kind.modulus > 1:
-        return ((4 * m if kind.modulus == 8 else 0) - total) % kind.modulus
-    if link.spacing == 4:
-        return m + 2 * parities()[word & link.mask]
-    return m
+def _residues(kind: Kind, links: tuple[Link, ...], m: np.ndarray, laid: np.ndarray) -> np.ndarray:
+    """(…, links) uint8: what is known of coordinates modulo their spacing, (…, 1) where it is the same for
+    all. ``laid``: the coordinates before them, and zeros."""
+    spacing = links[0].spacing
+    if spacing == kind.modulus and kind.modulus > 1:
+        total = byte_sums(laid.astype(np.uint8)).astype(np.int32)
+        left = (4 * m if kind.modulus == 8 else 0) - total
+        return (left & (kind.modulus - 1)).astype(np.uint8)[..., None]
+    same = m.astype(np.uint8)[..., None]
+    if spacing < 4:
+        return same
+    checks = _checks(links)
+    bits = (laid[..., :_INFORMATION] - m[..., None]) >> 1 & 1
+    # A product of floats is the quickest sum of a short axis, and exact.
+    word = bits.astype(np.float32) @ _POWERS
+    return checks.take(word.astype(np.int64), axis=0) + same
+
+
+@cache
+def _checks(links: tuple[Link, ...]) -> np.ndarray:
+    """(4096, links) uint8: twice the Golay bits that follow from each word of information bits."""
+    masks = np.array([link.mask for link in links])
+    return 2 * parities()[np.arange(1 << _INFORMATION)[:, None] & masks]

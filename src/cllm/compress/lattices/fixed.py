@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import numpy as np
 import torch
@@ -21,12 +22,14 @@ from torch import Tensor
 from cllm.compress.decoders.block_plane import lattice_of
 from cllm.compress.lattices.blocks import Kind, runs
 from cllm.lattice import nth_primes
-from cllm.store.packing import pack_codes, unpack_codes
+from cllm.store.packing import pack_rows, unpack_rows
 
 BITS = (2, 3, 4, 8)
 # Where a target lies outside, it is drawn in so far at a time, so many times at most.
 _PULL, _PULLS = 0.94, 16
 _ASIDE = 2.0**-10
+_CACHED = 2**15
+"""Weights whose points are computed at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,28 +75,29 @@ class FixedMatrix:
 
     def dense(self) -> Tensor:
         """(m, n) float32."""
-        n = self.codes.shape[1]
-        out = torch.empty(self.codes.shape, dtype=torch.float32)
-        for run in runs(self.spec.lattice, n):
-            part = self.codes[:, run.start : run.stop]
+        m, n = self.codes.shape
+        out = torch.empty(m, n, dtype=torch.float32)
+        # So many rows that the passes over their points stay in cache.
+        some = max(_CACHED // n, 1)
+        for rows, run in product(
+            (slice(i, i + some) for i in range(0, m, some)), runs(self.spec.lattice, n)
+        ):
+            part = self.codes[rows, run.start : run.stop]
             points = points_of(run.kind, part.reshape(-1, run.kind.width), self.spec.bits)
-            out[:, run.start : run.stop] = points.float().reshape(len(part), -1)
+            out[rows, run.start : run.stop] = points.view(len(part), -1)
         group = torch.from_numpy(self.spec.group_of(n))
-        return out * self.scales.float()[:, group]
+        return out.mul_(self.scales.float()[:, group])
 
     def parts(self) -> dict[str, Tensor]:
         """Tensors for a file; each row begins at a byte."""
-        rows = [pack_codes(row, self.spec.bits) for row in self.codes]
-        return {"codes": torch.stack(rows), "scales": self.scales}
+        return {"codes": pack_rows(self.codes, self.spec.bits), "scales": self.scales}
 
 
 def from_parts(spec: FixedSpec, columns: int, codes: Tensor, scales: Tensor) -> FixedMatrix:
     """The matrix, or any of its rows, of ``FixedMatrix.parts``. Raises ``ValueError`` for other sizes."""
-    rows = [unpack_codes(row.contiguous(), spec.bits, columns) for row in codes]
-    if scales.shape != (len(rows), int(spec.group_of(columns).max()) + 1):
-        raise ValueError(f"{tuple(scales.shape)} scales for {len(rows)} rows of {columns}")
-    found = torch.stack(rows) if rows else torch.zeros((0, columns), dtype=torch.uint8)
-    return FixedMatrix(spec, found, scales)
+    if scales.shape != (len(codes), int(spec.group_of(columns).max()) + 1):
+        raise ValueError(f"{tuple(scales.shape)} scales for {len(codes)} rows of {columns}")
+    return FixedMatrix(spec, unpack_rows(codes, spec.bits, columns), scales)
 
 
 def points_of(kind: Kind, codes: Tensor, bits: int) -> Tensor:
