@@ -52,12 +52,11 @@ def run(options: Options) -> Result:
     load, busy = load_now(), is_busy()
     cases = {"nano": CASES["nano"]} if options.quick else CASES
     ways = dict(list(WAYS.items())[:1]) if options.quick or usable_threads() < 2 else WAYS
-    with afresh():
-        rows = [
-            _row(case, way, [*settings, *threads], options.quick)
-            for case, settings in cases.items()
-            for way, threads in ways.items()
-        ]
+    rows = [
+        _row(case, way, [*settings, *threads], options.quick)
+        for case, settings in cases.items()
+        for way, threads in ways.items()
+    ]
     why = "--quick measures nothing" if options.quick else (busy or "")
     claims = [
         Claim(
@@ -77,8 +76,8 @@ def run(options: Options) -> Result:
         notes=[
             "Ratios are forecast ÷ measurement. Vocabulary 4,096; batch 16 where nothing is said. Medians "
             f"of {ROUNDS} rounds of {STEPS} steps after warm-up. Memory is the peak of the resident set of "
-            "the process that trains; of workers, the parent's. The machine's constants were measured in "
-            "this run.",
+            "the process that trains; of workers, the parent's. The machine's constants are "
+            "measured before each row.",
         ],
         load_before=load,
         busy=busy or "",
@@ -96,7 +95,8 @@ def forecast(config: Config) -> tuple[float, float]:
 
 def _row(case: str, way: str, settings: list[str], quick: bool) -> dict[str, Any]:
     config = choose(merge(Config(), BASE | dict(map(parse_setting, settings)))).config
-    seconds, memory = forecast(config)
+    with afresh():  # a shared machine is another one some minutes later
+        seconds, memory = forecast(config)
     env = dict(os.environ)
     spin_briefly(env)
     call = ["ours", "--steps", "2" if quick else str(STEPS)]
