@@ -42,7 +42,7 @@ def test_what_there_was_no_time_for_is_said(isolated: Path, corpus: Path) -> Non
 def test_all_cases_are_valid_and_see_the_same_tokens() -> None:
     for budget in BUDGETS:
         for case in [*main_cases(budget), *other_cases()]:
-            config = case.config((), budget, RATES[0], 0, quick=False)
+            config = case.config((), budget, RATES[0], 0, dtype="fp32")
             seen = config.train.steps * config.train.batch_size * config.model.context
             assert abs(seen - case.share * budget.tokens) < 2048
             assert config.model.embedding.init == case.start

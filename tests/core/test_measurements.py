@@ -43,6 +43,8 @@ def test_a_damaged_file_counts_as_none(kept: Path, damage: str) -> None:
 def test_an_unwritable_cache_is_told(kept: Path) -> None:
     kept.write_text("a file stands in the way")
     assert remember("attention", 1) is False
+    assert recall("attention") == 1  # in this process
+    measurements._meanwhile.clear()
     assert recall("attention") is None
 
 
@@ -66,5 +68,7 @@ def test_what_is_not_for_good_stays_in_this_process(kept: Path) -> None:
     with afresh():
         assert recall("attention") is None
     remember("attention", 2)
+    remember("attention", 3, for_good=False)
+    assert recall("attention") == 3  # the last one
     measurements._meanwhile.clear()  # another process
     assert recall("attention") == 2

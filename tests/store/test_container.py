@@ -126,7 +126,7 @@ def test_codes_come_back_from_as_few_bytes_as_they_take(bits: int, count: int, s
         unpack_codes(packed, bits, count + per)
 
 
-@given(bits=st.sampled_from([2, 3, 4, 8]), rows=st.integers(0, 4), columns=st.integers(1, 20))
+@given(bits=st.sampled_from([2, 3, 4, 8]), rows=st.integers(0, 4), columns=st.integers(0, 20))
 @settings(max_examples=60)
 def test_each_row_of_codes_begins_at_a_byte(bits: int, rows: int, columns: int) -> None:
     codes = torch.from_numpy(np.random.default_rng(0).integers(0, 1 << bits, (rows, columns)))
@@ -136,6 +136,8 @@ def test_each_row_of_codes_begins_at_a_byte(bits: int, rows: int, columns: int) 
     assert torch.equal(unpack_rows(packed, bits, columns).long(), codes)
     with pytest.raises(ValueError, match="do not hold"):
         unpack_rows(packed, bits, columns + 8)
+    with pytest.raises(ValueError, match="do not hold"):
+        unpack_rows(packed.reshape(-1), bits, columns)
 
 
 @pytest.mark.parametrize(("kind", "low", "high"), [("q4_0", -8, 7), ("q8_0", -127, 127)])

@@ -65,7 +65,7 @@ class Case:
         lr: float,
         seed: int,
         *,
-        dtype: str = "fp32",
+        dtype: str,
         quick: bool = False,
     ) -> Config:
         """The configuration of one training; evaluations only at the end, as they cost time."""

@@ -1,7 +1,8 @@
 """``docs/results/embed-runs.jsonl``: figures of trainings of ``cllm bench embed``, one training a line.
 
 The weights are in the cache of the machine that trained, and go with it. What a training taught does not
-depend on the machine (up to rounding), and takes core-hours to measure: it is kept with the project.
+depend on the machine (up to rounding, in one precision), and takes core-hours to measure: it is kept with
+the project.
 """
 
 from __future__ import annotations

@@ -37,6 +37,9 @@ def afresh() -> Iterator[None]:
             yield
         finally:
             _apart.reset(token)
+            for path, name in list(_meanwhile):
+                if path.parent == Path(folder):
+                    del _meanwhile[path, name]
 
 
 def machine_facts(threads: int | None = None) -> dict[str, Any]:
@@ -54,26 +57,27 @@ def machine_facts(threads: int | None = None) -> dict[str, Any]:
 def recall(name: str, *, threads: int | None = None) -> Any | None:
     """The measurement ``name`` made on a machine like this one, or ``None``."""
     path = _path(threads)
-    return _read(path).get(name, _meanwhile.get((path, name)))
+    return _meanwhile.get((path, name), _read(path).get(name))
 
 
 def remember(name: str, value: Any, *, threads: int | None = None, for_good: bool = True) -> bool:
-    """Keep the measurement ``name`` (any JSON). False if the cache directory cannot be written.
+    """Keep the measurement ``name`` (any JSON). False if the cache directory cannot be written: then, too,
+    it is kept in this process.
 
     ``for_good``: if not, it is kept in this process only, as what other programs may have spoiled. Two
     processes that remember at once may lose one of the two values, which is then measured anew.
     """
     path = _path(threads)
+    _meanwhile[path, name] = value
     if not for_good:
-        _meanwhile[path, name] = value
         return True
-    _meanwhile.pop((path, name), None)
     body = {"machine": machine_facts(threads), "values": _read(path) | {name: value}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, body)
     except (OSError, UserError):
         return False
+    del _meanwhile[path, name]
     return True
 
 

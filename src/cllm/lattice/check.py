@@ -77,7 +77,8 @@ def as_targets(targets: Any, dimension: int, name: str = "targets") -> torch.Ten
     precision become float64 and float32.
 
     Raises:
-        ValueError: wrong last dimension, more than two dimensions, not real numbers, NaN or infinity.
+        ValueError: wrong last dimension, more than two dimensions, not real numbers, NaN or infinity, not
+            in the CPU's memory.
     """
     return measured_targets(targets, dimension, name)[0]
 
@@ -99,6 +100,8 @@ def measured_targets(targets: Any, dimension: int, name: str) -> tuple[torch.Ten
             array = array.copy()
         targets = torch.from_numpy(array)
     targets = targets.detach()
+    if targets.device.type != "cpu":
+        raise ValueError(f"{name} lies on {targets.device}: move it to the CPU (.cpu())")
     if targets.ndim not in (1, 2) or targets.shape[-1] != dimension:
         raise ValueError(
             f"{name} must have shape (m, {dimension}) or ({dimension},), got {tuple(targets.shape)}"

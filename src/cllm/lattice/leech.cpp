@@ -1,7 +1,7 @@
 // Nearest points of the Leech lattice, LANES targets side by side.
 //
 // Of each quarter of the lattice (see leech.py) every word of the hexacode is decided exactly: lower bounds first would
-// spare nothing, as some target of the LANES needs most words. Two columns are joined once for all words that have
+// spare nothing, as each of most words is needed by some target of the LANES. Two columns are joined once for all words that have
 // their two elements. Targets stand in lanes of vectors and none is summed with another: how they are shared out does
 // not change a bit.
 //
@@ -14,13 +14,21 @@
 
 namespace {
 
-constexpr int LANES = 64 / sizeof(REAL);
+// Of a vector that the processor has: a wider one is taken apart, and choices in it become loops.
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+#elif defined(__AVX__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+constexpr int LANES = BYTES / sizeof(REAL);
 constexpr int COLUMNS = 6, ROWS = 4, PATTERNS = 16, PAIRS = 3, WORDS = 64, QUARTERS = 4;
 
 // LANES numbers; GNU's extension, which clang has too.
-typedef REAL Lane __attribute__((vector_size(64)));
+typedef REAL Lane __attribute__((vector_size(BYTES)));
 typedef std::conditional_t<sizeof(REAL) == 4, int32_t, int64_t> Whole;
-typedef Whole Wholes __attribute__((vector_size(64)));
+typedef Whole Wholes __attribute__((vector_size(BYTES)));
 
 Lane least(Lane a, Lane b) { return b < a ? b : a; }
 Lane size_of(Lane a) { return a < 0 ? -a : a; }

@@ -63,10 +63,16 @@ class Library:
                     if done.returncode == 0:
                         made.replace(path)  # whole at once: another process may look
                         return path
-                    error = error or (done.stderr.strip().splitlines() or ["no message"])[0]
+                    error = error or _reason(done.stderr)
         except (OSError, subprocess.SubprocessError) as problem:
             error = str(problem)
         raise CannotCompileError(f"{_compiler()} failed: {error}")
+
+
+def _reason(stderr: str) -> str:
+    """The first line that is an error's, else the first: a compiler may warn before it fails."""
+    lines = stderr.strip().splitlines() or ["no message"]
+    return next((line for line in lines if "error" in line.lower()), lines[0])
 
 
 def _compiler() -> str:

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Q4_0_BYTES, Q8_0_BYTES = 18, 34
 """Bytes of a block of 32 weights: an fp16 scale, and 4 or 8 bits of each."""
+
+_AT_ONCE = 2**20
+"""Codes of rows that are packed at a time, each of which takes some bytes meanwhile."""
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -51,9 +55,14 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Rows (m, n) of codes as rows (m, bytes) of uint8: each is what ``pack_codes`` makes of it."""
     per, width = _word(bits)
-    padded = torch.zeros(len(codes), -(-codes.shape[1] // per) * per, dtype=torch.uint8)
-    padded[:, : codes.shape[1]] = codes
-    return pack_codes(padded, bits).view(len(codes), padded.shape[1] // per * width)
+    m, n = codes.shape
+    words = -(-n // per)
+    out = torch.empty(m, words * width, dtype=torch.uint8)
+    some = max(_AT_ONCE // max(n, 1), 1)
+    for rows in (slice(i, min(i + some, m)) for i in range(0, m, some)):
+        padded = functional.pad(codes[rows], (0, words * per - n))
+        out[rows] = pack_codes(padded, bits).view(len(padded), words * width)
+    return out
 
 
 def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -61,8 +70,10 @@ def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
     size."""
     per, width = _word(bits)
     words = -(-columns // per)
-    if packed.shape[1] != words * width:
-        raise ValueError(f"{packed.shape[1]} bytes do not hold {columns} codes of {bits} bits")
+    if packed.ndim != 2 or packed.shape[1] != words * width:
+        raise ValueError(
+            f"rows of {tuple(packed.shape)} bytes do not hold {columns} codes of {bits} bits"
+        )
     flat = unpack_codes(packed.reshape(-1), bits, len(packed) * words * per)
     return flat.view(len(packed), words * per)[:, :columns]
 

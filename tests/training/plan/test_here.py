@@ -36,7 +36,7 @@ def test_constants_are_measured_once_and_not_kept_from_a_busy_machine(
         asked.append(request)
         return answer_of(request, processes)
 
-    busy = ["", "busy"]
+    busy: list[str | None] = [None]
     monkeypatch.setattr(calibrate, "ask", ask)
     monkeypatch.setattr(calibrate, "is_busy", lambda threads: busy[0])
     one = Product(1, 2, 3, 4, "float32", (False, True))
@@ -50,9 +50,14 @@ def test_constants_are_measured_once_and_not_kept_from_a_busy_machine(
     assert set(constants([one, other], **how).rates.products) == {*first.products, other}
     assert asked[-1]["constants"] is False
     assert len(asked[-1]["products"]) == 1
+    busy[0] = None  # what was measured meanwhile is measured again, and not mixed with what is kept
+    constants([Product(3, 2, 3, 4, "float32")], **how)
+    assert asked[-1]["constants"] is True
     measurements._meanwhile.clear()  # another process
-    assert constants([one], **how).rates == first
-    assert len(asked) == 2
+    kept = constants([one], **how).rates.products
+    assert other not in kept
+    assert kept[one] == 1e9
+    assert len(asked) == 4
     constants([], **how | {"threads": 2})
     assert asked[-1]["constants"] is True
 

@@ -28,7 +28,7 @@ BITS = (2, 3, 4, 8)
 # Where a target lies outside, it is drawn in so far at a time, so many times at most.
 _PULL, _PULLS = 0.94, 16
 _ASIDE = 2.0**-10
-_CACHED = 2**15
+_AT_ONCE = 2**15
 """Weights whose points are computed at a time."""
 
 
@@ -78,7 +78,7 @@ class FixedMatrix:
         m, n = self.codes.shape
         out = torch.empty(m, n, dtype=torch.float32)
         # So many rows that the passes over their points stay in cache.
-        some = max(_CACHED // n, 1)
+        some = max(_AT_ONCE // max(n, 1), 1)
         for rows, run in product(
             (slice(i, i + some) for i in range(0, m, some)), runs(self.spec.lattice, n)
         ):
