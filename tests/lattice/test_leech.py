@@ -126,6 +126,11 @@ def test_no_point_depends_on_who_stands_beside_it() -> None:
     assert np.array_equal(ROOT.nearest(strided).numpy(), whole[::3])
 
 
+def test_what_is_not_in_the_cpus_memory_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"x lies on meta: move it to the CPU"):
+        ROOT.nearest(torch.zeros(2, 24, device="meta"))
+
+
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leech_kernel, "load", lambda dtype: NONE)
     with pytest.warns(RuntimeWarning, match=r"passes of torch.*no C\+\+ compiler g\+\+"):

@@ -55,6 +55,11 @@ def test_a_compiler_that_fails_and_one_that_is_not_there(library, tmp_path, monk
     monkeypatch.setenv("CXX", str(failing))
     with pytest.raises(CannotCompileError, match=r"failing failed: this is no compiler$"):
         library.compile()
+    failing.write_text(
+        "#!/bin/sh\necho a warning >&2\necho line 3: error: that is none >&2\nexit 1\n"
+    )
+    with pytest.raises(CannotCompileError, match=r"failing failed: line 3: error: that is none$"):
+        library.compile()
     monkeypatch.setenv("CXX", "nowhere")
     with pytest.raises(
         CannotCompileError, match=r"no C\+\+ compiler nowhere \(install one, or set"

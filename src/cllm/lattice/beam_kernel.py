@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cllm.lattice.native import CannotCompileError, Library
+from cllm.lattice.native import Library, functions
 
 if TYPE_CHECKING:
     from cllm.lattice.beam import Tree
@@ -28,7 +26,6 @@ Prepared = Callable[[slice], None]
 """Decides the targets of a slice."""
 Kernel = Callable[["Tree", int, int, bool, Tensor], Prepared]
 """From a tree, K, children, whether the first path is kept, and the coefficients to write."""
-_LOCK = threading.Lock()
 
 
 class _Arguments(ctypes.Structure):
@@ -49,18 +46,11 @@ class _Arguments(ctypes.Structure):
 
 def load(dtype: torch.dtype) -> Kernel | str:
     """The kernel for a dtype, or in one line why there is none."""
-    with _LOCK:
-        return _load(dtype)
-
-
-@cache
-def _load(dtype: torch.dtype) -> Kernel | str:
-    try:
-        made = Library(source=SOURCE, options=(*OPTIONS, f"-DREAL={REALS[dtype]}")).compile()
-    except CannotCompileError as error:
-        return str(error)
-    kernel = ctypes.CDLL(str(made)).beam
-    kernel.argtypes, kernel.restype = [ctypes.POINTER(_Arguments)], None
+    library = Library(source=SOURCE, options=(*OPTIONS, f"-DREAL={REALS[dtype]}"))
+    found = functions(library, ("beam",), _Arguments)
+    if isinstance(found, str):
+        return found
+    (kernel,) = found
 
     def prepared(tree: Tree, K: int, children: int, keep_first: bool, out: Tensor) -> Prepared:
         n = tree.opened.shape[1]

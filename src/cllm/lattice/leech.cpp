@@ -1,9 +1,9 @@
 // Nearest points of the Leech lattice, LANES targets side by side.
 //
 // Of each quarter of the lattice (see leech.py) every word of the hexacode is decided exactly: lower bounds first would
-// spare nothing, as each of most words is needed by some target of the LANES. Two columns are joined once for all words that have
-// their two elements. Targets stand in lanes of vectors and none is summed with another: how they are shared out does
-// not change a bit.
+// spare nothing, as nearly every word is needed by some target of the LANES. Two columns are joined once for all words
+// that have their two elements. Targets stand in lanes of vectors and none is summed with another: how they are shared
+// out does not change a bit.
 //
 // Compiled by leech_kernel.py for the machine it runs on.
 

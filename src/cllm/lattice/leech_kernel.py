@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cllm.lattice.golay import column_patterns, hexacode
-from cllm.lattice.native import CannotCompileError, Library
+from cllm.lattice.native import Library, functions
 from cllm.lattice.threads import for_each
 
 SOURCE = Path(__file__).with_name("leech.cpp")
@@ -22,7 +21,6 @@ REALS = {torch.float32: "float", torch.float64: "double"}
 SCALE = math.sqrt(8)
 # Rows that a thread takes at a time, a multiple of the kernel's lanes.
 CHUNK = 256
-_LOCK = threading.Lock()
 
 Kernel = Callable[[Tensor, Tensor], None]
 """Writes the points nearest to rows (m, 24) to rows of the second tensor."""
@@ -40,23 +38,12 @@ class _Arguments(ctypes.Structure):
 
 def load(dtype: torch.dtype) -> Kernel | str:
     """The kernel for a dtype, or in one line why there is none."""
-    with _LOCK:
-        return _load(dtype)
-
-
-@cache
-def _load(dtype: torch.dtype) -> Kernel | str:
     # Vectors are passed between functions of one file only, whatever other compilers would do.
     options = ("-std=c++17", "-Wno-psabi", f"-DREAL={REALS[dtype]}")
-    try:
-        made = Library(source=SOURCE, options=options).compile()
-    except CannotCompileError as error:
-        return str(error)
-    function = ctypes.CDLL(str(made)).nearest
-    function.argtypes, function.restype = [ctypes.POINTER(_Arguments)], None
-    words, patterns = (
-        np.ascontiguousarray(t, dtype=np.int32) for t in (hexacode(), column_patterns())
-    )
+    found = functions(Library(source=SOURCE, options=options), ("nearest",), _Arguments)
+    if isinstance(found, str):
+        return found
+    (function,), (words, patterns) = found, _tables()
 
     def nearest(points: Tensor, out: Tensor) -> None:
         points = points.contiguous()
@@ -81,3 +68,9 @@ def _load(dtype: torch.dtype) -> Kernel | str:
         for_each(decode, range(0, len(points), CHUNK))
 
     return nearest
+
+
+@cache
+def _tables() -> tuple[np.ndarray, np.ndarray]:
+    words, patterns = hexacode(), column_patterns()
+    return words.astype(np.int32), patterns.astype(np.int32)

@@ -5,6 +5,7 @@ It stands on the lowest floor that needs it, and like all of that floor imports 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -12,8 +13,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+Function = Callable[[Any], None]
+"""A compiled function, of a reference to a structure of arguments."""
+_LOCK = threading.Lock()
 
 # No exceptions of floating point are read, so that rounding and choices may be vectorised.
 OPTIONS = ("-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
@@ -67,6 +76,29 @@ class Library:
         except (OSError, subprocess.SubprocessError) as problem:
             error = str(problem)
         raise CannotCompileError(f"{_compiler()} failed: {error}")
+
+
+def functions(
+    library: Library, names: tuple[str, ...], arguments: type[ctypes.Structure]
+) -> tuple[Function, ...] | str:
+    """Functions of ``library`` that take ``arguments``, compiled at the first call of a process; or in one
+    line why there are none."""
+    with _LOCK:
+        return _functions(library, names, arguments)
+
+
+@cache
+def _functions(
+    library: Library, names: tuple[str, ...], arguments: type[ctypes.Structure]
+) -> tuple[Function, ...] | str:
+    try:
+        loaded = ctypes.CDLL(str(library.compile()))
+    except CannotCompileError as error:
+        return str(error)
+    found = tuple(getattr(loaded, name) for name in names)
+    for function in found:
+        function.argtypes, function.restype = [ctypes.POINTER(arguments)], None
+    return found
 
 
 def _reason(stderr: str) -> str:

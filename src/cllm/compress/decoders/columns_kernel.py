@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 import warnings
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cllm.compress.decoders.lattice_frame import Points
-from cllm.lattice.native import CannotCompileError, Library
+from cllm.lattice.native import Function, Library, functions
 from cllm.lattice.threads import for_each
 
 SOURCE = Path(__file__).with_name("columns.cpp")
 REALS = {torch.float32: "float", torch.float64: "double"}
 # Rows that a thread takes at a time, a multiple of the kernel's lanes.
 CHUNK = 64
-_LOCK = threading.Lock()
 
 
 class _Arguments(ctypes.Structure):
@@ -37,11 +34,8 @@ class _Arguments(ctypes.Structure):
 class Kernel:
     """The compiled functions for one dtype. All matrices are (m, n) but ``matrix`` (n, n)."""
 
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        library, self.dtype = ctypes.CDLL(str(path)), dtype
-        for function in (library.nearest, library.descend):
-            function.argtypes, function.restype = [ctypes.POINTER(_Arguments)], None
-        self._nearest, self._descend = library.nearest, library.descend
+    def __init__(self, found: tuple[Function, ...], dtype: torch.dtype) -> None:
+        (self._nearest, self._descend), self.dtype = found, dtype
 
     def nearest(self, weight: Tensor, U: Tensor, points: Points) -> Tensor:
         """Codes by nearest plane, columns from the last to the first (see ``babai``)."""
@@ -93,17 +87,9 @@ class Kernel:
 
 def load(dtype: torch.dtype) -> Kernel | str:
     """The kernel for a dtype, or in one line why there is none."""
-    with _LOCK:
-        return _load(dtype)
-
-
-@cache
-def _load(dtype: torch.dtype) -> Kernel | str:
-    options = ("-std=c++17", f"-DREAL={REALS[dtype]}")
-    try:
-        return Kernel(Library(source=SOURCE, options=options).compile(), dtype)
-    except CannotCompileError as error:
-        return str(error)
+    library = Library(source=SOURCE, options=("-std=c++17", f"-DREAL={REALS[dtype]}"))
+    found = functions(library, ("nearest", "descend"), _Arguments)
+    return found if isinstance(found, str) else Kernel(found, dtype)
 
 
 def kernel_or_none(dtype: torch.dtype) -> Kernel | None:
