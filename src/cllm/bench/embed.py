@@ -23,6 +23,7 @@ from cllm.bench.embed_cases import (
     RANK32,
     RANK64,
     SEEDS,
+    VALIDATIONS,
     Budget,
     Case,
     main_cases,
@@ -78,9 +79,11 @@ def run(options: Options) -> Result:
 def _notes(trainings: Trainings) -> list[str]:
     used = trainings.used.values()
     return [
-        "Bits per byte of validation text at the end of training, mean and standard deviation over the "
-        "seeds; `steps` is the share of the budget's steps, with a schedule of that length. `lr tried`: "
-        "learning rates tried for the table and start; the first stands until all were, then the best.",
+        "Bits per byte of validation text, of the weights that `cllm train` keeps: those of the end where "
+        f"no text is seen twice, else the best of {VALIDATIONS} validations on the way. Mean and standard "
+        "deviation over the seeds; `steps` is the share of the budget's steps, with a schedule of that "
+        "length. `lr tried`: learning rates tried for the table and start; the first stands until all "
+        "were, then the best.",
         f"Trainings: {len(used)}, each with its machine in [{NAME}]({NAME}): {machines(used)}.",
         "`tokens/s`: tables of this kind and width in turns, at the end of this call.",
     ]

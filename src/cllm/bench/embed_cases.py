@@ -46,6 +46,21 @@ BUDGETS = (
 )
 QUICK = replace(BUDGETS[0], name="quick", tokens=4096)
 
+VALIDATIONS = 20
+"""Validations of a training that sees its text more than once."""
+BYTES_OF_A_TOKEN = 3
+"""Of any text with the vocabulary trained here, at most; only to tell whether it is seen more than once."""
+
+
+def validations(budget: Budget, size: int) -> int:
+    """How often trainings on a text of ``size`` bytes are validated.
+
+    The loss of held-out text falls to the end while all that is trained on is new; on a text that is seen
+    again it rises in time, sooner for what learns faster, so that the ends alone would compare how many
+    passes were too many.
+    """
+    return VALIDATIONS if budget.tokens * BYTES_OF_A_TOKEN > size else 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -66,9 +81,11 @@ class Case:
         seed: int,
         *,
         dtype: str,
+        validations: int = 1,
         quick: bool = False,
     ) -> Config:
-        """The configuration of one training; evaluations only at the end, as they cost time."""
+        """The configuration of one training, which is validated so often (and as it ends); the weights
+        that do best then are scored."""
         base: dict[str, Any] = {"model.preset": "nano" if quick else "tiny"}
         if quick:
             base |= {"tokenizer.vocab_size": 300, "model.d_model": 64}
@@ -82,7 +99,7 @@ class Case:
             "train.dtype": dtype,
             "train.lr": lr,
             "train.seed": seed,
-            "train.eval_every": steps,
+            "train.eval_every": max(steps // validations, 1),
             "train.checkpoint_every": steps,
             "log.sample_tokens": 0,
             "log.tensorboard": False,

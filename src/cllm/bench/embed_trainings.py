@@ -18,6 +18,7 @@ from cllm.bench.embed_cases import (
     Case,
     main_cases,
     other_cases,
+    validations,
 )
 from cllm.bench.embed_kept import Figures, Kept, Words, figures_of
 from cllm.bench.reference import Prints, is_kept, reference_key, reference_run, text_prints
@@ -111,18 +112,18 @@ class Trainings:
         place = (corpus, words)
         if place in self.used:
             return self.used[place]
+        prints = self._prints_of(corpus)
         config = case.config(
             (corpus,) if corpus else (),
             budget,
             lr,
             seed,
             dtype=self.precision(corpus, budget, seed),
+            validations=validations(budget, sum(size for size, _ in prints)),
             quick=self.quick,
         )
         if place not in self._keys:
-            if corpus not in self._prints:
-                self._prints[corpus] = text_prints(config)
-            self._keys[place] = reference_key(config, self._prints[corpus])
+            self._keys[place] = reference_key(config, prints)
         key = self._keys[place]
         figures = self.kept.get(key)
         if figures is None and (train or is_kept(key)):
@@ -132,6 +133,11 @@ class Trainings:
         if figures is not None:
             self.used[place] = figures
         return figures
+
+    def _prints_of(self, corpus: str) -> Prints:
+        if corpus not in self._prints:
+            self._prints[corpus] = text_prints((corpus,) if corpus else ())
+        return self._prints[corpus]
 
 
 def make_all(trainings: Trainings, corpora: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 
 from cllm.core.config import Config
 from cllm.core.machine import cache_dir
@@ -62,9 +63,9 @@ def is_kept(key: str) -> bool:
 Prints = list[tuple[int, str]]
 
 
-def text_prints(config: Config) -> Prints:
-    """Size and hash of what the text of ``config`` says; where it lies decides nothing."""
-    found = (source.fingerprint() for source in expand(config.data.paths))
+def text_prints(paths: Sequence[str]) -> Prints:
+    """Size and hash of what the text of ``paths`` says; where it lies decides nothing."""
+    found = (source.fingerprint() for source in expand(paths))
     return [(one.size, one.sha256) for one in found]
 
 
@@ -74,7 +75,7 @@ def reference_key(config: Config, prints: Prints | None = None) -> str:
     ``prints``: of its text, where they are known (reading the built-in corpus takes a second).
     """
     if prints is None:
-        prints = text_prints(config)
+        prints = text_prints(config.data.paths)
     where = {"data": config.data.model_copy(update={"paths": ()})}
     changed = config.model_copy(update=where).model_dump(mode="json", exclude_defaults=True)
     facts = json.dumps([FORMAT, changed, prints], sort_keys=True)
