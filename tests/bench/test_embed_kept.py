@@ -13,7 +13,17 @@ import pytest
 
 from cllm.bench import embed_trainings
 from cllm.bench.embed import UNMEASURED, _Judge, _notes
-from cllm.bench.embed_cases import BUDGETS, CORPUS, NORMAL, RATES, SEEDS, Case, main_cases
+from cllm.bench.embed_cases import (
+    BUDGETS,
+    CORPUS,
+    NORMAL,
+    RATES,
+    SEEDS,
+    VALIDATIONS,
+    Case,
+    main_cases,
+    shortened,
+)
 from cllm.bench.embed_kept import NAME, Figures, Kept, Words, figures_of, machines
 from cllm.bench.embed_trainings import Trainings, make_all
 from cllm.bench.reference import reference_key
@@ -241,6 +251,20 @@ def test_what_is_compared_is_of_one_precision(
     make(1, NORMAL)
     seen = [(c.train.seed, c.model.embedding.init, c.train.dtype) for c in fake.trained]
     assert seen == [(0, "normal", "fp32"), (0, "corpus", "fp32"), (1, "normal", "bf16")]
+
+
+def test_what_is_seen_again_is_validated_on_the_way(
+    fake: Fake, corpora: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a start that learns faster is compared after more of the passes that only harm."""
+    budget = BUDGETS[0]
+    for size in (budget.tokens, 10 * budget.tokens):
+        monkeypatch.setattr(embed_trainings, "text_prints", lambda paths, size=size: [(size, "0")])
+        trainings = Trainings(quick=False, kept=Kept(write=False), tuned_on="one.txt")
+        for case in (NORMAL, shortened(budget)[0]):
+            trainings.make(case, "one.txt", budget, RATES[0], SEEDS[0])
+    counts = [config.train.steps / config.train.eval_every for config in fake.trained]
+    assert [round(count) for count in counts] == [VALIDATIONS, VALIDATIONS, 1, 1]
 
 
 def test_the_first_rate_stands_until_all_were_tried(fake: Fake, corpora: list[str]) -> None:
