@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from cllm.bench import embed_trainings
+from cllm.bench import embed_kept, embed_trainings
 from cllm.bench.embed import UNMEASURED, _Judge, _notes
 from cllm.bench.embed_cases import (
     BUDGETS,
     CORPUS,
+    DROPOUTS,
     NORMAL,
     RATES,
     SEEDS,
@@ -25,11 +26,12 @@ from cllm.bench.embed_cases import (
     shortened,
 )
 from cllm.bench.embed_kept import NAME, Figures, Kept, Words, figures_of, machines
-from cllm.bench.embed_trainings import Trainings, make_all
+from cllm.bench.embed_trainings import Trainings, make_all, with_best_dropout
 from cllm.bench.reference import reference_key
 from cllm.core.config import Config
 from cllm.core.errors import UserError
 from cllm.store.run import RunDirectory
+from cllm.store.steps import best_step
 
 FILE = Path("docs", "results", NAME)
 BEST = RATES[1]
@@ -64,26 +66,34 @@ def put(*lines: str) -> None:
     FILE.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")
 
 
+def rate_decides(config: Config) -> tuple[float, float]:
+    """Bits per byte, and the share of the steps at which they were best."""
+    return 1.9 - 0.1 * (config.train.lr == BEST), 1.0
+
+
 class Fake:
     """Stands for training: takes no time, and ends by Ctrl-C after ``most`` trainings."""
 
     def __init__(self, trained: Path) -> None:
         self.run, self.most, self.trained = trained, 10_000, list[Config]()
+        self.ends: Callable[[Config], tuple[float, float]] = rate_decides
 
     def __call__(self, config: Config) -> Any:
         if len(self.trained) == self.most:
             raise KeyboardInterrupt
         self.trained.append(config)
         status = RunDirectory.open(self.run).status()
-        bpb = 1.9 - 0.1 * (config.train.lr == BEST)
+        bpb, best_at = self.ends(config)
         known = replace(status, facts=status.facts | {"validation_bpb": bpb})
 
         class Run:
+            path = round(best_at * config.train.steps)
+
             def status(self) -> Any:
                 return known
 
             def read_config(self) -> Any:
-                return {"train": {"dtype": config.train.dtype}}
+                return {"train": {"dtype": config.train.dtype, "steps": config.train.steps}}
 
         return Run()
 
@@ -93,6 +103,7 @@ def fake(trained: Path, monkeypatch: pytest.MonkeyPatch, isolated: Path) -> Fake
     made = Fake(trained)
     monkeypatch.setattr(embed_trainings, "reference_run", made)
     monkeypatch.setattr(embed_trainings, "is_kept", lambda key: False)
+    monkeypatch.setattr(embed_kept, "best_step", lambda step: step)
     monkeypatch.setattr(embed_trainings, "faster_precision", lambda: "fp32")
     return made
 
@@ -193,6 +204,7 @@ def test_figures_are_those_of_the_run(trained: Path) -> None:
     assert found.validation_bpb == facts["validation_bpb"]
     assert found.table_numbers == facts["table"]["numbers"]
     assert (found.threads, found.dtype, found.log2_defects) == (1, "fp32", None)
+    assert found.best_at == best_step(trained) / run.read_config()["train"]["steps"]
     assert found.torch == facts["versions"]["torch"]
 
 
@@ -265,6 +277,55 @@ def test_what_is_seen_again_is_validated_on_the_way(
             trainings.make(case, "one.txt", budget, RATES[0], SEEDS[0])
     counts = [config.train.steps / config.train.eval_every for config in fake.trained]
     assert [round(count) for count in counts] == [VALIDATIONS, VALIDATIONS, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("by_dropout", "best", "tried"),
+    [
+        ({0.0: (1.9, 1.0)}, 0.0, 1),
+        ({0.0: (1.9, 0.6), 0.1: (1.8, 0.95)}, 0.1, 2),
+        ({0.0: (1.9, 0.6), 0.1: (1.95, 0.7)}, 0.0, 2),
+        ({0.0: (1.9, 0.3), 0.1: (1.8, 0.4), 0.2: (1.7, 0.5), 0.3: (1.75, 0.8)}, 0.2, 4),
+    ],
+)
+def test_dropout_is_tried_while_it_helps_and_learning_ends_early(
+    fake: Fake,
+    corpora: list[str],
+    by_dropout: dict[float, tuple[float, float]],
+    best: float,
+    tried: int,
+) -> None:
+    """Judged once the series of the first seed has ended, by all seeds with the best of it."""
+    budget, case = BUDGETS[0], NORMAL
+    fake.ends = lambda config: by_dropout[config.model.residual_dropout]
+    trainings = Trainings(quick=False, kept=Kept(write=False), tuned_on="one.txt")
+    assert trainings.untried_dropout(case, "two.txt", budget) == 0.0
+    with_best_dropout(trainings, case, "two.txt", budget, SEEDS[1])
+    seen = [(c.train.seed, c.model.residual_dropout) for c in fake.trained]
+    assert seen == [*((SEEDS[0], d) for d in DROPOUTS[:tried]), (SEEDS[1], best)]
+    assert {c.model.embedding_dropout == c.model.residual_dropout for c in fake.trained} == {True}
+    assert trainings.untried_dropout(case, "two.txt", budget) is None
+    assert trainings.dropout(case, "two.txt", budget) == best
+    assert trainings.bpbs(case, "two.txt", budget) == dict.fromkeys(SEEDS[:2], by_dropout[best][0])
+
+
+def test_a_claim_waits_for_the_dropouts(
+    whole: Callable[[], Trainings], fake: Fake, corpora: list[str]
+) -> None:
+    def ended_early(one: dict[str, Any]) -> dict[str, Any]:
+        return one | {"best_at": 0.5} if one["table"] == "reduced 64" else one
+
+    lines = map(json.loads, FILE.read_text(encoding="utf-8").splitlines())
+    put(*(json.dumps(ended_early(one)) for one in lines))
+    claims = _Judge(whole(), "two.txt", BUDGETS[0]).claims(quick=False)
+    assert [claim.name[:7] for claim in claims if not claim.judged] == ["rank 64"]
+
+
+def test_without_time_nothing_is_tried(fake: Fake, corpora: list[str]) -> None:
+    kept = Kept(write=False)
+    trainings = Trainings(quick=False, kept=kept, tuned_on="one.txt", until=0.0)
+    with_best_dropout(trainings, NORMAL, "two.txt", BUDGETS[0], SEEDS[1])
+    assert not fake.trained
 
 
 def test_the_first_rate_stands_until_all_were_tried(fake: Fake, corpora: list[str]) -> None:

@@ -11,6 +11,10 @@ from cllm.core.settings import build
 RATES = (3e-3, 2e-3, 5e-3)
 """Learning rates tried for each table, each start tuned for itself; the first is the default."""
 SEEDS = (0, 1, 2)
+DROPOUTS = (0.0, 0.1, 0.2, 0.3)
+"""Dropouts of embeddings and residuals, each tried where the one before it left the best weights before
+this share of the steps, and helped."""
+LEARNING_UNTIL = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,7 @@ class Case:
         seed: int,
         *,
         dtype: str,
+        dropout: float = 0.0,
         validations: int = 1,
         quick: bool = False,
     ) -> Config:
@@ -104,6 +109,8 @@ class Case:
             "log.sample_tokens": 0,
             "log.tensorboard": False,
             "model.embedding.init": self.start,
+            "model.embedding_dropout": dropout,
+            "model.residual_dropout": dropout,
         }
         settings |= {f"model.embedding.{name}": value for name, value in self.fields.items()}
         settings |= {f"train.{name}": value for name, value in self.training.items()}

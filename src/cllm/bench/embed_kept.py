@@ -19,6 +19,7 @@ from cllm.core.atomic import clear_errors, write_text
 from cllm.core.errors import UserError
 from cllm.core.section import Section
 from cllm.store.run import RunDirectory
+from cllm.store.steps import best_step
 
 NAME = "embed-runs.jsonl"
 
@@ -32,6 +33,7 @@ class Words(Section):
     start: str
     steps: float
     lr: float
+    dropout: float = 0.0
     seed: int
 
 
@@ -40,6 +42,8 @@ class Figures(Words):
 
     key: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     validation_bpb: Annotated[float, Field(gt=0)]
+    best_at: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of the steps after which the weights did best on validation text."""
     table_numbers: int
     half_width_retains: float
     log2_defects: tuple[float, float] | None
@@ -56,17 +60,20 @@ def figures_of(run: RunDirectory, key: str, words: Words) -> Figures:
     """The line of a run that has been trained."""
     status = run.status()
     facts, table = status.facts, status.facts["table"]
+    train = run.read_config()["train"]
+    best = best_step(run.path)
     after = next((v for name, v in table.items() if name.startswith("basis after")), None)
     return Figures(
         **words.model_dump(),
         key=key,
         validation_bpb=facts["validation_bpb"],
+        best_at=best / train["steps"] if best else 1.0,
         table_numbers=table["numbers"],
         half_width_retains=table["retained_at_half"],
         log2_defects=after and (table["basis"]["log2_defect"], after["log2_defect"]),
         processor=facts["machine"]["processor"],
         threads=facts["machine"]["threads"],
-        dtype=run.read_config()["train"]["dtype"],
+        dtype=train["dtype"],
         date=status.created[:10],
         cllm=facts["versions"]["cllm"],
         torch=facts["versions"]["torch"],

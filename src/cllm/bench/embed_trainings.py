@@ -10,6 +10,8 @@ from pathlib import Path
 
 from cllm.bench.embed_cases import (
     BUDGETS,
+    DROPOUTS,
+    LEARNING_UNTIL,
     QUICK,
     QUICK_CASES,
     RATES,
@@ -80,25 +82,76 @@ class Trainings:
             self._precisions[place] = self.kept.precision(*place) or here
         return self._precisions[place]
 
+    def untried_dropout(self, case: Case, corpus: str, budget: Budget) -> float | None:
+        """The dropout to be tried next on a text; ``None`` where the best is among those that were."""
+        tried = list(self._dropouts(case, corpus, budget).values())
+        if self.quick or len(tried) == len(DROPOUTS):
+            return None
+        if tried and tried[-1].best_at >= LEARNING_UNTIL:
+            return None
+        if len(tried) > 1 and tried[-1].validation_bpb >= tried[-2].validation_bpb:
+            return None
+        return DROPOUTS[len(tried)]
+
+    def dropout(self, case: Case, corpus: str, budget: Budget) -> float:
+        """The best on a text of those that were tried; the first where none was."""
+        tried = self._dropouts(case, corpus, budget)
+        return min(tried, key=lambda value: tried[value].validation_bpb, default=DROPOUTS[0])
+
+    def _dropouts(self, case: Case, corpus: str, budget: Budget) -> dict[float, Figures]:
+        lr, found = self.rate(case), dict[float, Figures]()
+        for dropout in DROPOUTS:
+            figures = self.known(case, corpus, budget, lr, SEEDS[0], dropout)
+            if figures is None:
+                break
+            found[dropout] = figures
+        return found
+
     def known(
-        self, case: Case, corpus: str, budget: Budget, lr: float, seed: int
+        self,
+        case: Case,
+        corpus: str,
+        budget: Budget,
+        lr: float,
+        seed: int,
+        dropout: float = DROPOUTS[0],
     ) -> Figures | None:
         """The figures of a training that is kept, in the file or in this machine's cache."""
-        return self._figures(case, corpus, budget, lr, seed, train=False)
+        return self._figures(case, corpus, budget, lr, seed, dropout, train=False)
 
-    def make(self, case: Case, corpus: str, budget: Budget, lr: float, seed: int) -> None:
+    def make(
+        self,
+        case: Case,
+        corpus: str,
+        budget: Budget,
+        lr: float,
+        seed: int,
+        dropout: float = DROPOUTS[0],
+    ) -> None:
         """Train where it is not kept, while there is time. Raises what ``reference_run`` does."""
-        in_time = self.until is None or time.monotonic() < self.until
-        self._figures(case, corpus, budget, lr, seed, train=in_time)
+        self._figures(case, corpus, budget, lr, seed, dropout, train=self.in_time)
+
+    @property
+    def in_time(self) -> bool:
+        """Whether another training may begin."""
+        return self.until is None or time.monotonic() < self.until
 
     def bpbs(self, case: Case, corpus: str, budget: Budget) -> dict[int, float]:
         """Validation bits per byte by seed, as far as they are known."""
-        lr = self.rate(case)
-        found = {seed: self.known(case, corpus, budget, lr, seed) for seed in self.seeds}
+        lr, dropout = self.rate(case), self.dropout(case, corpus, budget)
+        found = {seed: self.known(case, corpus, budget, lr, seed, dropout) for seed in self.seeds}
         return {seed: f.validation_bpb for seed, f in found.items() if f is not None}
 
     def _figures(
-        self, case: Case, corpus: str, budget: Budget, lr: float, seed: int, *, train: bool
+        self,
+        case: Case,
+        corpus: str,
+        budget: Budget,
+        lr: float,
+        seed: int,
+        dropout: float,
+        *,
+        train: bool,
     ) -> Figures | None:
         words = Words(
             corpus=corpus_name(corpus),
@@ -107,6 +160,7 @@ class Trainings:
             start=case.start,
             steps=case.share,
             lr=lr,
+            dropout=dropout,
             seed=seed,
         )
         place = (corpus, words)
@@ -119,6 +173,7 @@ class Trainings:
             lr,
             seed,
             dtype=self.precision(corpus, budget, seed),
+            dropout=dropout,
             validations=validations(budget, sum(size for size, _ in prints)),
             quick=self.quick,
         )
@@ -158,14 +213,26 @@ def make_all(trainings: Trainings, corpora: Sequence[str]) -> None:
         _tune(trainings, case)
     for budget in BUDGETS:
         for seed, corpus, case in product(SEEDS, corpora, main_cases(budget)):
-            trainings.make(case, corpus, budget, trainings.rate(case), seed)
+            with_best_dropout(trainings, case, corpus, budget, seed)
     for case in other_cases():
         _tune(trainings, case)
         for seed in SEEDS:
-            trainings.make(case, trainings.tuned_on, first, trainings.rate(case), seed)
+            with_best_dropout(trainings, case, trainings.tuned_on, first, seed)
 
 
 def _tune(trainings: Trainings, case: Case) -> None:
     for lr in RATES:
         whole = replace(case, share=1.0)
         trainings.make(whole, trainings.tuned_on, BUDGETS[0], lr, SEEDS[0])
+
+
+def with_best_dropout(
+    trainings: Trainings, case: Case, corpus: str, budget: Budget, seed: int
+) -> None:
+    """Train with ``seed`` and the best dropout, after those that are to be tried with the first seed."""
+    lr = trainings.rate(case)
+    while (
+        dropout := trainings.untried_dropout(case, corpus, budget)
+    ) is not None and trainings.in_time:
+        trainings.make(case, corpus, budget, lr, SEEDS[0], dropout)
+    trainings.make(case, corpus, budget, lr, seed, trainings.dropout(case, corpus, budget))
