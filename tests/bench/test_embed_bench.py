@@ -42,10 +42,12 @@ def test_what_there_was_no_time_for_is_said(isolated: Path, corpus: Path) -> Non
 def test_all_cases_are_valid_and_see_the_same_tokens() -> None:
     for budget in BUDGETS:
         for case in [*main_cases(budget), *other_cases()]:
-            config = case.config((), budget, RATES[0], 0, dtype="fp32")
+            config = case.config((), budget, RATES[0], 0, dtype="fp32", dropout=0.1, validations=20)
             seen = config.train.steps * config.train.batch_size * config.model.context
             assert abs(seen - case.share * budget.tokens) < 2048
             assert config.model.embedding.init == case.start
+            assert 20 <= config.train.steps / config.train.eval_every < 21
+            assert config.model.embedding_dropout == config.model.residual_dropout == 0.1
 
 
 def test_ranks_are_to_be_no_slower_than_dense() -> None:

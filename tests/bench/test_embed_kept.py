@@ -25,9 +25,12 @@ def line(key: str = "0123456789abcdef", **changes: Any) -> dict[str, Any]:
         "start": "corpus",
         "steps": 1.0,
         "lr": 0.003,
+        "dropout": 0.1,
+        "validations": 20,
         "seed": 0,
         "key": key,
         "validation_bpb": 1.9,
+        "best_at": 0.95,
         "table_numbers": 1000,
         "half_width_retains": 0.9,
         "log2_defects": [1.5, 0.5],
@@ -104,7 +107,17 @@ def test_a_file_that_is_no_text_is_one_line(isolated: Path) -> None:
 
 
 def test_figures_are_those_of_the_run(trained: Path) -> None:
-    words = Words(corpus="c", tokens="t", table="dense", start="s", steps=1.0, lr=0.1, seed=2)
+    words = Words(
+        corpus="c",
+        tokens="t",
+        table="dense",
+        start="s",
+        steps=1.0,
+        lr=0.1,
+        dropout=0.0,
+        validations=20,
+        seed=2,
+    )
     run = RunDirectory.open(trained)
     facts, found = run.status().facts, figures_of(run, "0" * 16, words)
     assert found.validation_bpb == facts["validation_bpb"]
@@ -112,6 +125,17 @@ def test_figures_are_those_of_the_run(trained: Path) -> None:
     assert (found.threads, found.dtype, found.log2_defects) == (1, "fp32", None)
     assert found.best_at == best_step(trained) / run.read_config()["train"]["steps"]
     assert found.torch == facts["versions"]["torch"]
+
+
+def test_a_precision_is_that_of_what_is_compared(isolated: Path) -> None:
+    """Trainings that tuned the rate are compared with each other only."""
+    tuning, compared = Figures(**line(validations=1)), Figures(**line("1" * 16, dtype="bf16"))
+    kept = Kept(write=False)
+    kept.add(tuning)
+    assert (kept.precision(tuning), kept.precision(compared)) == ("fp32", None)
+    kept.add(compared)
+    assert (kept.precision(tuning), kept.precision(compared)) == ("fp32", "bf16")
+    assert kept.precision(Figures(**line(seed=1))) is None
 
 
 def test_machines_are_counted() -> None:

@@ -26,7 +26,7 @@ from cllm.bench.embed_cases import (
     shortened,
 )
 from cllm.bench.embed_kept import NAME, Kept
-from cllm.bench.embed_trainings import Trainings, make_all, with_best_dropout
+from cllm.bench.embed_trainings import Trainings, make_all, make_tuned
 from cllm.bench.reference import reference_key
 from cllm.core.config import Config
 from cllm.store.run import RunDirectory
@@ -97,10 +97,10 @@ def whole(fake: Fake, corpora: list[str]) -> Callable[[], Trainings]:
     budget = BUDGETS[0]
     for case in main_cases(budget):
         for lr in RATES:
-            first.make(replace(case, share=1.0), "one.txt", budget, lr, SEEDS[0])
+            first.make(first.tuning(case, lr))
         for corpus in corpora:
             for seed in SEEDS:
-                first.make(case, corpus, budget, BEST, seed)
+                make_tuned(first, case, corpus, budget, seed)
 
     def again() -> Trainings:
         return Trainings(quick=False, kept=Kept(write=False), tuned_on="one.txt", until=0.0)
@@ -129,21 +129,17 @@ def test_a_kill_loses_only_the_training_at_hand(fake: Fake, corpora: list[str]) 
     assert len({reference_key(config) for config in fake.trained}) == 6
 
 
-def test_first_one_rate_then_the_rates_then_seeds_in_turns(fake: Fake, corpora: list[str]) -> None:
+def test_first_the_rates_then_seeds_in_turns(fake: Fake, corpora: list[str]) -> None:
     make_all(Trainings(quick=False, kept=Kept(write=False), tuned_on="one.txt"), corpora)
     keys = [reference_key(config) for config in fake.trained]
     assert len(keys) == len(set(keys))
     cases = main_cases(BUDGETS[0])
     tables = len([case for case in cases if case.share == 1.0])
-    first, rest = fake.trained[: len(cases)], fake.trained[len(cases) :]
-    assert {(c.train.lr, c.train.seed, c.data.paths) for c in first} == {
-        (RATES[0], 0, ("one.txt",))
-    }
-    tuning, rest = rest[: tables * 2], rest[tables * 2 :]
-    assert [c.train.lr for c in tuning] == [*RATES[1:]] * tables
-    # The two shares of the corpus start anew with the best rate; then the other corpus.
+    tuning, rest = fake.trained[: tables * len(RATES)], fake.trained[tables * len(RATES) :]
+    assert {(c.train.seed, c.data.paths) for c in tuning} == {(0, ("one.txt",))}
+    assert [c.train.lr for c in tuning] == [*RATES] * tables
     steps = BUDGETS[0].tokens // 2048
-    small = [c for c in rest if c.train.steps <= steps + 1][: 2 + len(cases) * 5]
+    small = [c for c in rest if c.train.steps <= steps + 1][: len(cases) * 6]
     assert {c.train.lr for c in small} == {BEST}
     turns = [key for key, _ in groupby((c.train.seed, *c.data.paths) for c in small)]
     assert turns == [(seed, corpus) for seed in SEEDS for corpus in corpora]
@@ -162,7 +158,7 @@ def test_what_is_compared_is_of_one_precision(
     def make(seed: int, *cases: Case) -> None:
         trainings = Trainings(quick=False, kept=Kept(write=True), tuned_on="one.txt")
         for case in cases:
-            trainings.make(case, "one.txt", budget, RATES[0], seed)
+            trainings.make(trainings.training(case, "one.txt", budget, seed))
 
     make(0, NORMAL)
     monkeypatch.setattr(embed_trainings, "faster_precision", lambda: "bf16")
@@ -172,18 +168,15 @@ def test_what_is_compared_is_of_one_precision(
     assert seen == [(0, "normal", "fp32"), (0, "corpus", "fp32"), (1, "normal", "bf16")]
 
 
-def test_what_is_seen_again_is_validated_on_the_way(
-    fake: Fake, corpora: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_compared_is_validated_on_the_way(fake: Fake, corpora: list[str]) -> None:
     """Else a start that learns faster is compared after more of the passes that only harm."""
-    budget = BUDGETS[0]
-    for size in (budget.tokens, 10 * budget.tokens):
-        monkeypatch.setattr(embed_trainings, "text_prints", lambda paths, size=size: [(size, "0")])
-        trainings = Trainings(quick=False, kept=Kept(write=False), tuned_on="one.txt")
-        for case in (NORMAL, shortened(budget)[0]):
-            trainings.make(case, "one.txt", budget, RATES[0], SEEDS[0])
-    counts = [config.train.steps / config.train.eval_every for config in fake.trained]
-    assert [round(count) for count in counts] == [VALIDATIONS, VALIDATIONS, 1, 1]
+    trainings = Trainings(quick=False, kept=Kept(write=False), tuned_on="one.txt")
+    _, short = shortened(BUDGETS[0])
+    trainings.make(trainings.tuning(short, RATES[0]))
+    make_tuned(trainings, short, "one.txt", BUDGETS[0], SEEDS[0])
+    found = [(c.train.steps, c.train.steps // c.train.eval_every) for c in fake.trained]
+    whole = BUDGETS[0].tokens / 2048
+    assert found == [(round(whole), 1), (round(short.share * whole), VALIDATIONS)]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +200,7 @@ def test_dropout_is_tried_while_it_helps_and_learning_ends_early(
     fake.ends = lambda config: by_dropout[config.model.residual_dropout]
     trainings = Trainings(quick=False, kept=Kept(write=False), tuned_on="one.txt")
     assert trainings.untried_dropout(case, "two.txt", budget) == 0.0
-    with_best_dropout(trainings, case, "two.txt", budget, SEEDS[1])
+    make_tuned(trainings, case, "two.txt", budget, SEEDS[1])
     seen = [(c.train.seed, c.model.residual_dropout) for c in fake.trained]
     assert seen == [*((SEEDS[0], d) for d in DROPOUTS[:tried]), (SEEDS[1], best)]
     assert {c.model.embedding_dropout == c.model.residual_dropout for c in fake.trained} == {True}
@@ -231,16 +224,16 @@ def test_a_claim_waits_for_the_dropouts(
 def test_without_time_nothing_is_tried(fake: Fake, corpora: list[str]) -> None:
     kept = Kept(write=False)
     trainings = Trainings(quick=False, kept=kept, tuned_on="one.txt", until=0.0)
-    with_best_dropout(trainings, NORMAL, "two.txt", BUDGETS[0], SEEDS[1])
+    make_tuned(trainings, NORMAL, "two.txt", BUDGETS[0], SEEDS[1])
     assert not fake.trained
 
 
 def test_the_first_rate_stands_until_all_were_tried(fake: Fake, corpora: list[str]) -> None:
     trainings = Trainings(quick=False, kept=Kept(write=False), tuned_on="one.txt")
     for lr in RATES[:2]:
-        trainings.make(NORMAL, "one.txt", BUDGETS[0], lr, SEEDS[0])
+        trainings.make(trainings.tuning(NORMAL, lr))
     assert (trainings.rate(NORMAL), trainings.tried(NORMAL)) == (RATES[0], 2)
-    trainings.make(NORMAL, "one.txt", BUDGETS[0], RATES[2], SEEDS[0])
+    trainings.make(trainings.tuning(NORMAL, RATES[2]))
     assert (trainings.rate(NORMAL), trainings.tried(NORMAL)) == (BEST, 3)
     assert trainings.tried(CORPUS) == 0
 

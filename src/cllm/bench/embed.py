@@ -80,13 +80,13 @@ def run(options: Options) -> Result:
 def _notes(trainings: Trainings) -> list[str]:
     used = trainings.used.values()
     return [
-        "Bits per byte of validation text, of the weights that `cllm train` keeps: those of the end where "
-        f"no text is seen twice, else the best of {VALIDATIONS} validations on the way. Mean and standard "
-        "deviation over the seeds; `steps` is the share of the budget's steps, with a schedule of that "
-        "length. `lr tried`: learning rates tried for the table and start; the first stands until all "
-        "were, then the best. `dropout`: of embeddings and residuals, the best with the first seed of 0, "
-        "0.1, 0.2, 0.3, each tried on a text where the one before helped and still left the best weights "
-        f"before {LEARNING_UNTIL:.0%} of the steps.",
+        "Bits per byte of validation text, of the weights that `cllm train` keeps: the best of "
+        f"{VALIDATIONS} validations. Mean and standard deviation over the seeds; `steps` is the share of "
+        "the budget's steps, with a schedule of that length. `lr tried`: learning rates tried for the "
+        "table and start on the first text, by the score of the weights of the end; the first stands until "
+        "all were, then the best. `dropout`: of embeddings and residuals, the best with the first seed of "
+        "0, 0.1, 0.2, 0.3, each tried on a text where the one before helped and still left the best "
+        f"weights before {LEARNING_UNTIL:.0%} of the steps.",
         f"Trainings: {len(used)}, each with its machine in [{NAME}]({NAME}): {machines(used)}.",
         "`tokens/s`: tables of this kind and width in turns, at the end of this call.",
     ]
@@ -102,9 +102,8 @@ class _Judge:
 
     def row(self, case: Case) -> dict[str, Any]:
         """One line of the table; figures that are not measured are ``None``."""
-        lr, found = self.trainings.rate(case), list(self.bpbs(case).values())
-        dropout = self.trainings.dropout(case, self.corpus, self.budget)
-        facts = self.trainings.known(case, self.corpus, self.budget, lr, SEEDS[0], dropout)
+        first = self.trainings.tuned(case, self.corpus, self.budget, SEEDS[0])
+        facts, found = self.trainings.known(first), list(self.bpbs(case).values())
         defects = facts.log2_defects if facts else None
         return {
             "corpus": self.name,
@@ -112,9 +111,9 @@ class _Judge:
             "table": case.name,
             "start": case.start,
             "steps": case.share,
-            "lr": lr,
+            "lr": first.lr,
             "lr tried": self.trainings.tried(case),
-            "dropout": dropout,
+            "dropout": first.dropout,
             "table numbers": facts.table_numbers if facts else None,
             "bits per byte": mean(found) if found else None,
             "sd": stdev(found) if len(found) > 1 else None,

@@ -51,19 +51,8 @@ BUDGETS = (
 QUICK = replace(BUDGETS[0], name="quick", tokens=4096)
 
 VALIDATIONS = 20
-"""Validations of a training that sees its text more than once."""
-BYTES_OF_A_TOKEN = 3
-"""Of any text with the vocabulary trained here, at most; only to tell whether it is seen more than once."""
-
-
-def validations(budget: Budget, size: int) -> int:
-    """How often trainings on a text of ``size`` bytes are validated.
-
-    The loss of held-out text falls to the end while all that is trained on is new; on a text that is seen
-    again it rises in time, sooner for what learns faster, so that the ends alone would compare how many
-    passes were too many.
-    """
-    return VALIDATIONS if budget.tokens * BYTES_OF_A_TOKEN > size else 1
+"""Of a training that is compared. The loss of held-out text rises in time on a text that is seen again,
+sooner for what learns faster, so that ends alone would compare how many passes were too many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +74,8 @@ class Case:
         seed: int,
         *,
         dtype: str,
-        dropout: float = 0.0,
-        validations: int = 1,
+        dropout: float,
+        validations: int,
         quick: bool = False,
     ) -> Config:
         """The configuration of one training, which is validated so often (and as it ends); the weights

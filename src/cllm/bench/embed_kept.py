@@ -33,7 +33,9 @@ class Words(Section):
     start: str
     steps: float
     lr: float
-    dropout: float = 0.0
+    dropout: float
+    validations: int
+    """1 where the learning rate is tuned, and the weights of the end are scored; else the best are."""
     seed: int
 
 
@@ -42,7 +44,7 @@ class Figures(Words):
 
     key: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     validation_bpb: Annotated[float, Field(gt=0)]
-    best_at: Annotated[float, Field(gt=0, le=1)] = 1.0
+    best_at: Annotated[float, Field(gt=0, le=1)]
     """The share of the steps after which the weights did best on validation text."""
     table_numbers: int
     half_width_retains: float
@@ -91,11 +93,13 @@ class Kept:
         """The line of the reference run ``key``."""
         return self._found.get(key)
 
-    def precision(self, corpus: str, tokens: str, seed: int) -> str | None:
-        """That of the trainings with this seed and so many tokens of a text; ``None`` if there is none."""
-        wanted = (corpus, tokens, seed)
-        found = (f for f in self._found.values() if (f.corpus, f.tokens, f.seed) == wanted)
-        return next((figures.dtype for figures in found), None)
+    def precision(self, words: Words) -> str | None:
+        """That of the trainings that ``words`` is compared with; ``None`` if there is none."""
+        wanted = compared_with(words)
+        found = (
+            figures.dtype for figures in self._found.values() if compared_with(figures) == wanted
+        )
+        return next(found, None)
 
     def add(self, figures: Figures) -> None:
         """Append a line, at once: a bench that is killed loses only the training at hand."""
@@ -117,6 +121,11 @@ class Kept:
                 return ""
             except UnicodeDecodeError as error:
                 raise UserError(f"{self.path} is not UTF-8: {error}; restore it") from error
+
+
+def compared_with(words: Words) -> tuple[str, str, int, int]:
+    """What is the same in all trainings that a training is compared with."""
+    return words.corpus, words.tokens, words.seed, words.validations
 
 
 def _parse(path: Path, text: str) -> dict[str, Figures]:

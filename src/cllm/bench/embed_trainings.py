@@ -16,20 +16,67 @@ from cllm.bench.embed_cases import (
     QUICK_CASES,
     RATES,
     SEEDS,
+    VALIDATIONS,
     Budget,
     Case,
     main_cases,
     other_cases,
-    validations,
 )
-from cllm.bench.embed_kept import Figures, Kept, Words, figures_of
+from cllm.bench.embed_kept import Figures, Kept, Words, compared_with, figures_of
 from cllm.bench.reference import Prints, is_kept, reference_key, reference_run, text_prints
 from cllm.bench.training import faster_precision
+from cllm.core.config import Config
 
 
 def corpus_name(corpus: str) -> str:
     """What a corpus is called: the name of its file."""
     return Path(corpus).name if corpus else "built-in"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training: a table and start, what it is trained on, and how."""
+
+    case: Case
+    corpus: str
+    """The path of a text; empty: the built-in one."""
+    budget: Budget
+    lr: float
+    seed: int
+    dropout: float = DROPOUTS[0]
+    validations: int = VALIDATIONS
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """What ``data.paths`` is."""
+        return (self.corpus,) if self.corpus else ()
+
+    def words(self) -> Words:
+        """What is kept beside its figures."""
+        return Words(
+            corpus=corpus_name(self.corpus),
+            tokens=self.budget.name,
+            table=self.case.name,
+            start=self.case.start,
+            steps=self.case.share,
+            lr=self.lr,
+            dropout=self.dropout,
+            validations=self.validations,
+            seed=self.seed,
+        )
+
+    def config(self, dtype: str, *, quick: bool) -> Config:
+        """The configuration of its run."""
+        return self.case.config(
+            self.paths,
+            self.budget,
+            self.lr,
+            self.seed,
+            dtype=dtype,
+            dropout=self.dropout,
+            validations=self.validations,
+            quick=quick,
+        )
 
 
 @dataclass
@@ -46,7 +93,7 @@ class Trainings:
     """Those that are known, by path of the corpus and what they are."""
     _keys: dict[tuple[str, Words], str] = field(default_factory=dict)
     _prints: dict[str, Prints] = field(default_factory=dict)
-    _precisions: dict[tuple[str, str, int], str] = field(default_factory=dict)
+    _precisions: dict[tuple[str, str, int, int], str] = field(default_factory=dict)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -69,17 +116,21 @@ class Trainings:
         return min(scores, key=lambda lr: scores[lr])
 
     def _scores(self, case: Case) -> dict[float, float]:
-        whole = replace(case, share=1.0)
-        found = {lr: self.known(whole, self.tuned_on, BUDGETS[0], lr, SEEDS[0]) for lr in RATES}
+        found = {lr: self.known(self.tuning(case, lr)) for lr in RATES}
         return {lr: figures.validation_bpb for lr, figures in found.items() if figures is not None}
 
-    def precision(self, corpus: str, budget: Budget, seed: int) -> str:
-        """That of all trainings with a seed and so many tokens of a text, as they are compared: of those
-        that are kept, else the faster one here."""
-        place = (corpus_name(corpus), budget.name, seed)
+    def tuning(self, case: Case, lr: float) -> Training:
+        """That which says how good a learning rate is for a table and start."""
+        whole = replace(case, share=1.0)
+        return Training(whole, self.tuned_on, BUDGETS[0], lr, SEEDS[0], validations=1)
+
+    def _precision(self, words: Words) -> str:
+        """That of all trainings that are compared with each other: of those that are kept, else the faster
+        one here."""
+        place = compared_with(words)
         if place not in self._precisions:
             here = "fp32" if self.quick else faster_precision()
-            self._precisions[place] = self.kept.precision(*place) or here
+            self._precisions[place] = self.kept.precision(words) or here
         return self._precisions[place]
 
     def untried_dropout(self, case: Case, corpus: str, budget: Budget) -> float | None:
@@ -99,37 +150,30 @@ class Trainings:
         return min(tried, key=lambda value: tried[value].validation_bpb, default=DROPOUTS[0])
 
     def _dropouts(self, case: Case, corpus: str, budget: Budget) -> dict[float, Figures]:
-        lr, found = self.rate(case), dict[float, Figures]()
+        first, found = self.training(case, corpus, budget, SEEDS[0]), dict[float, Figures]()
         for dropout in DROPOUTS:
-            figures = self.known(case, corpus, budget, lr, SEEDS[0], dropout)
+            figures = self.known(replace(first, dropout=dropout))
             if figures is None:
                 break
             found[dropout] = figures
         return found
 
-    def known(
-        self,
-        case: Case,
-        corpus: str,
-        budget: Budget,
-        lr: float,
-        seed: int,
-        dropout: float = DROPOUTS[0],
-    ) -> Figures | None:
-        """The figures of a training that is kept, in the file or in this machine's cache."""
-        return self._figures(case, corpus, budget, lr, seed, dropout, train=False)
+    def training(self, case: Case, corpus: str, budget: Budget, seed: int) -> Training:
+        """That with the best learning rate, without dropout."""
+        return Training(case, corpus, budget, self.rate(case), seed)
 
-    def make(
-        self,
-        case: Case,
-        corpus: str,
-        budget: Budget,
-        lr: float,
-        seed: int,
-        dropout: float = DROPOUTS[0],
-    ) -> None:
+    def tuned(self, case: Case, corpus: str, budget: Budget, seed: int) -> Training:
+        """That with the best dropout, too, as far as they were tried."""
+        plain = self.training(case, corpus, budget, seed)
+        return replace(plain, dropout=self.dropout(case, corpus, budget))
+
+    def known(self, training: Training) -> Figures | None:
+        """The figures of a training that is kept, in the file or in this machine's cache."""
+        return self._figures(training, train=False)
+
+    def make(self, training: Training) -> None:
         """Train where it is not kept, while there is time. Raises what ``reference_run`` does."""
-        self._figures(case, corpus, budget, lr, seed, dropout, train=self.in_time)
+        self._figures(training, train=self.in_time)
 
     @property
     def in_time(self) -> bool:
@@ -138,47 +182,19 @@ class Trainings:
 
     def bpbs(self, case: Case, corpus: str, budget: Budget) -> dict[int, float]:
         """Validation bits per byte by seed, as far as they are known."""
-        lr, dropout = self.rate(case), self.dropout(case, corpus, budget)
-        found = {seed: self.known(case, corpus, budget, lr, seed, dropout) for seed in self.seeds}
+        found = {s: self.known(self.tuned(case, corpus, budget, s)) for s in self.seeds}
         return {seed: f.validation_bpb for seed, f in found.items() if f is not None}
 
-    def _figures(
-        self,
-        case: Case,
-        corpus: str,
-        budget: Budget,
-        lr: float,
-        seed: int,
-        dropout: float,
-        *,
-        train: bool,
-    ) -> Figures | None:
-        words = Words(
-            corpus=corpus_name(corpus),
-            tokens=budget.name,
-            table=case.name,
-            start=case.start,
-            steps=case.share,
-            lr=lr,
-            dropout=dropout,
-            seed=seed,
-        )
+    def _figures(self, training: Training, *, train: bool) -> Figures | None:
+        corpus, words = training.corpus, training.words()
         place = (corpus, words)
         if place in self.used:
             return self.used[place]
-        prints = self._prints_of(corpus)
-        config = case.config(
-            (corpus,) if corpus else (),
-            budget,
-            lr,
-            seed,
-            dtype=self.precision(corpus, budget, seed),
-            dropout=dropout,
-            validations=validations(budget, sum(size for size, _ in prints)),
-            quick=self.quick,
-        )
+        if corpus not in self._prints:
+            self._prints[corpus] = text_prints(training.paths)
+        config = training.config(self._precision(words), quick=self.quick)
         if place not in self._keys:
-            self._keys[place] = reference_key(config, prints)
+            self._keys[place] = reference_key(config, self._prints[corpus])
         key = self._keys[place]
         figures = self.kept.get(key)
         if figures is None and (train or is_kept(key)):
@@ -189,50 +205,40 @@ class Trainings:
             self.used[place] = figures
         return figures
 
-    def _prints_of(self, corpus: str) -> Prints:
-        if corpus not in self._prints:
-            self._prints[corpus] = text_prints((corpus,) if corpus else ())
-        return self._prints[corpus]
-
 
 def make_all(trainings: Trainings, corpora: Sequence[str]) -> None:
     """Train all that is not known while there is time, so that what there is may be compared soon.
 
-    First every table with one rate on one corpus, then the rates, as what follows is trained with the
-    best; then each seed on all corpora before the next seed.
+    First the rates, as what follows is trained with the best; then each seed on all corpora before the
+    next seed.
     """
     if trainings.quick:
-        for corpus in corpora:
-            for case in QUICK_CASES:
-                trainings.make(case, corpus, QUICK, RATES[0], SEEDS[0])
+        for corpus, case in product(corpora, QUICK_CASES):
+            trainings.make(trainings.training(case, corpus, QUICK, SEEDS[0]))
         return
     first = BUDGETS[0]
-    for case in main_cases(first):
-        trainings.make(case, trainings.tuned_on, first, RATES[0], SEEDS[0])
     for case in main_cases(first):
         _tune(trainings, case)
     for budget in BUDGETS:
         for seed, corpus, case in product(SEEDS, corpora, main_cases(budget)):
-            with_best_dropout(trainings, case, corpus, budget, seed)
+            make_tuned(trainings, case, corpus, budget, seed)
     for case in other_cases():
         _tune(trainings, case)
         for seed in SEEDS:
-            with_best_dropout(trainings, case, trainings.tuned_on, first, seed)
+            make_tuned(trainings, case, trainings.tuned_on, first, seed)
 
 
 def _tune(trainings: Trainings, case: Case) -> None:
     for lr in RATES:
-        whole = replace(case, share=1.0)
-        trainings.make(whole, trainings.tuned_on, BUDGETS[0], lr, SEEDS[0])
+        trainings.make(trainings.tuning(case, lr))
 
 
-def with_best_dropout(
-    trainings: Trainings, case: Case, corpus: str, budget: Budget, seed: int
-) -> None:
-    """Train with ``seed`` and the best dropout, after those that are to be tried with the first seed."""
-    lr = trainings.rate(case)
-    while (
-        dropout := trainings.untried_dropout(case, corpus, budget)
-    ) is not None and trainings.in_time:
-        trainings.make(case, corpus, budget, lr, SEEDS[0], dropout)
-    trainings.make(case, corpus, budget, lr, seed, trainings.dropout(case, corpus, budget))
+def make_tuned(trainings: Trainings, case: Case, corpus: str, budget: Budget, seed: int) -> None:
+    """Train with the best rate and dropout, after the dropouts that are to be tried with the first seed."""
+    first = trainings.training(case, corpus, budget, SEEDS[0])
+    while trainings.in_time:
+        dropout = trainings.untried_dropout(case, corpus, budget)
+        if dropout is None:
+            break
+        trainings.make(replace(first, dropout=dropout))
+    trainings.make(trainings.tuned(case, corpus, budget, seed))
