@@ -59,8 +59,7 @@ def run(options: Options) -> Result:
     if not options.quick:
         judge = _Judge(trainings, corpora[0], BUDGETS[0])
         rows += [judge.row(case) for case in other_cases()]
-    in_time = until is None or time.monotonic() < until
-    speeds = embed_speed.rates(quick=options.quick) if in_time else {}
+    speeds = embed_speed.rates(quick=options.quick) if options.quick or not busy else {}
     for row in rows:
         rates = speeds.get(row["table"])
         row["tokens/s"] = round(median(rates)) if rates else None

@@ -35,14 +35,15 @@ def _start(case: Case, shape: list[str]) -> Contestant:
 
 
 def claims(found: Rates, busy: str | None) -> list[Claim]:
-    """What is required of the ranks: no fewer tokens a second than the dense table."""
+    """What is required of the ranks: no fewer tokens a second than the dense table. Nothing is measured
+    while others keep the machine ``busy``."""
     return [
         Claim(
             name=f"tokens/s of {case.name} over dense",
             value=ratio_of_medians(found[case.name], found[CORPUS.name]) if found else None,
             required=1.0,
             judged=bool(found) and not busy,
-            why=busy or ("" if found else "there was no time for it: call the bench again"),
+            why=busy or "",
         )
         for case in (RANK64, RANK32)
     ]
