@@ -59,4 +59,5 @@ def test_ranks_are_to_be_no_slower_than_dense() -> None:
     assert [claim.holds for claim in embed_speed.claims(found, None)] == [True, False]
     assert [claim.value for claim in embed_speed.claims(found, None)] == [1.2, 0.99]
     assert all(claim.holds is None for claim in embed_speed.claims(found, "others are at work"))
-    assert [claim.value for claim in embed_speed.claims({}, None)] == [None, None]
+    unmeasured = embed_speed.claims({}, "others are at work")
+    assert [(claim.value, claim.why) for claim in unmeasured] == [(None, "others are at work")] * 2

@@ -2,7 +2,8 @@
 
 Every training is a reference run. Its figures are kept with the project (``embed_kept``): a bench that
 ``--minutes`` stopped goes on where it was when it is called again, on any machine. The learning rate of
-each table is tuned on the first corpus, with the first seed, at the smaller budget.
+each table is tuned on the first corpus, with the first seed, at the smaller budget; its dropout on each
+corpus at each budget, with the first seed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from cllm.bench.embed_cases import (
     BUDGETS,
     COMPOSED,
     CORPUS,
+    DROPOUTS,
     LEARNING_UNTIL,
     NORMAL,
     QUICK,
@@ -59,6 +61,7 @@ def run(options: Options) -> Result:
     if not options.quick:
         judge = _Judge(trainings, corpora[0], BUDGETS[0])
         rows += [judge.row(case) for case in other_cases()]
+    # While others keep the machine busy, speeds would not be judged: they are not measured.
     speeds = embed_speed.rates(quick=options.quick) if options.quick or not busy else {}
     for row in rows:
         rates = speeds.get(row["table"])
@@ -78,13 +81,14 @@ def run(options: Options) -> Result:
 
 def _notes(trainings: Trainings) -> list[str]:
     used = trainings.used.values()
+    dropouts = ", ".join(f"{dropout:g}" for dropout in DROPOUTS)
     return [
         "Bits per byte of validation text, of the weights that `cllm train` keeps: the best of "
         f"{VALIDATIONS} validations. Mean and standard deviation over the seeds; `steps` is the share of "
         "the budget's steps, with a schedule of that length. `lr tried`: learning rates tried for the "
         "table and start on the first text, by the score of the weights of the end; the first stands until "
         "all were, then the best. `dropout`: of embeddings and residuals, the best with the first seed of "
-        "0, 0.1, 0.2, 0.3, each tried on a text where the one before helped and still left the best "
+        f"{dropouts}, each tried on a text where the one before helped and still left the best "
         f"weights before {LEARNING_UNTIL:.0%} of the steps.",
         f"Trainings: {len(used)}, each with its machine in [{NAME}]({NAME}): {machines(used)}.",
         "`tokens/s`: tables of this kind and width in turns, at the end of this call.",

@@ -1,4 +1,4 @@
-"""The trainings of ``cllm bench embed``: which there are, in what order, and the rate of each table."""
+"""The trainings of ``cllm bench embed``: which there are, in what order, and what is tuned."""
 
 from __future__ import annotations
 
