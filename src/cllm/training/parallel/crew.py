@@ -35,7 +35,11 @@ from cllm.training.update import Update
 
 _SEED_STRIDE = 7_919
 _PATIENCE = 1.0
-"""Seconds that a worker gets to end by itself, which it does when its socket closes."""
+"""Seconds in which a worker that is gone is seen to be, and says why it ended."""
+_PARTING = 0.2
+"""Seconds that the workers get to end by themselves, as they do as soon as their sockets close, in the
+middle of a step, too. Who is killed loses nothing, and all are to be gone within five seconds of a signal,
+of which the step at hand may take three."""
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -175,7 +179,7 @@ class Crew:
             self._watcher = None
         for sock in self._sockets:
             sock.close()
-        end = time.monotonic() + _PATIENCE  # one for all: several may hang
+        end = time.monotonic() + _PARTING  # one for all: several may hang
         for process in self._processes:
             try:
                 process.wait(max(end - time.monotonic(), 0.0))
