@@ -94,6 +94,18 @@ TRAIN = [
     (["--set", "model.vocab_size=280"], 2, ["model.vocab_size = 280 is smaller"]),
     (["--set", "tokenizer.file=none.json"], 1, ["none.json"]),
     (["--set", "tokenizer.file=good.txt"], 1, ["good.txt"]),
+    (
+        ["--set", "tokenizer.vocab_size=257", "--set", "model.embedding.init=crystal"],
+        2,
+        ["model.embedding.init = 'crystal'", "merge"],
+    ),
+    (["--set", "model.embedding.own_vectors=false"], 2, ["own_vectors needs pieces", "composed"]),
+    (["--set", "model.embedding.lattice_step=0.5"], 2, ["lattice_step is that of a lattice"]),
+    (
+        ["--set", "model.embedding.lattice=z", "--set", "model.embedding.lattice_step=1e-9"],
+        2,
+        ["model.embedding.lattice_step = 1e-09"],
+    ),
     (["--preset", "tinny"], 2, ["unknown preset 'tinny' (did you mean 'tiny'?)", "known: nano"]),
     (["--set", "train.device=tpu"], 2, ["train.device = 'tpu' is none of"]),
     (["--out", "file"], 1, ["file is a file, not a directory"]),
@@ -124,6 +136,18 @@ def test_a_file_in_another_encoding_is_reported_with_its_offset(
     result = cllm("train", "--quiet", "--data", "latin.txt", *options())
     assert_refused(result, 1, "latin.txt")
     assert re.search(r"byte|offset", result.err)
+
+
+def test_an_order_for_a_tokenizer_that_is_given(
+    trained: Path, texts: Path, cllm: Cllm, options: Options
+) -> None:
+    before = files_in(texts)
+    changes = {"tokenizer__file": trained / "tokenizer.json", "tokenizer__order": "ulam"}
+    result = cllm("train", "-q", "--data", "good.txt", *options(**changes))
+    assert_refused(
+        result, 2, "tokenizer.order = 'ulam'", "that is given keeps its own: leave it out"
+    )
+    assert files_in(texts) == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

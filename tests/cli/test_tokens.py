@@ -95,6 +95,21 @@ def test_any_tokenizer_file_will_do(cllm: Cllm, trained: Path, isolated: Path) -
     assert found["by_codes"]
 
 
+def test_a_compressed_model_has_codes_and_neighbours(
+    cllm: Cllm, trained: Path, isolated: Path
+) -> None:
+    made = cllm("compress", trained, "--method", "fp16", "--quiet", "--out", "small.cllm")
+    assert made.code == 0, made.err
+    shown = cllm("tokens", "show", "small.cllm", "the")
+    assert shown.code == 0, shown.err
+    assert "the model's file has no counts" in shown.err
+    ours = json.loads(cllm("tokens", "similar", "small.cllm", "the", "--json").out)
+    theirs = json.loads(cllm("tokens", "similar", trained, "the", "--json").out)
+    assert [near["id"] for near in ours["by_embedding"]][:3] == [
+        near["id"] for near in theirs["by_embedding"]
+    ][:3]
+
+
 def test_a_run_without_its_data_or_checkpoints_still_has_codes(
     cllm: Cllm, trained: Path, isolated: Path
 ) -> None:

@@ -78,13 +78,18 @@ def tables(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("metric", METRICS)
 @settings(max_examples=30, deadline=None)
-@given(case=tables(), k=st.integers(1, 12), plain=st.booleans())
+@given(
+    case=tables(),
+    k=st.integers(1, 12),
+    plain=st.booleans(),
+    lattice=st.sampled_from(["e8", "e8", "leech"]),
+)
 def test_exact_is_brute_force_with_copies_and_ties(
-    metric: str, case: tuple[np.ndarray, np.ndarray], k: int, plain: bool
+    metric: str, case: tuple[np.ndarray, np.ndarray], k: int, plain: bool, lattice: str
 ) -> None:
     table, queries = case
     k = min(k, len(table))
-    index = TokenIndex.build(table, plain=plain, cell_size=8)
+    index = TokenIndex.build(table, plain=plain, cell_size=8, lattice=lattice)
     found, expected = (
         index.query(queries, k, metric, exact=True, budget=1),
         brute(table, queries, k, metric),
@@ -133,11 +138,14 @@ def test_a_proof_leaves_most_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None
     assert sum(seen) < 0.5 * len(table) * len(queries)
 
 
-@pytest.mark.parametrize(("metric", "least"), [("ip", 0.9), ("l2", 0.9), ("cosine", 0.9)])
-def test_approximate_queries_find_most_in_a_part_of_the_table(metric: str, least: float) -> None:
+@pytest.mark.parametrize(
+    ("metric", "lattice"), [("ip", "e8"), ("l2", "e8"), ("cosine", "e8"), ("ip", "leech")]
+)
+def test_approximate_queries_find_most_in_a_part_of_the_table(metric: str, lattice: str) -> None:
+    least = 0.9
     table = clustered(20_000, 32)
     queries = near(table, 100, 0.1)
-    index = TokenIndex.build(table)
+    index = TokenIndex.build(table, lattice=lattice)
     found = index.query(queries, 10, metric, budget=2000)
     assert not found.proved.any()
     best = brute(table, queries, 10, metric).ids.tolist()
@@ -207,12 +215,12 @@ def test_without_a_compiler_a_warning_says_so_once(monkeypatch: pytest.MonkeyPat
 
 
 @settings(max_examples=40, deadline=None)
-@given(case=tables(), size=st.integers(8, 40))
+@given(case=tables(), size=st.integers(8, 40), lattice=st.sampled_from(["e8", "leech"]))
 def test_cells_hold_every_row_once_and_none_is_much_too_large(
-    case: tuple[np.ndarray, np.ndarray], size: int
+    case: tuple[np.ndarray, np.ndarray], size: int, lattice: str
 ) -> None:
     table, _ = case
-    cells = lattice_cells(table, size)
+    cells = lattice_cells(table, size, lattice)
     assert sorted(cells.order.tolist()) == list(range(len(table)))
     for start, end in zip(cells.starts[:-1], cells.starts[1:], strict=True):
         rows = table[cells.order[start:end]]
@@ -330,6 +338,8 @@ def test_wrong_tables_are_named() -> None:
     for table, message in cases:
         with pytest.raises(ValueError, match=message):
             TokenIndex.build(table)
+    with pytest.raises(ValueError, match="lattice must be one of e8, leech, got 'd4'"):
+        TokenIndex.build(good, lattice="d4")
     with pytest.raises(ValueError, match="cell_size must be at least 8"):
         TokenIndex.build(good, cell_size=1)
 

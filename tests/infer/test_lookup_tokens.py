@@ -14,7 +14,7 @@ import torch
 from cllm.core.errors import UsageError, UserError
 from cllm.infer.generate import NonFiniteLogitsError, generate
 from cllm.infer.lookup import TokenIndex
-from cllm.infer.lookup.head import IndexHead
+from cllm.infer.lookup.head import IndexHead, index_head
 from cllm.infer.lookup.tokens import token_neighbours, token_of
 from cllm.infer.sampling import Sampling
 from cllm.model.transformer import Transformer
@@ -81,6 +81,10 @@ def test_a_word_is_a_token_with_or_without_its_space(tokenizer: Tokenizer) -> No
         token_of(tokenizer, "zebra")
     with pytest.raises(UsageError, match="empty"):
         token_of(tokenizer, "")
+    assert token_of(tokenizer, "#42") == 42
+    assert token_of(tokenizer, "<|endoftext|>") == tokenizer.end_id
+    with pytest.raises(UsageError, match=f"no token #{tokenizer.vocab_size}: ids are 0 to"):
+        token_of(tokenizer, f"#{tokenizer.vocab_size}")
 
 
 def test_neighbours_leave_the_token_out_and_a_vector_finds_its_token(tokenizer: Tokenizer) -> None:
@@ -140,6 +144,29 @@ def test_the_command_on_a_run(
         result = cllm("tokens", "nearest", "run", *arguments)
         assert (result.code, message in result.err) == (code, True), result.err
         assert len(result.err.splitlines()) == 1
+
+
+def test_rows_that_are_no_tokens_are_nobodys_neighbours(
+    cllm: Callable[..., Any], options: Callable[..., list[str]], corpus: Path
+) -> None:
+    size = {"tokenizer__vocab_size": 280, "model__vocab_size": 400}
+    # Rows that nothing was ever read from begin alike by the crystal, and all have a token's neighbours.
+    start = {"model__embedding__init": "crystal", "train__steps": 2}
+    made = cllm("train", "--data", corpus, "--out", "run", "--quiet", *options(**size, **start))
+    assert made.code == 0, made.err
+    for metric in ("cosine", "l2", "ip"):
+        found = cllm("tokens", "nearest", "run", "e", "-k", 279, "--metric", metric, "--json")
+        assert found.code == 0, found.err
+        assert max(token["id"] for token in json.loads(found.out)) == 279
+    similar = json.loads(cllm("tokens", "similar", "run", "e", "-k", 30, "--json").out)
+    assert len(similar["by_embedding"]) == 30
+
+
+def test_an_index_of_a_damaged_table_is_refused(model: Transformer) -> None:
+    with torch.no_grad():
+        model.output.weight[7, 1] = torch.nan
+    with pytest.raises(UserError, match=r"no index of the output table: .* row 7"):
+        index_head(model)
 
 
 def test_generate_takes_the_index_and_says_where_it_is_a_scan(

@@ -164,6 +164,14 @@ def test_snapped_coordinates_are_the_nearest_points(seed: int, step: float) -> N
     torch.testing.assert_close(units.double() * (step / 2), gosset, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("lattice", ["e8", "reduced"])
+@pytest.mark.parametrize("far", [1e9, torch.nan])
+def test_coordinates_beyond_what_floats_resolve_have_no_point(lattice: str, far: float) -> None:
+    core = torch.ones(3, 8)
+    core[1, 2] = far
+    assert snap(core, torch.eye(8), lattice, 0.01).isnan().all()
+
+
 @given(st.integers(0, 2**31))
 def test_nearest_plane_rounds_better_than_each_coordinate_by_itself(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import cllm
 from cllm.api import Run
 from cllm.core.config import Config
 from cllm.core.errors import UsageError, UserError
-from cllm.core.settings import load_config
+from cllm.core.settings import load_config, merge
 from cllm.model.rebase import basis_facts
 from cllm.store import checkpoint
 from cllm.store.metrics import read_lines
@@ -82,6 +83,99 @@ def test_lattice_reduction_of_a_trained_basis_changes_no_score(
     )
     assert again.evaluate().bpb == pytest.approx(first.evaluate().bpb, rel=1e-5)
     assert any("orthogonality defect 2^" in line for line in told.said)
+
+
+@pytest.mark.parametrize("lattice", ["z", "reduced"])
+def test_coordinates_on_a_lattice_stay_there_when_their_basis_is_reduced(
+    lattice: str,
+    isolated: Path,
+    corpus: Path,
+    reduced: Reduce,
+    told: Any,
+    config_of: Callable[..., Config],
+) -> None:
+    fields = {"kind": "reduced", "rank": 12, "lattice": lattice, "lattice_step": 0.05}
+    config = config_of(
+        data__paths=(str(corpus),),
+        train__keep_last=9,
+        **{f"model__embedding__{name}": value for name, value in fields.items()},
+    )
+    path = session.start(config, told, out=isolated / "run").run.path
+    first = cllm.load(path).model.embedding
+    again = reduced(path, reduction="lll", metric="hidden").model.embedding
+    assert not torch.allclose(again.basis, first.basis, atol=1e-2), "another basis"
+    points = again.core() / 0.05
+    torch.testing.assert_close(points, points.round(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(again.table(), first.table(), rtol=1e-4, atol=1e-5)
+    # From the start of a run, too: what is drawn and snapped is rewritten.
+    rewritten = merge(
+        config,
+        {"model.embedding.reduction": "lll", "model.embedding.reduction_metric": "hidden"},
+    )
+    other = session.start(rewritten, told, out=isolated / "rewritten").run.path
+    starts = [
+        cllm.load(run / "checkpoints" / "step-00000000").model.embedding.table()
+        for run in (path, other)
+    ]
+    torch.testing.assert_close(starts[1], starts[0], rtol=1e-4, atol=1e-5)
+
+
+def test_points_of_e8_and_sums_of_points_are_not_reduced(
+    isolated: Path, corpus: Path, reduced: Reduce, told: Any, config_of: Callable[..., Config]
+) -> None:
+    fields = {"kind": "reduced", "rank": 16, "lattice": "e8"}
+    config = config_of(
+        data__paths=(str(corpus),),
+        train__steps=2,
+        **{f"model__embedding__{name}": value for name, value in fields.items()},
+    )
+    path = session.start(config, told, out=isolated / "run").run.path
+    with pytest.raises(UsageError, match="would change a table whose coordinates are points of E8"):
+        reduced(path, reduction="lll")
+    with pytest.raises(ValueError, match="whose coordinates are sums of pieces on a lattice"):
+        config_of(
+            model__embedding__kind="composed+reduced",
+            model__embedding__lattice="z",
+            model__embedding__reduction="lll",
+        )
+
+
+def test_without_fpylll_a_reduced_table_trains_and_only_reduction_is_refused(
+    isolated: Path,
+    corpus: Path,
+    told: Any,
+    config_of: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "fpylll", None)
+    fields = {"model__embedding__kind": "reduced", "model__embedding__rank": 8}
+    plain = config_of(data__paths=(str(corpus),), train__steps=2, **fields)
+    run = session.start(plain, told, out=isolated / "run").run
+    assert run.status().state == "finished"
+    assert "basis" not in run.status().facts["table"]
+    asked = config_of(data__paths=(str(corpus),), **fields, model__embedding__reduction="lll")
+    with pytest.raises(UserError, match="'lll' needs fpylll: pip install fpylll"):
+        session.start(asked, told, out=isolated / "asked")
+    assert not (isolated / "asked").exists()
+
+
+def test_a_checkpoint_is_reduced_beside_its_own_score(
+    isolated: Path, corpus: Path, reduced: Reduce, told: Any, config_of: Callable[..., Config]
+) -> None:
+    config = config_of(data__paths=(str(corpus),), train__eval_every=4, train__keep_last=9)
+    path = session.start(config, told, out=isolated / "run").run.path
+    lines = {
+        line["step"]: line["bpb"]
+        for line in read_lines(path / "metrics.jsonl")
+        if line["kind"] == "validation"
+    }
+    step = min(lines)
+    reduced(path / "checkpoints" / f"step-{step:08d}", "early", rank=8)
+    said = [line for line in told.said if line.endswith("bits per byte of validation text")]
+    assert f"{lines[step]:.4f}" in said[-1]
+    reduced(path / "checkpoints" / "step-00000000", "start", rank=8)
+    said = [line for line in told.said if line.endswith("bits per byte of validation text")]
+    assert len(said) == 1, "the start was not validated"
 
 
 def test_under_the_hidden_metric_another_basis_of_the_same_table_comes_out(
@@ -230,7 +324,7 @@ def test_a_table_that_is_spoiled_is_refused_and_leaves_nothing(
 
 
 def test_another_kind_on_a_resume_is_refused_and_reduce_is_named(trained: Path) -> None:
-    with pytest.raises(UsageError, match="`cllm reduce` makes a run with another kind"):
+    with pytest.raises(UsageError, match="`cllm reduce` makes a run with reduced tables"):
         session.resume(trained, ["model.embedding.kind=reduced"], Silent())
     kind = load_config(trained / "run.toml").model.embedding.kind
     assert kind == "dense"
@@ -264,7 +358,8 @@ def test_a_composed_run_trains_loads_and_resumes_to_the_same_bits(
     own = changes.get("own_vectors", True)
     assert (embedding.weight.shape[0] < embedding.incidence.tokens) is not own
     facts = straight.status().facts["table"]
-    assert facts["core_hit_rate"] > 0
+    # Tied, one micro-batch: of a step's two reads the second finds it; validation's all do.
+    assert 0.5 <= facts["core_hit_rate"] < 1
     halted = session.start(config, told, out=isolated / "halted").run.path
     shutil.rmtree(halted / "checkpoints" / "step-00000012")
     for link in ("best", "last"):

@@ -75,8 +75,12 @@ def compress(
         ),
     ] = True,
     table: Annotated[
-        str, typer.Option(help="Token tables: lattice, int8, fp16, bf16 or fp32.")
-    ] = "lattice",
+        str,
+        typer.Option(
+            help="Token tables: lattice, int8, fp16, bf16, fp32, or own (the points of the lattice that "
+            "they were trained on; auto takes these where there are some, else lattice)."
+        ),
+    ] = "auto",
     table_bits: Annotated[
         float, typer.Option(help="Bits a number of the tables with --table lattice.")
     ] = 6.0,

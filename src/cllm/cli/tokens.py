@@ -23,7 +23,8 @@ app = typer.Typer(
 app.command("nearest")(tokens_nearest.nearest)
 
 Place = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run directory, or any BPE tokenizer.json.")
+    Path,
+    typer.Argument(metavar="RUN", help="A run directory, a .cllm file, or any BPE tokenizer.json."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -61,15 +62,13 @@ def similar(
         token, line = lookup.word(word)
         ids, scores = lookup.codes.similar([token], k)
         near = [(i, s) for i, s in zip(ids[0].tolist(), scores[0].tolist(), strict=True) if s > 0]
-        learned, why = _learned(run, token, k)
+        learned, why = _learned(run, token, k, len(lookup.tree))
     if as_json:
         found: dict[str, Any] = {"word": word, **_name(lookup, token), "note": line}
         found["by_codes"] = [
             {**_name(lookup, i), "similarity": s, "root": _root(lookup, token, i)} for i, s in near
         ]
-        found["by_embedding"] = learned and [
-            {**_name(lookup, i), "cosine": c} for i, c in learned if i < len(lookup.tree)
-        ]
+        found["by_embedding"] = learned and [{**_name(lookup, i), "cosine": c} for i, c in learned]
         typer.echo(json.dumps(found, ensure_ascii=False))
         return
     _say(lookup.note, line, why)
@@ -80,15 +79,27 @@ def _open(path: Path) -> TokenLookup:
     from cllm.store.run import RunDirectory
     from cllm.text.token_lookup import TokenLookup
 
+    if _is_model(path):
+        from cllm.api import load
+
+        return TokenLookup.of_tokenizer(load(path).tokenizer)
     if path.is_file():
         return TokenLookup.of_file(path)
     run = RunDirectory.open(path)
     return TokenLookup.of_run(run.tokenizer, run.data)
 
 
-def _learned(path: Path, token: int, k: int) -> tuple[list[tuple[int, float]] | None, str]:
-    """Neighbours by the learned table, or ``None`` and why there are none."""
-    if path.is_file():
+def _is_model(path: Path) -> bool:
+    """Whether it is a compressed model in one file, without torch, which takes a second to load."""
+    return path.suffix == ".cllm" and path.is_file()
+
+
+def _learned(
+    path: Path, token: int, k: int, known: int
+) -> tuple[list[tuple[int, float]] | None, str]:
+    """Neighbours by the learned table among its first ``known`` rows, those of tokens, or ``None`` and why
+    there are none."""
+    if path.is_file() and not _is_model(path):
         return None, "no learned embedding: this is a tokenizer, not a run"
     from cllm.core.errors import UserError
     from cllm.core.threads import spin_briefly
@@ -100,7 +111,7 @@ def _learned(path: Path, token: int, k: int) -> tuple[list[tuple[int, float]] | 
 
     try:
         model = load(path).model
-        ids, cosines = nearest_by_cosine(model.embedding.table(), token, k)
+        ids, cosines = nearest_by_cosine(model.embedding.table()[:known], token, k)
     except (UserError, ValueError) as error:
         return None, f"no learned embedding: {error}"
     return list(zip(ids, cosines, strict=True)), ""
@@ -201,7 +212,7 @@ def _print_neighbours(
     titles: tuple[str, ...] = ("by code", "similarity", "shared root")
     rows: list[tuple[str, ...]] = list(ours)
     if learned is not None:
-        theirs = [(lookup.name(i), f"{c:.3f}") for i, c in learned if i < len(lookup.tree)]
+        theirs = [(lookup.name(i), f"{c:.3f}") for i, c in learned]
         titles += ("by embedding", "cosine")
         height = max(len(ours), len(theirs))
         ours += [("", "", "")] * (height - len(ours))

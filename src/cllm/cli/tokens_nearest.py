@@ -22,7 +22,8 @@ def nearest(
         str,
         typer.Argument(
             metavar="WORD|VECTOR.npy",
-            help="A word that is one token (a space before it is tried, too), or a vector's file.",
+            help="A word that is one token (a space before it is tried, too), a token's id as '#123', or a "
+            "vector's file.",
         ),
     ],
     k: Annotated[int, typer.Option("-k", help="How many tokens.")] = 10,
@@ -50,7 +51,8 @@ def nearest(
     loaded = load(run)
     asked = token_of(loaded.tokenizer, wanted) if vector is None else vector
     model = loaded.model
-    vectors = (model.embedding if table == "input" else model.output).table()
+    known = loaded.tokenizer.vocab_size  # further rows are no tokens'
+    vectors = (model.embedding if table == "input" else model.output).table()[:known]
     try:
         found = token_neighbours(vectors, loaded.tokenizer, asked, k, metric)
     except ValueError as error:

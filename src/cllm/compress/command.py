@@ -10,6 +10,7 @@ from cllm.compress.allocation import allot
 from cllm.compress.certificate import check_predictable, forecast
 from cllm.compress.codecs.entropy import constriction_stream
 from cllm.compress.compressed import Compressed
+from cllm.compress.own_points import has_own_points
 from cllm.compress.pipeline import compress
 from cllm.compress.settings import CASTS, Settings
 from cllm.compress.source import Source, open_source
@@ -57,9 +58,10 @@ def compress_run(
     target = _default_place(path, settings) if out is None else out
     if target.suffix != SUFFIX:
         raise UsageError(f"--out names the file to make: {target.name} does not end in {SUFFIX}")
-    if settings.is_coded or settings.table_as == "lattice":
+    if settings.is_coded or settings.table_as in ("lattice", "own"):
         constriction_stream()  # said before a minute is spent
     source = open_source(path, settings, progress, calibration)
+    settings = _with_table(settings, source, progress, shared=budget is not None)
     with clear_errors(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
     if budget is not None:
@@ -84,7 +86,27 @@ def predict_run(
         raise UsageError(f"{path} is compressed already: predict for the run that it was made of")
     check_predictable(settings)
     source = open_source(path, settings, progress, calibration)
+    settings = _with_table(settings, source, progress, shared=False)
     return forecast(source, settings, progress).sentence(source.base)
+
+
+def _with_table(
+    settings: Settings, source: Source, progress: Progress, *, shared: bool
+) -> Settings:
+    """``settings`` with ``table = auto`` decided for this run; with ``shared`` bits tables take their part
+    of these. Raises ``UsageError`` for points that the tables don't have."""
+    own = has_own_points(source.config)
+    if settings.table == "own" and not own:
+        raise UsageError(
+            "--table own stores tables that were trained on a lattice (model.embedding.lattice) and are no "
+            "sums of pieces; this run's are not: leave it out"
+        )
+    if settings.table != "auto":
+        return settings
+    if settings.is_cast or shared or not own:
+        return replace(settings, table="lattice")
+    progress.say("tables: stored as the points of the lattice that they were trained on")
+    return replace(settings, table="own")
 
 
 def _within(

@@ -154,6 +154,7 @@ _READERS: dict[str, Callable[[Container, str, Stored], Tensor]] = {
     "gguf-q4_0": _read_on_grid,
     "gguf-q8_0": _read_on_grid,
     "coded": _read_coded,
+    "points": _read_coded,
     "fixed": _read_fixed,
     "sparse": _read_sparse,
     "table": _read_table,

@@ -166,9 +166,9 @@ def compress_table(
         rate = settings.table_bits if bits is None else bits
         codec = codecs.Lattice(target_bytes=round(rate * weight.numel() / 8))
     metric = None
-    if seen is not None:
-        metric = codecs.table_metric(seen.moment, head=head, look_up=look_up)
     try:
+        if seen is not None:
+            metric = codecs.table_metric(seen.moment, head=head, look_up=look_up)
         data = codec.encode(
             weight.numpy(), metric, frequency=None if seen is None else seen.frequency
         )

@@ -16,6 +16,7 @@ from cllm.compress.calibration import calibrate, layers_in_order
 from cllm.compress.compressed import Compressed
 from cllm.compress.layer import Piece, cast_layer, compress_layer, compress_table, keep
 from cllm.compress.output_metric import OutputMetric
+from cllm.compress.own_points import has_own_points, own_points
 from cllm.compress.parts import PartsFolder
 from cllm.compress.recovery import recover
 from cllm.compress.settings import Settings
@@ -165,11 +166,15 @@ def round_table(
     """The token table ``name`` (a parameter's name) of ``model`` as ``settings`` store it, at its bits in
     ``rates`` if they are there."""
     table = model.tables[name.partition(".")[0]]
+    if settings.table_as == "own":
+        return own_points(table)
+    with torch.no_grad():
+        weight = table.core() if has_own_points(source.config) else table.weight
     plain = table.incidence is None and table.basis is None
     seen = table_statistics(model, source.data.train, limit=settings.tokens) if plain else None
     tied = model.head is None
     return compress_table(
-        table.weight.detach().float(),
+        weight.detach().float(),
         settings,
         seen,
         head=tied or name.startswith("head"),

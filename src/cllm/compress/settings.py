@@ -20,7 +20,7 @@ FLOATS = ("fp32", "fp16", "bf16")
 CASTS = (*FLOATS, "int8")
 """Methods that look at the weights alone; int8 rounds to the nearest with a scale for each row."""
 GRIDS = ("int", "gguf-q4_0", "gguf-q8_0", "coded", "e8", "leech")
-TABLES = ("lattice", *CASTS)
+TABLES = ("auto", "lattice", "own", *CASTS)
 GROUPS = ("32", "64", "128", "row")
 METRICS = ("auto", "inputs", "model")
 RANGE = (0.1, 12.0)
@@ -57,7 +57,9 @@ class Settings:
             ``fp32``, or ``babai`` on the grid ``int``.
         recover: steps of training afterwards (see ``cllm.compress.recovery``), which with ``recover_codes``
             may move the integers, too.
-        table: how token tables are stored: ``lattice`` at ``table_bits`` a number, int8 rows, or a cast.
+        table: how token tables are stored: ``lattice`` at ``table_bits`` a number, int8 rows, a cast, or
+            ``own``: the points of the lattice that they were trained on. ``auto`` is ``own`` where they
+            were trained on one, and ``lattice`` else.
     """
 
     bits: float = 4.0
@@ -184,8 +186,10 @@ class Settings:
 
     @property
     def table_as(self) -> str:
-        """How token tables are stored: a cast takes them along."""
-        return self.method if self.is_cast else self.table
+        """How token tables are stored: a cast takes them along. (``auto`` is decided with the run.)"""
+        if self.is_cast:
+            return self.method
+        return "lattice" if self.table == "auto" else self.table
 
     @property
     def is_coded(self) -> bool:

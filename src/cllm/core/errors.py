@@ -22,6 +22,10 @@ class UsageError(UserError):
     exit_code = 2
 
 
+class SettingError(UsageError, ValueError):
+    """A setting, or a combination of them, that cannot be: from Python it is a ``ValueError``, too."""
+
+
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """`` (did you mean 'x'?)`` for the known word closest to ``word``, or an empty string."""
     import difflib

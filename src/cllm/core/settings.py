@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cllm.core.config import Config, known_keys, require_known
-from cllm.core.errors import UsageError, UserError
+from cllm.core.errors import SettingError, UsageError, UserError
 from cllm.core.presets import preset_fields
 from cllm.core.section import Section
 
@@ -46,7 +46,8 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 def build(flat: Mapping[str, Any]) -> Config:
     """A validated ``Config`` from dotted keys, the preset filled in below them.
 
-    Raises ``UsageError`` for an unknown key, a wrong value or a combination that cannot be.
+    Raises ``UsageError`` for an unknown key, a wrong value or a combination that cannot be: for the latter
+    two ``SettingError``, which is a ``ValueError``, too.
     """
     for key in flat:
         require_known(key)
@@ -57,7 +58,7 @@ def build(flat: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(nest(values))
     except ValidationError as error:
-        raise UsageError(_one_line(error)) from error
+        raise SettingError(_one_line(error)) from error
 
 
 def merge(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -2,7 +2,8 @@
 
 The optimizer moves real coordinates; the model sees the lattice points next to them, and the gradient
 passes as if it had seen the coordinates themselves (the straight-through estimator; Bengio, Léonard &
-Courville 2013). What is stored are integers from the start.
+Courville 2013). A checkpoint holds what the optimizer moves; ``cllm compress`` stores the points, as
+integers.
 """
 
 from __future__ import annotations
@@ -21,19 +22,25 @@ def snap(core_vr: Tensor, basis_rd: Tensor | None, lattice: str, step: float) ->
     integer multiples of ``step`` again, but chosen by Babai's nearest plane (1986) so that
     (core − point) · basis is short, which rounding each by itself does not do where the basis's rows
     are not orthogonal.
+
+    Coordinates beyond the integers that their floats resolve have no point: all are NaN then, and the
+    training that brought them there sees a loss that is not finite.
     """
     from cllm.lattice import E8, closest  # most models snap nothing, and start sooner without it
 
     wide = torch.float64 if core_vr.dtype == torch.float64 else torch.float32
     scaled = core_vr.detach().to("cpu", wide) / step
-    if lattice == "z":
-        points = scaled.round()
-    elif lattice == "e8":
-        points = E8().nearest(scaled.reshape(-1, 8)).reshape(scaled.shape)
-    else:
-        assert basis_rd is not None
-        rows = basis_rd.detach().to("cpu", wide)
-        points = closest(rows.numpy(), scaled @ rows, "nearest-plane").coefficients.to(wide)
+    try:
+        if lattice == "z":
+            points = scaled.round()
+        elif lattice == "e8":
+            points = E8().nearest(scaled.reshape(-1, 8)).reshape(scaled.shape)
+        else:
+            assert basis_rd is not None
+            rows = basis_rd.detach().to("cpu", wide)
+            points = closest(rows.numpy(), scaled @ rows, "nearest-plane").coefficients.to(wide)
+    except ValueError:
+        points = torch.full_like(scaled, torch.nan)
     return (points * step).to(core_vr.dtype).to(core_vr.device)
 
 
@@ -54,7 +61,11 @@ class Snap(nn.Module):
         point = snap(core_vr, basis_rd, self.lattice, self.step)
         return core_vr + (point - core_vr).detach() if core_vr.requires_grad else point
 
+    @property
+    def unit(self) -> float:
+        """What all coordinates of points are whole multiples of: ``step``, half of it for ``e8``."""
+        return self.step / 2 if self.lattice == "e8" else self.step
+
     def integers(self, point_vr: Tensor) -> Tensor:
-        """Snapped coordinates as int32: units of ``step``, of half a ``step`` for ``e8``."""
-        unit = self.step / 2 if self.lattice == "e8" else self.step
-        return (point_vr / unit).round().to(torch.int32)
+        """Snapped coordinates as int32, in units of ``unit``."""
+        return (point_vr / self.unit).round().to(torch.int32)

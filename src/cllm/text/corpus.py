@@ -17,7 +17,7 @@ import tokenizers
 
 from cllm.core.atomic import clear_errors, new_directory
 from cllm.core.config import DataConfig, TokenizerConfig
-from cllm.core.errors import UserError
+from cllm.core.errors import UsageError, UserError
 from cllm.text.build import Request, build, train_tokenizer
 from cllm.text.dataset import (
     FORMAT,
@@ -72,6 +72,11 @@ def prepare(
     directory = Path(directory)
     sources = expand(data.paths)
     given = reuse or (Tokenizer.load(tokenizer.file) if tokenizer.file else None)
+    if given and tokenizer.order not in ("auto", "tokenizer"):
+        raise UsageError(
+            f"tokenizer.order = {tokenizer.order!r} numbers the ids of a tokenizer that is trained, and "
+            "one that is given keeps its own: leave it out"
+        )
     prints = [source.fingerprint() for source in sources]
     key = _request_key(prints, data, tokenizer, given, seed)
     kept = Path(cache) / key[:32] if cache is not None else None

@@ -51,6 +51,15 @@ class TokenLookup:
         return cls(tree, words, codes, lambda text: [int(i) for i in ours.encode(text)], note)
 
     @classmethod
+    def of_tokenizer(cls, ours: Tokenizer) -> TokenLookup:
+        """Of a model's tokenizer, without counts. Raises ``ValueError`` for one without merges."""
+        tree = MergeTree.from_tokenizer(ours)
+        words = Morphology.of(tree)
+        note = "pieces are ranked by the order of the merges: the model's file has no counts"
+        codes = TokenCodes.build(tree, None, words)
+        return cls(tree, words, codes, lambda text: [int(i) for i in ours.encode(text)], note)
+
+    @classmethod
     def of_file(cls, path: Path) -> TokenLookup:
         """Of any BPE ``tokenizer.json``, without counts.
 

@@ -14,7 +14,9 @@ from cllm.model.embedding import Embedding
 from cllm.model.factors import rank_for, retained
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
+from cllm.store import steps
 from cllm.store.draft import Draft
+from cllm.store.metrics import read_lines
 from cllm.store.run import RunDirectory
 from cllm.text.dataset import load_prepared
 from cllm.training.build import build
@@ -69,9 +71,9 @@ def reduce_run(
         model, step = build(config, draws_of(config, dataset, progress))
         _take_over(source, model, step, tables, keep=keep)
         _say_retained(progress, model, tables)
-        before = parent.status().facts.get("validation_bpb")
+        before = _validated(parent, Path(path))
         if before is not None:
-            progress.say(f"{parent.path}: {before:.4f} bits per byte of validation text")
+            progress.say(f"{path}: {before:.4f} bits per byte of validation text")
         if reduction != "none":
             for line in reduce_bases(model, config.model.embedding, dataset.train):
                 progress.say(line)
@@ -81,6 +83,16 @@ def reduce_run(
     run.note(**first_facts(config, dataset, command, parent))
     dataset = load_prepared(run.data)
     return train_run(config, run, dataset, model, step, Standing(), progress, fit=then_train > 0)
+
+
+def _validated(parent: RunDirectory, path: Path) -> float | None:
+    """Bits per byte of the run's best weights, or of the checkpoint that ``path`` is, if it has them."""
+    _, step = steps.locate(path)
+    if step is None:
+        found = parent.status().facts.get("validation_bpb")
+        return None if found is None else float(found)
+    lines = [line for line in read_lines(parent.metrics) if line["kind"] == "validation"]
+    return next((float(line["bpb"]) for line in lines if line["step"] == step), None)
 
 
 def _check_tables(tables: dict[str, torch.Tensor], path: Path | str) -> None:

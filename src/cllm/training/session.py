@@ -139,7 +139,8 @@ def _resume(
     for key in changes:
         if key.startswith("model.embedding."):
             raise UsageError(
-                f"{key} cannot change on resume; `cllm reduce` makes a run with another kind of table"
+                f"{key} cannot change on resume; `cllm reduce` makes a run with reduced tables of this "
+                "one's, and for any other kind of table a run is trained anew"
             )
         if not key.startswith(RESUMABLE):
             raise UsageError(f"{key} cannot change on resume; only train.* and log.* can")

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from cllm.core.config import Config
+from cllm.core.errors import UsageError
 from cllm.model.bigram_start import start_bigram
 from cllm.model.corpus_start import corpus_table
 from cllm.model.crystal_start import crystal_table, merge_pieces
@@ -24,7 +25,8 @@ def start_tables(config: Config, dataset: Dataset, model: Transformer, progress:
     """Give the model the start that ``config.model.embedding.init`` asks for, from the training split.
 
     A head of its own begins with the same table as the input. With ``"corpus"`` the last MLP begins
-    with the corpus's bigrams, too.
+    with the corpus's bigrams, too. Raises ``UsageError`` for a tokenizer without merges where pieces are
+    asked for.
     """
     if config.model.embedding.is_composed:
         model.set_incidence(incidence_of(dataset.tokenizer, config))
@@ -36,7 +38,10 @@ def start_tables(config: Config, dataset: Dataset, model: Transformer, progress:
     with progress.stage("reading the corpus's statistics"):
         counts = count_tokens(tokens, size)
         if init == "crystal":
-            pieces = merge_pieces(dataset.tokenizer, size)
+            try:
+                pieces = merge_pieces(dataset.tokenizer, size)
+            except ValueError as error:
+                raise UsageError(f"model.embedding.init = 'crystal': {error}") from error
             _set(model, crystal_table(pieces, counts, width, std=std))
             return
         near, *further = harmonic_weights(WINDOW)

@@ -27,7 +27,7 @@ from cllm.training.counters import count_step, new_counters
 from cllm.training.draws import Draws
 from cllm.training.feed import target_count
 from cllm.training.figures import Figures, Numbers, StepResult, Summed
-from cllm.training.gradient import Gradients, Micro
+from cllm.training.gradient import INPUT, Gradients, Micro
 from cllm.training.in_backward import InBackward
 from cllm.training.lazy_rows import LazyRows
 from cllm.training.parallel.crew import Crew
@@ -71,7 +71,7 @@ class TrainStep:
         self.early = InBackward(arena, self.gradients, self.optimizer) if early else None
         by_rows = self.lazy.tables if self.lazy is not None else ()
         self._kept_cores = tuple(name for name in self.cores if name not in by_rows)
-        self.core_uses = {"computed": len(self._kept_cores), "read": 0}
+        self.core_uses = {"computed": 0, "read": 0}
         self._running = [
             buffer for m in model.modules() if isinstance(m, BatchNorm) for buffer in m.buffers()
         ]
@@ -275,9 +275,14 @@ class TrainStep:
     def _weights_changed(self, batches: int) -> None:
         for table in self.model.tables.values():
             table.after_step()
-        self.core_uses["computed"] += len(self._kept_cores)
-        # Each micro-batch looks its tokens up in the input's core and scores them with the output's.
-        self.core_uses["read"] += 2 * batches if self._kept_cores else 0
+        if batches:  # which have read what was computed once before them
+            self.core_uses["computed"] += len(self._kept_cores)
+            self._count_reads(batches)
+
+    def _count_reads(self, batches: int) -> None:
+        """Each batch looks its tokens up in the input's core and scores them with the output's."""
+        both = [INPUT, self.gradients.output]
+        self.core_uses["read"] += batches * sum(name in self._kept_cores for name in both)
 
     def count(self, applied: bool) -> None:
         """Count a step, and adapt fp16's loss scale."""
@@ -317,6 +322,7 @@ class TrainStep:
     def evaluate_here(self, ids_bt: Tensor, targets_bt: Tensor) -> Tensor:
         """The same in this process alone."""
         assert not self.model.training
+        self._count_reads(1)
         with torch.no_grad():
             return self._loss(ids_bt, targets_bt)
 

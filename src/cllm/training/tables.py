@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from cllm.core.config import Config
 from cllm.core.errors import UserError
 from cllm.core.model_config import EmbeddingConfig
-from cllm.model.embedding import Embedding
 from cllm.model.factors import retained
 from cllm.model.rebase import Rebased, rebase
 from cllm.model.table_metric import table_metric
@@ -26,15 +27,17 @@ def reduce_bases(model: Transformer, config: EmbeddingConfig, tokens: PackedToke
     """Rewrite the factors of every reduced table by the configured lattice reduction; lines that say what
     came of it.
 
-    The tables stay what they are. ``tokens``: training text, for the metric of what errors cost. Raises
-    ``UserError`` for a basis that cannot be reduced.
+    The tables stay what they are: coordinates that are snapped to integers are carried along as these.
+    ``tokens``: training text, for the metric of what errors cost. Raises ``UserError`` for a basis that
+    cannot be reduced.
     """
     lines, metrics = [], metrics_of(model, config, tokens)
     method, under = config.reduction, config.reduction_metric
     for name, table in model.tables.items():
         assert table.basis is not None, "only reduced tables have a basis"
-        found = _rebased(table, method, metrics.get(name))
         # A composed core is linear in its pieces' vectors, so that these change as it does.
+        core = table.weight if table.snap is None else table.core()
+        found = _rebased(core, table.basis, method, metrics.get(name))
         table.weight.data.copy_(found.core)
         table.basis.data.copy_(found.basis)
         table.after_step()
@@ -99,12 +102,14 @@ def table_facts(
     if embedding.basis is not None:
         facts["rank"] = embedding.basis.shape[0]
         method = wide.embedding.reduction
-        if method != "none" or facts["rank"] <= UNASKED_RANK:
+        # Where there is no fpylll, nothing that nobody asked for may need it.
+        unasked = facts["rank"] <= UNASKED_RANK and find_spec("fpylll") is not None
+        if method != "none" or unasked:
             method = method if method != "none" else "lll"
             metrics = metrics_of(model, wide.embedding, tokens)
             if metrics:
                 facts["metric of the basis"] = f"{wide.embedding.reduction_metric} states"
-            found = _rebased(embedding, method, metrics.get("embedding"))
+            found = _rebased(embedding.weight, embedding.basis, method, metrics.get("embedding"))
             facts["basis"] = found.before.to_json()
             facts[f"basis after {method}"] = found.after.to_json()
     if step.cores:
@@ -116,9 +121,12 @@ def table_facts(
     return facts
 
 
-def _rebased(table: Embedding, method: str, metric: np.ndarray | None) -> Rebased:
-    assert table.basis is not None
+def _rebased(core: Tensor, basis: Tensor, method: str, metric: np.ndarray | None) -> Rebased:
     try:
-        return rebase(table.weight.detach(), table.basis.detach(), method, metric)
+        return rebase(core.detach(), basis.detach(), method, metric)
     except (ValueError, ArithmeticError) as error:
         raise UserError(f"model.embedding.reduction = {method!r}: {error}") from error
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"model.embedding.reduction = {method!r} needs {error.name}: pip install {error.name}"
+        ) from error

@@ -241,11 +241,19 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_goes_on(
         assert torch.equal(again["weights"][name], tensor)
 
 
+@pytest.mark.parametrize("lattice", ["none", "reduced"])
 def test_divergence_ends_the_run_and_says_what_to_do(
-    resume: Resume, start: Start, told: Any
+    lattice: str, resume: Resume, start: Start, told: Any
 ) -> None:
+    on_it = {"model__embedding__kind": "reduced", "model__embedding__lattice": lattice}
     with pytest.raises(DivergedError, match=r"^4 steps in a row .* lower train.lr \(now 1e\+30\)"):
-        start(train__lr=1e30, train__max_nonfinite=4, train__steps=30, train__eval_every=2)
+        start(
+            train__lr=1e30,
+            train__max_nonfinite=4,
+            train__steps=30,
+            train__eval_every=2,
+            **(on_it if lattice != "none" else {}),
+        )
     run = RunDirectory.open("run")
     status = run.status()
     assert status.state == "diverged"

@@ -49,8 +49,12 @@ def index_head(
     known: int | None = None,
 ) -> IndexHead:
     """An exact head over the model's output table, of which the tokenizer has the first ``known`` rows
-    (none: all); ``say`` is told in a line what its queries do."""
-    index = TokenIndex.build(model.output.table().detach()[:known].float())
+    (none: all); ``say`` is told in a line what its queries do. Raises ``UserError`` for a table that is not
+    finite."""
+    try:
+        index = TokenIndex.build(model.output.table().detach()[:known].float())
+    except ValueError as error:
+        raise UserError(f"no index of the output table: {error}") from error
     tokens = f"{index.shape[0]:,} tokens"
     if index.cells:
         say(f"output head: an exact index of {tokens} in {index.cells:,} cells")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cllm.core.errors import nearest
-from cllm.infer.lookup.cells import lattice_cells
+from cllm.infer.lookup.cells import LATTICES, lattice_cells
 from cllm.infer.lookup.kernel import Skim, load
 from cllm.infer.lookup.metric import METRICS, Nearest, Rows
 from cllm.infer.lookup.regions import Regions
@@ -46,18 +46,23 @@ class TokenIndex:
 
     @classmethod
     def build(
-        cls, table: Any, *, plain: bool | None = None, cell_size: int = CELL_SIZE
+        cls,
+        table: Any,
+        *,
+        plain: bool | None = None,
+        cell_size: int = CELL_SIZE,
+        lattice: str = "e8",
     ) -> TokenIndex:
         """Index a table (V, D), NumPy or torch, of any floating type; float32 is kept.
 
         ``plain`` leaves the cells out, so that every query is a scan; none means: for fewer than
-        ``PLAIN_BELOW`` tokens. ``cell_size`` is the number of tokens that a cell has, about. Memory: the
-        table, and about as much again while the index is built, a quarter of it after. The same table
-        gives the same index.
+        ``PLAIN_BELOW`` tokens. ``cell_size`` is the number of tokens that a cell has, about.
+        ``lattice``: whose cells, ``e8`` or ``leech``. Memory: the table, and about as much again while the
+        index is built, a quarter of it after. The same table gives the same index.
 
         Raises:
-            ValueError: the table is not (V, D) with at least two rows and one column, not finite, or has
-                rows (other than zeros) shorter than 1e-9 or longer than 1e9.
+            ValueError: an unknown lattice, or the table is not (V, D) with at least two rows and one
+                column, not finite, or has rows (other than zeros) shorter than 1e-9 or longer than 1e9.
         """
         vectors = _as_matrix(table, "table")
         if len(vectors) < 2:
@@ -67,13 +72,15 @@ class TokenIndex:
             )
         if cell_size < 8:
             raise ValueError(f"cell_size must be at least 8, got {cell_size}")
+        if lattice not in LATTICES:
+            raise ValueError(f"lattice must be one of {', '.join(LATTICES)}, got {lattice!r}")
         rows = Rows.of(vectors, np.arange(len(vectors)))
         _check_norms(np.sqrt(2 * rows.half.astype(np.float64)), vectors)
         if plain is None:
             plain = len(vectors) < PLAIN_BELOW
         if plain:
             return cls(rows, None)
-        order, starts, rotation = _sort(vectors, rows, cell_size)
+        order, starts, rotation = _sort(vectors, rows, cell_size, lattice)
         rows = Rows(vectors[order], order.astype(np.int32), rows.half[order], rows.inverse[order])
         return cls(rows, Regions.of(rows, starts, rotation))
 
@@ -245,7 +252,7 @@ def _check_norms(norms: np.ndarray, vectors: np.ndarray) -> None:
 
 
 def _sort(
-    vectors: np.ndarray, rows: Rows, cell_size: int
+    vectors: np.ndarray, rows: Rows, cell_size: int, lattice: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(order of the rows, where cells start, rotation to principal coordinates)."""
     D = vectors.shape[1]
@@ -258,5 +265,5 @@ def _sort(
     np.matmul(vectors, rotation[:, :m], out=points[:, :m])
     squares = 2 * rows.half
     points[:, m] = np.sqrt(squares.max() - squares)
-    cells = lattice_cells(points, cell_size)
+    cells = lattice_cells(points, cell_size, lattice)
     return cells.order, cells.starts, rotation

@@ -22,17 +22,26 @@ class Neighbour:
 
 
 def token_of(tokenizer: Tokenizer, word: str) -> int:
-    """The one token that ``word`` is, as it stands or behind a space.
+    """The one token that ``word`` is, as it stands or behind a space, or is named, or has the number
+    ``#123``.
 
     Raises ``UsageError`` if it is none or several, with the pieces.
     """
+    if word.startswith("#") and word[1:].isdecimal():
+        if int(word[1:]) >= tokenizer.vocab_size:
+            raise UsageError(f"there is no token {word}: ids are 0 to {tokenizer.vocab_size - 1}")
+        return int(word[1:])
+    named = {tokenizer.token_name(i): i for i in tokenizer.special_ids}
+    if word in named:
+        return named[word]
     for text in (word, f" {word}") if word else ():
         ids = tokenizer.encode(text)
         if len(ids) == 1:
             return int(ids[0])
     pieces = ", ".join(repr(tokenizer.decode([i])) for i in tokenizer.encode(word))
     raise UsageError(
-        f"{word!r} is no single token ({pieces or 'it is empty'}); give one of its tokens"
+        f"{word!r} is no single token ({pieces or 'it is empty'}); give one of its tokens, "
+        "or an id as '#123'"
     )
 
 
