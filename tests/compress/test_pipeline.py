@@ -20,6 +20,7 @@ from cllm.compress.command import compress_run, parse_share, parse_size
 from cllm.compress.formats import read_fixed, read_packed, read_state
 from cllm.compress.settings import Settings
 from cllm.core.errors import UsageError, UserError
+from cllm.store import checkpoint
 from cllm.store.container import Container
 from cllm.store.packing import GridMatrix
 from cllm.text.dataset import load_prepared
@@ -70,6 +71,27 @@ def test_statistics_are_those_of_the_inputs_and_of_what_was_replaced_before(
         held, fit = rows[: 2 * 64], rows[2 * 64 :]
         torch.testing.assert_close(layer.held, held.T @ held / len(held), rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(layer.fit, fit.T @ fit / len(fit), rtol=1e-4, atol=1e-7)
+
+
+def test_a_table_of_zeros_is_refused_and_leaves_nothing(trained: Path, isolated: Path) -> None:
+    path = isolated / "spoiled"
+    shutil.copytree(trained, path, symlinks=True)
+    saved = checkpoint.load(path)
+    checkpoint.save(
+        path,
+        saved.step,
+        weights=saved.weights
+        | {"embedding.weight": torch.zeros_like(saved.weights["embedding.weight"])},
+        optimizer=saved.optimizer,
+        state=saved.state,
+        keep_last=1,
+        best=True,
+    )
+    with pytest.raises(
+        UserError, match=r"the token table cannot be stored so: .* no positive trace"
+    ):
+        make(path, isolated / "out.cllm", table="lattice")
+    assert not list(isolated.glob("out.cllm*"))
 
 
 def test_calibration_refuses_what_is_not_finite(trained: Path, plain: Any, isolated: Path) -> None:

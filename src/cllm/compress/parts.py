@@ -56,6 +56,11 @@ class PartsFolder:
         with new_file(self._file(name)) as file:
             file.write(save(tensors, metadata={"piece": facts}))
 
+    def remove_if_empty(self) -> None:
+        """Delete the directory where no piece was kept: there is nothing to go on from."""
+        if not any(self.path.glob("*.safetensors")):
+            self.remove()
+
     def remove(self) -> None:
         """Delete the directory."""
         shutil.rmtree(self.path, ignore_errors=True)

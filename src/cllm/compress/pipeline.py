@@ -21,6 +21,7 @@ from cllm.compress.parts import PartsFolder
 from cllm.compress.recovery import recover
 from cllm.compress.settings import Settings
 from cllm.compress.source import Source, score_on_validation
+from cllm.core.errors import UserError
 from cllm.core.settings import merge, to_toml
 from cllm.model.table_statistics import table_statistics
 from cllm.model.transformer import Transformer
@@ -45,7 +46,11 @@ def compress(
     """
     model = source.model()
     folder = PartsFolder(out, _key(source, settings, rates))
-    pieces = _pieces(source, model, settings, folder, progress, rates or {})
+    try:
+        pieces = _pieces(source, model, settings, folder, progress, rates or {})
+    except UserError:
+        folder.remove_if_empty()
+        raise
     model.load_state_dict({name: piece.values for name, piece in pieces.items()})
     for table in model.tables.values():
         table.after_step()
