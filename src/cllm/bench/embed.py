@@ -160,14 +160,17 @@ class _Judge:
         ]
 
     def _above(self, name: str, case: Case, allowed: float, peer: Case = NORMAL) -> Claim:
-        """The ratio of bits per byte of ``case`` to those of ``peer``, with the seeds that both have."""
+        """The ratio of bits per byte of ``case`` to those of ``peer``, with the seeds that both have, and its
+        standard error: a seed draws the split, too, so that its two trainings belong together."""
         ours, theirs = self.bpbs(case), self.bpbs(peer)
-        both = ours.keys() & theirs.keys()
+        each = [ours[seed] / theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
         tuned = self._is_tuned(case) and self._is_tuned(peer)
-        measured = tuned and len(both) == len(self.trainings.seeds)
+        measured = tuned and len(each) == len(self.trainings.seeds)
+        if len(each) > 1:
+            name += f" ({len(each)} seeds ± {stdev(each) / len(each) ** 0.5:.4f})"
         return Claim(
             name=name,
-            value=mean(ours[s] for s in both) / mean(theirs[s] for s in both) if both else None,
+            value=mean(each) if each else None,
             required=1.0 + allowed,
             higher_is_better=False,
             judged=measured,
