@@ -102,9 +102,9 @@ TRAIN = [
     (["--set", "model.embedding.own_vectors=false"], 2, ["own_vectors needs pieces", "composed"]),
     (["--set", "model.embedding.lattice_step=0.5"], 2, ["lattice_step is that of a lattice"]),
     (
-        ["--set", "model.embedding.lattice=z", "--set", "model.embedding.lattice_step=1e-9"],
+        ["--set", "model.embedding.lattice=e8", "--set", "model.embedding.lattice_step=1e-8"],
         2,
-        ["model.embedding.lattice_step = 1e-09"],
+        ["model.embedding.lattice_step = 1e-08 is too fine"],
     ),
     (["--preset", "tinny"], 2, ["unknown preset 'tinny' (did you mean 'tiny'?)", "known: nano"]),
     (["--set", "train.device=tpu"], 2, ["train.device = 'tpu' is none of"]),

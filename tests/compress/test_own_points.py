@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import cllm
+import cllm as package
 from cllm.compress.command import compress_run
 from cllm.compress.own_points import own_points
 from cllm.compress.settings import Settings
@@ -39,7 +39,7 @@ def run_with(isolated: Path, corpus: Path, fast: dict[str, Any]) -> Make:
         settings = {k.replace(".", "__"): v for k, v in (fast | {"train.steps": 6}).items()}
         settings |= {f"model__embedding__{name}": value for name, value in fields.items()}
         out = isolated / "run"
-        cllm.train(data=corpus, out=out, quiet=True, **settings)
+        package.train(data=corpus, out=out, quiet=True, **settings)
         return out
 
     return make
@@ -67,8 +67,10 @@ def test_the_points_come_back_to_the_bit_in_fewer_bytes(
 ) -> None:
     run, told = run_with(**fields), Recorder()
     path = compressed(run, told, table="auto")
-    assert any("the points of the lattice that they were trained on" in line for line in told.said)
-    trained, stored = cllm.load(run).model.embedding, cllm.load(path).model.embedding
+    assert any(
+        "the points of the lattice that they were trained on, " in line for line in told.said
+    )
+    trained, stored = package.load(run).model.embedding, package.load(path).model.embedding
     assert torch.equal(stored.core(), trained.core())
     assert torch.equal(stored.weight, trained.core()), "what is read is what was snapped"
     size = Container.open(path).sizes()["embedding.weight"]
@@ -82,6 +84,34 @@ def test_points_are_stored_where_asked_only(run_with: Make) -> None:
     for table in ("own", "lattice", "int8"):
         kinds[table] = Container.open(compressed(run, Silent(), table=table)).header.weights
     assert [kinds[t]["embedding.weight"].kind for t in kinds] == ["points", "table", "table"]
+
+
+def test_points_that_take_more_than_a_byte_are_rounded_anew(run_with: Make) -> None:
+    run, told = run_with(lattice="z", lattice_step=1e-4), Recorder()
+    path = compressed(run, told, table="auto")
+    assert Container.open(path).header.weights["embedding.weight"].kind == "table"
+    (said,) = (line for line in told.said if line.startswith("tables: not the points"))
+    assert said.endswith("but 6")
+
+
+def test_bits_that_are_asked_for_are_those_of_the_table(
+    run_with: Make, cllm: Callable[..., Any]
+) -> None:
+    run = run_with(lattice="z")
+    quick = ("--method", "rtn", "--bits", "8", "--tokens", "256", "--quiet")
+    sizes = {}
+    for name, asked in {"own": (), "3": ("--table-bits", "3"), "6": ("--table-bits", "6")}.items():
+        made = cllm("compress", run, *quick, *asked, "--out", f"{name}.cllm")
+        assert made.code == 0, made.err
+        sizes[name] = Container.open(f"{name}.cllm").sizes()["embedding.weight"]
+    assert sizes["3"] < 0.6 * sizes["6"]
+    assert Container.open("own.cllm").header.weights["embedding.weight"].kind == "points"
+
+
+def test_a_table_that_snaps_to_zero_has_no_error(run_with: Make) -> None:
+    piece = own_points(package.load(run_with(lattice="z", lattice_step=2.0)).model.embedding)
+    assert not piece.values.any()
+    assert piece.figures["error"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -102,7 +132,7 @@ def test_what_has_no_points_of_its_own_is_refused_or_stored_as_ever(
 
 @pytest.mark.parametrize("value", [torch.nan, 1e9], ids=["NaN", "too large"])
 def test_coordinates_without_a_point_are_refused(value: float, run_with: Make) -> None:
-    table = cllm.load(run_with(lattice="z")).model.embedding
+    table = package.load(run_with(lattice="z")).model.embedding
     with torch.no_grad():
         table.weight[3, 2] = value
     table.after_step()
@@ -115,5 +145,5 @@ def test_recovery_leaves_points_where_they_are(run_with: Make) -> None:
     settings = Settings(bits=4, method="rtn", tokens=256, recover=3, table="own")
     torch.set_num_threads(1)
     path = compress_run(run, settings, Silent(), out=run / "out.cllm").path
-    ours, theirs = cllm.load(path).model.embedding, cllm.load(run).model.embedding
+    ours, theirs = package.load(path).model.embedding, package.load(run).model.embedding
     assert torch.equal(ours.core(), theirs.core())

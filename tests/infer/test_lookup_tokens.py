@@ -85,6 +85,8 @@ def test_a_word_is_a_token_with_or_without_its_space(tokenizer: Tokenizer) -> No
     assert token_of(tokenizer, "<|endoftext|>") == tokenizer.end_id
     with pytest.raises(UsageError, match=f"no token #{tokenizer.vocab_size}: ids are 0 to"):
         token_of(tokenizer, f"#{tokenizer.vocab_size}")
+    with pytest.raises(UsageError, match="no single token"):
+        token_of(tokenizer, "#" + "9" * 5000)
 
 
 def test_neighbours_leave_the_token_out_and_a_vector_finds_its_token(tokenizer: Tokenizer) -> None:

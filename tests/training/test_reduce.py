@@ -132,12 +132,32 @@ def test_points_of_e8_and_sums_of_points_are_not_reduced(
     path = session.start(config, told, out=isolated / "run").run.path
     with pytest.raises(UsageError, match="would change a table whose coordinates are points of E8"):
         reduced(path, reduction="lll")
+    composed = config_of(
+        data__paths=(str(corpus),),
+        model__embedding__kind="composed+reduced",
+        model__embedding__lattice="z",
+        model__embedding__reduction="lll",
+    )
     with pytest.raises(ValueError, match="whose coordinates are sums of pieces on a lattice"):
-        config_of(
-            model__embedding__kind="composed+reduced",
-            model__embedding__lattice="z",
-            model__embedding__reduction="lll",
-        )
+        session.start(composed, told, out=isolated / "composed")
+    assert not (isolated / "composed").exists()
+
+
+def test_a_run_with_settings_that_do_nothing_is_still_loaded_and_gone_on_with(
+    isolated: Path, corpus: Path, reduced: Reduce, told: Any, config_of: Callable[..., Config]
+) -> None:
+    config = config_of(data__paths=(str(corpus),), train__steps=4)
+    path = session.start(config, told, out=isolated / "run").run.path
+    text = (path / "run.toml").read_text(encoding="utf-8")
+    idle = text.replace("lattice_step = 0.01", "lattice_step = 0.5").replace(
+        "own_vectors = true", "own_vectors = false"
+    )
+    assert idle.count("0.5\n") == text.count("0.5\n") + 1
+    (path / "run.toml").write_text(idle, encoding="utf-8")
+    assert cllm.load(path).evaluate().bpb > 0
+    reduced(path, rank=8)
+    again = session.start(load_config(path / "run.toml"), told, out=isolated / "on", from_run=path)
+    assert again.state == "finished"
 
 
 def test_without_fpylll_a_reduced_table_trains_and_only_reduction_is_refused(

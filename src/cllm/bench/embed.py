@@ -160,8 +160,8 @@ class _Judge:
         ]
 
     def _above(self, name: str, case: Case, allowed: float, peer: Case = NORMAL) -> Claim:
-        """The ratio of bits per byte of ``case`` to those of ``peer``, with the seeds that both have, and its
-        standard error: a seed draws the split, too, so that its two trainings belong together."""
+        """The ratio of bits per byte of ``case`` to those of ``peer``, with the seeds that both have, and
+        its standard error: a seed draws the split, too, so that its two trainings belong together."""
         ours, theirs = self.bpbs(case), self.bpbs(peer)
         each = [ours[seed] / theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
         tuned = self._is_tuned(case) and self._is_tuned(peer)

@@ -82,8 +82,9 @@ def compress(
         ),
     ] = "auto",
     table_bits: Annotated[
-        float, typer.Option(help="Bits a number of the tables with --table lattice.")
-    ] = 6.0,
+        float | None,
+        typer.Option(help="Bits a number of the tables, with --table lattice; 6 if not given."),
+    ] = None,
     size: Annotated[
         str | None,
         typer.Option(metavar="600KB", help="Bytes of the file: rates are allotted to fit."),
@@ -137,8 +138,8 @@ def compress(
         prune=prune,
         recover=recover,
         recover_codes=recover_codes,
-        table=table,
-        table_bits=table_bits,
+        table="lattice" if table == "auto" and table_bits is not None else table,
+        table_bits=6.0 if table_bits is None else table_bits,
     )
     if predict:
         said = predict_run(run, settings, open_progress(quiet=quiet), calibration=calibration or ())

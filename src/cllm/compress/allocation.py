@@ -33,8 +33,7 @@ def allot(
 
     Raises ``UserError`` with the least possible where the budget is below it.
     """
-    if settings.table != "lattice":
-        raise UserError("a size is met by sharing bits with the tables, too: take --table lattice")
+    assert settings.table == "lattice", "bits are shared with the tables, too"
     fixed = _fixed_bytes(source, settings)
     items = sensitivities(source, progress)
     numbers = sum(item.count for item in items.values())

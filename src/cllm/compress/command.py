@@ -10,7 +10,7 @@ from cllm.compress.allocation import allot
 from cllm.compress.certificate import check_predictable, forecast
 from cllm.compress.codecs.entropy import constriction_stream
 from cllm.compress.compressed import Compressed
-from cllm.compress.own_points import has_own_points
+from cllm.compress.own_points import bits_of_points, has_own_points
 from cllm.compress.pipeline import compress
 from cllm.compress.settings import CASTS, Settings
 from cllm.compress.source import Source, open_source
@@ -20,6 +20,8 @@ from cllm.store.container import SUFFIX, is_container
 from cllm.store.run import RunDirectory
 from cllm.training.progress import Progress
 
+OWN_AT_MOST = 8.0
+"""Bits a number up to which ``--table auto`` takes a table's own points; rows of int8 are smaller then."""
 LADDER = (2.0, 3.0, 4.0, 8.0)
 CODED_LADDER = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 
@@ -47,6 +49,8 @@ def compress_run(
         raise UsageError("give a size or a rise of the bits per byte, not both")
     if size is not None and (settings.is_cast or not settings.is_coded):
         raise UsageError("--size allots any rates to the layers: add --grid coded")
+    if size is not None and settings.table not in ("auto", "lattice"):
+        raise UsageError("a size is met by sharing bits with the tables, too: take --table lattice")
     wanted = None if increase is None else parse_share(increase)
     budget = None if size is None else parse_size(size)
     if predict and (budget is not None or wanted is not None):
@@ -105,7 +109,12 @@ def _with_table(
         return settings
     if settings.is_cast or shared or not own:
         return replace(settings, table="lattice")
-    progress.say("tables: stored as the points of the lattice that they were trained on")
+    bits = bits_of_points(source.model())
+    what = f"the points of the lattice that they were trained on, {bits:.1f} bits a number"
+    if bits > OWN_AT_MOST:
+        progress.say(f"tables: not {what}, but {settings.table_bits:g}")
+        return replace(settings, table="lattice")
+    progress.say(f"tables: {what}")
     return replace(settings, table="own")
 
 

@@ -166,9 +166,12 @@ def compress_table(
         rate = settings.table_bits if bits is None else bits
         codec = codecs.Lattice(target_bytes=round(rate * weight.numel() / 8))
     metric = None
-    try:
-        if seen is not None:
+    if seen is not None:
+        try:
             metric = codecs.table_metric(seen.moment, head=head, look_up=look_up)
+        except ValueError as error:
+            raise UserError(f"the token table cannot be stored so: {error}") from error
+    try:
         data = codec.encode(
             weight.numpy(), metric, frequency=None if seen is None else seen.frequency
         )
@@ -180,7 +183,8 @@ def compress_table(
 
 
 def _table_piece(weight: Tensor, stored: Stored, parts: Parts, values: Tensor) -> Piece:
-    error = float((weight - values).double().square().sum() / weight.double().square().sum())
+    size = max(float(weight.double().square().sum()), 1e-300)
+    error = float((weight - values).double().square().sum()) / size
     return Piece(stored, parts, values, {"error": error})
 
 

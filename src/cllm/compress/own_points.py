@@ -10,6 +10,7 @@ from cllm.compress.layer import Piece, as_bytes
 from cllm.core.config import Config
 from cllm.core.errors import UserError
 from cllm.model.embedding import Embedding
+from cllm.model.transformer import Transformer
 from cllm.store.container import Stored
 
 LARGEST = 2**30
@@ -39,6 +40,14 @@ def own_points(table: Embedding) -> Piece:
     matrix = CodedMatrix(integers=integers, step=float(unit), octaves=octaves)
     values = torch.from_numpy(matrix.dense())
     rows, columns = map(int, integers.shape)
-    error = float((points - values).double().square().sum() / points.double().square().sum())
+    size = max(float(points.double().square().sum()), 1e-300)
+    error = float((points - values).double().square().sum()) / size
     stored = Stored(kind="points", shape=(rows, columns))
     return Piece(stored, {"": as_bytes(encode(matrix))}, values, {"error": error})
+
+
+def bits_of_points(model: Transformer) -> float:
+    """Bits a number of the tables of ``model``, stored so."""
+    pieces = [own_points(table) for table in model.tables.values()]
+    data = sum(piece.parts[""].numel() for piece in pieces)
+    return 8 * data / sum(piece.values.numel() for piece in pieces)

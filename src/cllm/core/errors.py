@@ -7,6 +7,8 @@ without a traceback. What is our own mistake is an assertion and keeps its trace
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 
@@ -24,6 +26,15 @@ class UsageError(UserError):
 
 class SettingError(UsageError, ValueError):
     """A setting, or a combination of them, that cannot be: from Python it is a ``ValueError``, too."""
+
+
+@contextmanager
+def setting_errors() -> Iterator[None]:
+    """Within it a ``ValueError`` says which setting cannot be."""
+    try:
+        yield
+    except ValueError as error:
+        raise SettingError(str(error)) from error
 
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:

@@ -28,8 +28,8 @@ class EmbeddingConfig(Section):
     """``composed``: pieces of all tokens together; none means what the tokenizer gives."""
     lattice: Literal["none", "z", "e8", "reduced"] = "none"
     """Train with coordinates snapped to integers, to E8, or to the basis's lattice by nearest plane."""
-    lattice_step: Annotated[float, Field(ge=1e-6)] = LATTICE_STEP
-    """What one step of that lattice is worth, 1e-6 at least: floats have no finer coordinates."""
+    lattice_step: Annotated[float, Field(gt=0)] = LATTICE_STEP
+    """What one step of that lattice is worth."""
     reduction: Literal["none", "lll", "bkz", "hkz"] = "none"
     """``reduced``: lattice reduction of the basis; the table stays the same."""
     reduction_metric: Literal["identity", "hidden"] = "identity"
@@ -83,34 +83,38 @@ class EmbeddingConfig(Section):
                 "model.embedding.reduction_metric is that of a lattice reduction: set "
                 "model.embedding.reduction = 'lll', 'bkz' or 'hkz', too"
             )
-        if not self.is_composed:
-            for name, given in (
-                ("pieces_from", self.pieces_from != "merges"),
-                ("own_vectors", not self.own_vectors),
-            ):
-                if given:
-                    raise ValueError(
-                        f"model.embedding.{name} needs pieces: set model.embedding.kind = 'composed' or "
-                        "'composed+reduced'"
-                    )
+        if self.pieces_from != "merges" and not self.is_composed:
+            raise ValueError(
+                "model.embedding.pieces_from needs pieces: set model.embedding.kind = 'composed' or "
+                "'composed+reduced'"
+            )
         return self
 
-    @model_validator(mode="after")
-    def _fits_lattice(self) -> Self:
-        if self.lattice == "none":
-            if self.lattice_step != LATTICE_STEP:
-                raise ValueError(
-                    "model.embedding.lattice_step is that of a lattice: set model.embedding.lattice = "
-                    "'z', 'e8' or 'reduced', too"
-                )
-        elif self.reduction != "none" and (self.lattice == "e8" or self.is_composed):
+    def check_asked(self) -> None:
+        """Raise ``ValueError`` for what would do nothing, or not what it says. Runs that were saved so
+        still load: this is for who asks for a new one."""
+        if not self.own_vectors and not self.is_composed:
+            raise ValueError(
+                "model.embedding.own_vectors needs pieces: set model.embedding.kind = 'composed' or "
+                "'composed+reduced'"
+            )
+        if self.lattice == "none" and self.lattice_step != LATTICE_STEP:
+            raise ValueError(
+                "model.embedding.lattice_step is that of a lattice: set model.embedding.lattice = 'z', "
+                "'e8' or 'reduced', too"
+            )
+        self.check_reduction()
+
+    def check_reduction(self) -> None:
+        """Raise ``ValueError`` where lattice reduction of the basis would change the table."""
+        snapped = self.lattice != "none" and self.reduction != "none"
+        if snapped and (self.lattice == "e8" or self.is_composed):
             what = "sums of pieces" if self.is_composed else "points of E8"
             raise ValueError(
                 f"model.embedding.reduction = {self.reduction!r} would change a table whose coordinates "
                 f"are {what} on a lattice: leave it out, or take lattice = 'z' or 'reduced' with "
                 "kind = 'reduced'"
             )
-        return self
 
 
 class ModelConfig(Section):

@@ -23,8 +23,8 @@ def snap(core_vr: Tensor, basis_rd: Tensor | None, lattice: str, step: float) ->
     (core − point) · basis is short, which rounding each by itself does not do where the basis's rows
     are not orthogonal.
 
-    Coordinates beyond the integers that their floats resolve have no point: all are NaN then, and the
-    training that brought them there sees a loss that is not finite.
+    Of E8 and of a basis's lattice there is no point where coordinates are beyond what their floats resolve:
+    all are NaN then, and the training that brought them there sees a loss that is not finite.
     """
     from cllm.lattice import E8, closest  # most models snap nothing, and start sooner without it
 

@@ -72,7 +72,7 @@ def prepare(
     directory = Path(directory)
     sources = expand(data.paths)
     given = reuse or (Tokenizer.load(tokenizer.file) if tokenizer.file else None)
-    if given and tokenizer.order not in ("auto", "tokenizer"):
+    if tokenizer.file and not reuse and tokenizer.order not in ("auto", "tokenizer"):
         raise UsageError(
             f"tokenizer.order = {tokenizer.order!r} numbers the ids of a tokenizer that is trained, and "
             "one that is given keeps its own: leave it out"

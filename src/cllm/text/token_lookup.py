@@ -88,7 +88,7 @@ class TokenLookup:
 
         Raises ``UsageError`` for a number that no token has.
         """
-        if text.startswith("#") and text[1:].isdecimal():
+        if text.startswith("#") and text[1:].isdecimal() and len(text) < 20:
             token = int(text[1:])
             if token >= len(self.tree):
                 raise UsageError(f"there is no token {text}: ids are 0 to {len(self.tree) - 1}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cllm.core.config import Config
-from cllm.core.errors import UsageError, UserError
+from cllm.core.errors import UsageError, UserError, setting_errors
 from cllm.core.settings import load_whole, merge, to_toml
 from cllm.model.embedding import Embedding
 from cllm.model.factors import rank_for, retained
@@ -62,6 +62,8 @@ def reduce_run(
     config = _reduced(
         config, source.embedding, tables["embedding"], rank, retain, (reduction, metric)
     )
+    with setting_errors():
+        config.model.embedding.check_reduction()
     if then_train:
         config = merge(config, {"train.steps": then_train, "train.warmup": None})
     with Draft(out, corpus=f"{parent.name}-reduced") as draft:

@@ -15,7 +15,7 @@ from typing import Any
 
 from cllm.core.config import Config
 from cllm.core.cpu import is_busy
-from cllm.core.errors import UsageError, UserError
+from cllm.core.errors import UsageError, UserError, setting_errors
 from cllm.core.machine import cache_dir
 from cllm.core.settings import load_whole, merge, parse_setting, to_toml
 from cllm.model.transformer import Transformer
@@ -89,6 +89,9 @@ def _start(
             "--time measures the plain loop, and train.pipeline.mode = 'delayed' is another: say how many "
             "train.steps instead"
         )
+    if from_run is None:
+        with setting_errors():
+            config.model.embedding.check_asked()
     parent = RunDirectory.open(from_run) if from_run is not None else None
     with Draft(out, corpus=_corpus_name(config.data.paths)) as draft:
         reuse = Tokenizer.load(parent.tokenizer) if parent is not None else None

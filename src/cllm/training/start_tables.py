@@ -26,12 +26,13 @@ def start_tables(config: Config, dataset: Dataset, model: Transformer, progress:
 
     A head of its own begins with the same table as the input. With ``"corpus"`` the last MLP begins
     with the corpus's bigrams, too. Raises ``UsageError`` for a tokenizer without merges where pieces are
-    asked for.
+    asked for, and for a lattice that is too fine for the start.
     """
     if config.model.embedding.is_composed:
         model.set_incidence(incidence_of(dataset.tokenizer, config))
     init, std = config.model.embedding.init, config.model.embedding.start_std
     if init == "normal":
+        _check_points(config, model)
         return
     assert config.model.vocab_size is not None
     tokens, size, width = dataset.train, config.model.vocab_size, config.model.d_model
@@ -42,17 +43,28 @@ def start_tables(config: Config, dataset: Dataset, model: Transformer, progress:
                 pieces = merge_pieces(dataset.tokenizer, size)
             except ValueError as error:
                 raise UsageError(f"model.embedding.init = 'crystal': {error}") from error
-            _set(model, crystal_table(pieces, counts, width, std=std))
+            _set(config, model, crystal_table(pieces, counts, width, std=std))
             return
         near, *further = harmonic_weights(WINDOW)
         bigrams = cooccurrence(tokens, size, (near,), say=progress.say)
         following = bigrams + cooccurrence(tokens, size, (0.0, *further), say=progress.say)
-        _set(model, corpus_table(following, counts, width, std=std, seed=config.train.seed))
+        _set(config, model, corpus_table(following, counts, width, std=std, seed=config.train.seed))
         if not start_bigram(model, bigrams):
             progress.say("only the tables start from the corpus: batch norm hides the rest")
 
 
-def _set(model: Transformer, table: np.ndarray) -> None:
+def _set(config: Config, model: Transformer, table: np.ndarray) -> None:
     for part in (model.embedding, model.head):
         if part is not None:
             part.set_table(torch.from_numpy(table))
+    _check_points(config, model)
+
+
+def _check_points(config: Config, model: Transformer) -> None:
+    with torch.no_grad():
+        found = all(bool(table.core().isfinite().all()) for table in model.tables.values())
+    if not found:
+        raise UsageError(
+            f"model.embedding.lattice_step = {config.model.embedding.lattice_step:g} is too fine: floats "
+            "do not resolve so many steps; raise it"
+        )

@@ -11,6 +11,9 @@ from cllm.core.errors import UsageError
 from cllm.infer.lookup.index import TokenIndex
 from cllm.text.tokenizer import Tokenizer
 
+LONGEST_NUMBER = 20
+"""Characters of ``#123`` from which on it is no token's number."""
+
 
 @dataclass(frozen=True)
 class Neighbour:
@@ -27,7 +30,7 @@ def token_of(tokenizer: Tokenizer, word: str) -> int:
 
     Raises ``UsageError`` if it is none or several, with the pieces.
     """
-    if word.startswith("#") and word[1:].isdecimal():
+    if word.startswith("#") and word[1:].isdecimal() and len(word) < LONGEST_NUMBER:
         if int(word[1:]) >= tokenizer.vocab_size:
             raise UsageError(f"there is no token {word}: ids are 0 to {tokenizer.vocab_size - 1}")
         return int(word[1:])
