@@ -45,6 +45,7 @@ BENCHES = {
     "infer": "infer",
 }
 """Name of a bench to its module in ``cllm.bench``."""
+MEASURED = "measured"
 RESULTS = Path("docs", "results")
 
 
@@ -271,7 +272,7 @@ def render(result: Result) -> str:
         claims = [
             {
                 "claim": claim.name,
-                "measured": claim.value,
+                MEASURED: claim.value,
                 "required": _bound(claim.required, claim.higher_is_better),
                 "aim": _bound(claim.aim, claim.higher_is_better),
                 "holds": {True: "yes", False: "**no**", None: f"– ({claim.why})"}[claim.holds],
@@ -316,7 +317,7 @@ def write_results(result: Result, arguments: Sequence[str], root: Path = Path())
 def _bound(value: float | None, higher: bool) -> str:
     if value is None:
         return "–"
-    return f"{'≥' if higher else '≤'} {_cell(value)}"
+    return f"{'≥' if higher else '≤'} {_cell(value, MEASURED)}"
 
 
 def _markdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -346,5 +347,6 @@ def _cell(value: Any, name: str = "") -> str:
     if isinstance(value, float):
         if name == "bits per byte":  # whose differences are in the third digit after the point
             return f"{value:.4f}"
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        digits = 4 if name == MEASURED else 3  # what is within half a percent of its bound shows so
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
