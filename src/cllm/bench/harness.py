@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cllm.bench.markdown import MEASURED, bound, markdown_table
 from cllm.core.atomic import new_file, write_text
 from cllm.core.cpu import load_average
 from cllm.core.errors import UsageError, UserError, nearest
@@ -45,7 +46,6 @@ BENCHES = {
     "infer": "infer",
 }
 """Name of a bench to its module in ``cllm.bench``."""
-MEASURED = "measured"
 RESULTS = Path("docs", "results")
 
 
@@ -267,19 +267,19 @@ def render(result: Result) -> str:
     lines = [f"# bench {result.bench}", ""]
     lines += [f"{here['processor']}, {here['threads']} threads{load}", ""]
     lines += [", ".join(f"{name} {version}" for name, version in body["versions"].items()), ""]
-    lines += _markdown_table(result.rows)
+    lines += markdown_table(result.rows)
     if result.claims:
         claims = [
             {
                 "claim": claim.name,
                 MEASURED: claim.value,
-                "required": _bound(claim.required, claim.higher_is_better),
-                "aim": _bound(claim.aim, claim.higher_is_better),
+                "required": bound(claim.required, claim.higher_is_better),
+                "aim": bound(claim.aim, claim.higher_is_better),
                 "holds": {True: "yes", False: "**no**", None: f"– ({claim.why})"}[claim.holds],
             }
             for claim in result.claims
         ]
-        lines += ["", *_markdown_table(claims)]
+        lines += ["", *markdown_table(claims)]
     lines += [f"\n{note}" for note in result.notes]
     return "\n".join(lines)
 
@@ -307,46 +307,8 @@ def write_results(result: Result, arguments: Sequence[str], root: Path = Path())
         here = machine()
         link = f"[All of it](docs/results/{result.bench}.md)."
         about = f"{here.cpu}, {here.threads} threads. {origin}"
-        body = "\n".join([*_markdown_table(result.headline), "", about, link])
+        body = "\n".join([*markdown_table(result.headline), "", about, link])
         text = readme.read_text(encoding="utf-8")
         place = re.compile(rf"(<!-- bench:{result.bench} -->\n).*?(<!-- /bench -->)", re.DOTALL)
         write_text(readme, place.sub(lambda m: f"{m[1]}{body}\n{m[2]}", text))
     return path
-
-
-def _bound(value: float | None, higher: bool) -> str:
-    if value is None:
-        return "–"
-    return f"{'≥' if higher else '≤'} {_cell(value, MEASURED)}"
-
-
-def _markdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    if not rows:
-        return []
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [[_cell(row.get(name), name) for name in names] for row in rows]
-    widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(names)]
-    numeric = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
-
-    def line(texts: Sequence[str]) -> str:
-        padded = [
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(texts, widths, numeric, strict=True)
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = [
-        "-" * (w - 1) + ":" if right else "-" * w for w, right in zip(widths, numeric, strict=True)
-    ]
-    return [line(names), f"| {' | '.join(rule)} |", *map(line, cells)]
-
-
-def _cell(value: Any, name: str = "") -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        if name == "bits per byte":  # whose differences are in the third digit after the point
-            return f"{value:.4f}"
-        digits = 4 if name == MEASURED else 3  # what is within half a percent of its bound shows so
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
