@@ -21,7 +21,7 @@ from cllm.store.run import RunDirectory
 from cllm.training.progress import Progress
 
 OWN_AT_MOST = 8.0
-"""Bits a number up to which ``--table auto`` takes a table's own points; rows of int8 are smaller then."""
+"""Bits a number up to which ``--table auto`` takes a table's own points: beyond, int8 would be smaller."""
 LADDER = (2.0, 3.0, 4.0, 8.0)
 CODED_LADDER = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 

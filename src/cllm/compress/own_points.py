@@ -14,6 +14,7 @@ from cllm.model.transformer import Transformer
 from cllm.store.container import Stored
 
 LARGEST = 2**30
+"""Above the integers that a coded matrix holds."""
 
 
 def has_own_points(config: Config) -> bool:

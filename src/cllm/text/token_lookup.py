@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from cllm.core.errors import UsageError, UserError
 from cllm.text.counts import count_tokens
 from cllm.text.dataset import packed_path, prepared_key, tokens_key
@@ -13,6 +15,7 @@ from cllm.text.merge_tree import MergeTree
 from cllm.text.morphology import Morphology, word_key
 from cllm.text.packed import PackedTokens
 from cllm.text.token_codes import TokenCodes
+from cllm.text.token_number import token_number
 from cllm.text.tokenizer import Tokenizer
 
 
@@ -46,17 +49,20 @@ class TokenLookup:
             counts = count_tokens(tokens, len(tree))
         except UserError as error:
             note = f"pieces are ranked by the order of the merges, not by frequency: {error}"
-        words = Morphology.of(tree)
-        codes = TokenCodes.build(tree, counts, words)
-        return cls(tree, words, codes, lambda text: [int(i) for i in ours.encode(text)], note)
+        return cls._of(ours, tree, counts, note)
 
     @classmethod
     def of_tokenizer(cls, ours: Tokenizer) -> TokenLookup:
         """Of a model's tokenizer, without counts. Raises ``ValueError`` for one without merges."""
-        tree = MergeTree.from_tokenizer(ours)
-        words = Morphology.of(tree)
         note = "pieces are ranked by the order of the merges: the model's file has no counts"
-        codes = TokenCodes.build(tree, None, words)
+        return cls._of(ours, MergeTree.from_tokenizer(ours), None, note)
+
+    @classmethod
+    def _of(
+        cls, ours: Tokenizer, tree: MergeTree, counts: np.ndarray | None, note: str
+    ) -> TokenLookup:
+        words = Morphology.of(tree)
+        codes = TokenCodes.build(tree, counts, words)
         return cls(tree, words, codes, lambda text: [int(i) for i in ours.encode(text)], note)
 
     @classmethod
@@ -88,11 +94,9 @@ class TokenLookup:
 
         Raises ``UsageError`` for a number that no token has.
         """
-        if text.startswith("#") and text[1:].isdecimal() and len(text) < 20:
-            token = int(text[1:])
-            if token >= len(self.tree):
-                raise UsageError(f"there is no token {text}: ids are 0 to {len(self.tree) - 1}")
-            return token
+        number = token_number(text, len(self.tree))
+        if number is not None:
+            return number
         if not text:
             return None
         special = {self.tree.names[i]: i for i in self.tree.special}

@@ -9,10 +9,8 @@ import numpy as np
 
 from cllm.core.errors import UsageError
 from cllm.infer.lookup.index import TokenIndex
+from cllm.text.token_number import token_number
 from cllm.text.tokenizer import Tokenizer
-
-LONGEST_NUMBER = 20
-"""Characters of ``#123`` from which on it is no token's number."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,9 @@ def token_of(tokenizer: Tokenizer, word: str) -> int:
 
     Raises ``UsageError`` if it is none or several, with the pieces.
     """
-    if word.startswith("#") and word[1:].isdecimal() and len(word) < LONGEST_NUMBER:
-        if int(word[1:]) >= tokenizer.vocab_size:
-            raise UsageError(f"there is no token {word}: ids are 0 to {tokenizer.vocab_size - 1}")
-        return int(word[1:])
+    number = token_number(word, tokenizer.vocab_size)
+    if number is not None:
+        return number
     named = {tokenizer.token_name(i): i for i in tokenizer.special_ids}
     if word in named:
         return named[word]
