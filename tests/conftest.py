@@ -213,6 +213,22 @@ def environ(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
+@pytest.fixture
+def told() -> Any:
+    """A progress that keeps what would be shown, in ``said``."""
+    from cllm.training.progress import Silent
+
+    class Recorder(Silent):
+        def __init__(self) -> None:
+            super().__init__()
+            self.said: list[str] = []
+
+        def say(self, text: str) -> None:
+            self.said.append(text)
+
+    return Recorder()
+
+
 @pytest.fixture(scope="session")
 def incidence_of() -> Callable[[int, int], Any]:
     """Makes a (tokens, pieces) incidence: three different pieces a token, the token's own among them."""

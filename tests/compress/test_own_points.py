@@ -20,17 +20,6 @@ from cllm.training.progress import Silent
 Make = Callable[..., Path]
 
 
-class Recorder(Silent):
-    """Keeps what would be shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-
 @pytest.fixture
 def run_with(isolated: Path, corpus: Path, fast: dict[str, Any]) -> Make:
     """Trains for a moment with fields of ``model.embedding``."""
@@ -63,9 +52,9 @@ def compressed(run: Path, progress: Silent, **changes: Any) -> Path:
     ids=str,
 )
 def test_the_points_come_back_to_the_bit_in_fewer_bytes(
-    fields: dict[str, Any], run_with: Make
+    fields: dict[str, Any], run_with: Make, told: Any
 ) -> None:
-    run, told = run_with(**fields), Recorder()
+    run = run_with(**fields)
     path = compressed(run, told, table="auto")
     assert any(
         "the points of the lattice that they were trained on, " in line for line in told.said
@@ -86,8 +75,8 @@ def test_points_are_stored_where_asked_only(run_with: Make) -> None:
     assert [kinds[t]["embedding.weight"].kind for t in kinds] == ["points", "table", "table"]
 
 
-def test_points_that_take_more_than_a_byte_are_rounded_anew(run_with: Make) -> None:
-    run, told = run_with(lattice="z", lattice_step=1e-4), Recorder()
+def test_points_that_take_more_than_a_byte_are_rounded_anew(run_with: Make, told: Any) -> None:
+    run = run_with(lattice="z", lattice_step=1e-4)
     path = compressed(run, told, table="auto")
     assert Container.open(path).header.weights["embedding.weight"].kind == "table"
     (said,) = (line for line in told.said if line.startswith("tables: not the points"))

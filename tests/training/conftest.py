@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+import cllm
+from cllm.api import Run
 from cllm.core.config import Config, TrainConfig
 from cllm.core.model_config import ModelConfig
 from cllm.model.cross_entropy import IGNORE
@@ -30,7 +32,7 @@ from cllm.training.feed import MicroBatches
 from cllm.training.lazy_rows import idling_tables
 from cllm.training.neighbours import Neighbours
 from cllm.training.optimizer import OPTIMIZERS
-from cllm.training.progress import Silent
+from cllm.training.reduce import reduce_run
 from cllm.training.similarity import PairSource
 from cllm.training.step import TrainStep
 
@@ -46,21 +48,14 @@ SHAPE = {
 }
 
 
-class Recorder(Silent):
-    """Keeps what would be shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-
 @pytest.fixture
-def told() -> Recorder:
-    """What the runs of a test said, in ``said``."""
-    return Recorder()
+def reduced(isolated: Path, told: Any) -> Callable[..., Run]:
+    """Reduces a run into the directory ``name``."""
+
+    def run(path: Path, name: str = "reduced", **options: Any) -> Run:
+        return cllm.load(reduce_run(path, told, out=isolated / name, **options).run.path)
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,27 +15,16 @@ import cllm
 from cllm.api import Run
 from cllm.core.config import Config
 from cllm.core.errors import UsageError, UserError
-from cllm.core.settings import load_config, merge
+from cllm.core.settings import load_config
 from cllm.model.rebase import basis_facts
 from cllm.store import checkpoint
 from cllm.store.metrics import read_lines
 from cllm.text.dataset import load_prepared
 from cllm.training import session
 from cllm.training.progress import Silent
-from cllm.training.reduce import reduce_run
 from cllm.training.tables import metrics_of
 
 Reduce = Callable[..., Run]
-
-
-@pytest.fixture
-def reduced(isolated: Path, told: Any) -> Reduce:
-    """Reduces a run into the directory ``name``."""
-
-    def run(path: Path, name: str = "reduced", **options: Any) -> Run:
-        return cllm.load(reduce_run(path, told, out=isolated / name, **options).run.path)
-
-    return run
 
 
 def test_the_table_is_the_best_of_its_rank_and_all_else_stays(
@@ -85,64 +73,6 @@ def test_lattice_reduction_of_a_trained_basis_changes_no_score(
     assert any("orthogonality defect 2^" in line for line in told.said)
 
 
-@pytest.mark.parametrize("lattice", ["z", "reduced"])
-def test_coordinates_on_a_lattice_stay_there_when_their_basis_is_reduced(
-    lattice: str,
-    isolated: Path,
-    corpus: Path,
-    reduced: Reduce,
-    told: Any,
-    config_of: Callable[..., Config],
-) -> None:
-    fields = {"kind": "reduced", "rank": 12, "lattice": lattice, "lattice_step": 0.05}
-    config = config_of(
-        data__paths=(str(corpus),),
-        train__keep_last=9,
-        **{f"model__embedding__{name}": value for name, value in fields.items()},
-    )
-    path = session.start(config, told, out=isolated / "run").run.path
-    first = cllm.load(path).model.embedding
-    again = reduced(path, reduction="lll", metric="hidden").model.embedding
-    assert not torch.allclose(again.basis, first.basis, atol=1e-2), "another basis"
-    points = again.core() / 0.05
-    torch.testing.assert_close(points, points.round(), rtol=0, atol=1e-4)
-    torch.testing.assert_close(again.table(), first.table(), rtol=1e-4, atol=1e-5)
-    # From the start of a run, too: what is drawn and snapped is rewritten.
-    rewritten = merge(
-        config,
-        {"model.embedding.reduction": "lll", "model.embedding.reduction_metric": "hidden"},
-    )
-    other = session.start(rewritten, told, out=isolated / "rewritten").run.path
-    starts = [
-        cllm.load(run / "checkpoints" / "step-00000000").model.embedding.table()
-        for run in (path, other)
-    ]
-    torch.testing.assert_close(starts[1], starts[0], rtol=1e-4, atol=1e-5)
-
-
-def test_points_of_e8_and_sums_of_points_are_not_reduced(
-    isolated: Path, corpus: Path, reduced: Reduce, told: Any, config_of: Callable[..., Config]
-) -> None:
-    fields = {"kind": "reduced", "rank": 16, "lattice": "e8"}
-    config = config_of(
-        data__paths=(str(corpus),),
-        train__steps=2,
-        **{f"model__embedding__{name}": value for name, value in fields.items()},
-    )
-    path = session.start(config, told, out=isolated / "run").run.path
-    with pytest.raises(UsageError, match="would change a table whose coordinates are points of E8"):
-        reduced(path, reduction="lll")
-    composed = config_of(
-        data__paths=(str(corpus),),
-        model__embedding__kind="composed+reduced",
-        model__embedding__lattice="z",
-        model__embedding__reduction="lll",
-    )
-    with pytest.raises(ValueError, match="whose coordinates are sums of pieces on a lattice"):
-        session.start(composed, told, out=isolated / "composed")
-    assert not (isolated / "composed").exists()
-
-
 def test_a_run_with_settings_that_do_nothing_is_still_loaded_and_gone_on_with(
     isolated: Path, corpus: Path, reduced: Reduce, told: Any, config_of: Callable[..., Config]
 ) -> None:
@@ -158,25 +88,6 @@ def test_a_run_with_settings_that_do_nothing_is_still_loaded_and_gone_on_with(
     reduced(path, rank=8)
     again = session.start(load_config(path / "run.toml"), told, out=isolated / "on", from_run=path)
     assert again.state == "finished"
-
-
-def test_without_fpylll_a_reduced_table_trains_and_only_reduction_is_refused(
-    isolated: Path,
-    corpus: Path,
-    told: Any,
-    config_of: Callable[..., Config],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "fpylll", None)
-    fields = {"model__embedding__kind": "reduced", "model__embedding__rank": 8}
-    plain = config_of(data__paths=(str(corpus),), train__steps=2, **fields)
-    run = session.start(plain, told, out=isolated / "run").run
-    assert run.status().state == "finished"
-    assert "basis" not in run.status().facts["table"]
-    asked = config_of(data__paths=(str(corpus),), **fields, model__embedding__reduction="lll")
-    with pytest.raises(UserError, match="'lll' needs fpylll: pip install fpylll"):
-        session.start(asked, told, out=isolated / "asked")
-    assert not (isolated / "asked").exists()
 
 
 def test_a_checkpoint_is_reduced_beside_its_own_score(
