@@ -18,6 +18,7 @@ from cllm.bench.embed_cases import (
     CORPUS,
     DROPOUTS,
     NORMAL,
+    RANK64,
     RATES,
     SEEDS,
     VALIDATIONS,
@@ -207,6 +208,23 @@ def test_dropout_is_tried_while_it_helps_and_learning_ends_early(
     assert trainings.untried_dropout(case, "two.txt", budget) is None
     assert trainings.dropout(case, "two.txt", budget) == best
     assert trainings.bpbs(case, "two.txt", budget) == dict.fromkeys(SEEDS[:2], by_dropout[best][0])
+
+
+def test_other_tables_begin_with_the_random_start_s_dropout(fake: Fake, corpora: list[str]) -> None:
+    """What learns faster needs no less: what is below the random start's best is not trained."""
+    ends = {
+        "normal": {0.0: (1.9, 0.3), 0.1: (1.8, 0.4), 0.2: (1.7, 0.95)},
+        "corpus": {0.2: (1.6, 0.8), 0.3: (1.65, 0.9)},
+    }
+    fake.ends = lambda config: ends[config.model.embedding.init][config.model.residual_dropout]
+    trainings = Trainings(quick=False, kept=Kept(write=False), tuned_on="one.txt")
+    for case in (NORMAL, RANK64):
+        make_tuned(trainings, case, "two.txt", BUDGETS[1], SEEDS[1])
+    seen = [(c.model.embedding.init, c.train.seed, c.model.residual_dropout) for c in fake.trained]
+    first, second = SEEDS[:2]
+    random = [("normal", first, dropout) for dropout in DROPOUTS[:3]]
+    corpus = [("corpus", first, dropout) for dropout in DROPOUTS[2:]]
+    assert seen == [*random, ("normal", second, 0.2), *corpus, ("corpus", second, 0.2)]
 
 
 def test_a_claim_waits_for_the_dropouts(

@@ -12,6 +12,7 @@ from cllm.bench.embed_cases import (
     BUDGETS,
     DROPOUTS,
     LEARNING_UNTIL,
+    NORMAL,
     QUICK,
     QUICK_CASES,
     RATES,
@@ -135,23 +136,32 @@ class Trainings:
 
     def untried_dropout(self, case: Case, corpus: str, budget: Budget) -> float | None:
         """The dropout to be tried next on a text; ``None`` where the best is among those that were."""
+        series = self._series(case, corpus, budget)
         tried = list(self._dropouts(case, corpus, budget).values())
-        if self.quick or len(tried) == len(DROPOUTS):
+        if self.quick or len(tried) == len(series):
             return None
         if tried and tried[-1].best_at >= LEARNING_UNTIL:
             return None
         if len(tried) > 1 and tried[-1].validation_bpb >= tried[-2].validation_bpb:
             return None
-        return DROPOUTS[len(tried)]
+        return series[len(tried)]
 
     def dropout(self, case: Case, corpus: str, budget: Budget) -> float:
-        """The best on a text of those that were tried; the first where none was."""
+        """The best on a text of those that were tried; the first of its series where none was."""
         tried = self._dropouts(case, corpus, budget)
-        return min(tried, key=lambda value: tried[value].validation_bpb, default=DROPOUTS[0])
+        first = self._series(case, corpus, budget)[0]
+        return min(tried, key=lambda value: tried[value].validation_bpb, default=first)
+
+    def _series(self, case: Case, corpus: str, budget: Budget) -> tuple[float, ...]:
+        """Those that may be tried, in turn: from the random start's best on, for what learns faster than it
+        needs no less."""
+        if case == NORMAL:
+            return DROPOUTS
+        return DROPOUTS[DROPOUTS.index(self.dropout(NORMAL, corpus, budget)) :]
 
     def _dropouts(self, case: Case, corpus: str, budget: Budget) -> dict[float, Figures]:
         first, found = self.training(case, corpus, budget, SEEDS[0]), dict[float, Figures]()
-        for dropout in DROPOUTS:
+        for dropout in self._series(case, corpus, budget):
             figures = self.known(replace(first, dropout=dropout))
             if figures is None:
                 break
