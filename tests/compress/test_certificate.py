@@ -20,7 +20,7 @@ from cllm.compress.outlook import outlook
 from cllm.compress.problem import problem
 from cllm.compress.scales import fit_grid
 from cllm.compress.settings import Settings
-from cllm.compress.source import open_source
+from cllm.compress.source import Source, open_source
 from cllm.core.errors import UsageError, UserError
 from cllm.training.progress import Silent
 
@@ -111,6 +111,20 @@ def test_divergence_is_nothing_for_the_same_weights_and_counts_targets_only(
     assert float(rise.mean()) == pytest.approx(float((after - before).detach()), rel=1e-3, abs=1e-6)
 
 
+def check_errors(source: Source, settings: Settings, made: list[dict[str, Any]]) -> None:
+    """Each layer errs as predicted, on the mean of four forecasts.
+
+    What the layers before were drawn to make of its inputs leaves one forecast uncertain by a sixth, where
+    few directions of them matter.
+    """
+    errors = {layer["name"]: layer["error"] for layer in made}
+    several = [forecast(source, settings, Silent(), seed).layers for seed in range(4)]
+    for drawn in zip(*several, strict=True):
+        (name,) = {layer.name for layer in drawn}
+        mean = sum(layer.error for layer in drawn) / len(drawn)
+        assert mean == pytest.approx(errors[name], rel=0.35)
+
+
 def test_what_is_predicted_comes_about_and_nothing_is_compressed_for_it(
     trained: Path, isolated: Path, cllm: Any
 ) -> None:
@@ -121,9 +135,7 @@ def test_what_is_predicted_comes_about_and_nothing_is_compressed_for_it(
     made = compress_run(trained, Settings(**QUICK), Silent(), out=isolated / "a.cllm", predict=True)
     assert made.forecast["rise"] == pytest.approx(found.rise)
     assert found.low <= made.rise <= found.high
-    errors = {layer["name"]: layer["error"] for layer in made.layers}
-    for layer in found.layers:
-        assert layer.error == pytest.approx(errors[layer.name], rel=0.35)
+    check_errors(source, Settings(**QUICK), made.layers)
     fine = forecast(source, Settings(**(QUICK | {"bits": 8})), Silent())
     assert abs(fine.rise) < 0.05 * found.rise
     before = set(trained.rglob("*"))
@@ -148,11 +160,8 @@ def test_blocks_and_rotated_layers_err_as_predicted(
     changes: dict[str, str], trained: Path, isolated: Path
 ) -> None:
     settings = Settings(**(QUICK | {"bits": 3} | changes))
-    found = forecast(open_source(trained, settings, Silent()), settings, Silent())
     made = compress_run(trained, settings, Silent(), out=isolated / "a.cllm")
-    errors = {layer["name"]: layer["error"] for layer in made.layers}
-    for layer in found.layers:
-        assert layer.error == pytest.approx(errors[layer.name], rel=0.35)
+    check_errors(open_source(trained, settings, Silent()), settings, made.layers)
 
 
 @pytest.mark.parametrize(
