@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cllm.bench import embed_kept, embed_trainings
-from cllm.bench.embed import UNMEASURED, _Judge, _notes
+from cllm.bench.embed import UNMEASURED, _Judge, _notes, _series
 from cllm.bench.embed_cases import (
     BUDGETS,
     CORPUS,
@@ -225,6 +225,21 @@ def test_other_tables_begin_with_the_random_start_s_dropout(fake: Fake, corpora:
     random = [("normal", first, dropout) for dropout in DROPOUTS[:3]]
     corpus = [("corpus", first, dropout) for dropout in DROPOUTS[2:]]
     assert seen == [*random, ("normal", second, 0.2), *corpus, ("corpus", second, 0.2)]
+
+
+def test_the_page_says_what_each_dropout_came_to(fake: Fake, corpora: list[str]) -> None:
+    ends = {0.0: (1.9, 0.3), 0.1: (1.8, 0.95)}
+    fake.ends = lambda config: ends[config.model.residual_dropout]
+    trainings = Trainings(quick=False, kept=Kept(write=False), tuned_on="one.txt")
+    for budget in BUDGETS:
+        make_tuned(trainings, NORMAL, "two.txt", budget, SEEDS[0])
+    make_tuned(trainings, shortened(BUDGETS[1])[0], "two.txt", BUDGETS[1], SEEDS[0])
+    first, second = _series(trainings, ["two.txt"])
+    assert first.startswith("Dropouts tried on two.txt, 2.5 M tokens")
+    assert first.endswith("): dense, normal: 0 1.900 at 30%, 0.1 1.800 at 95%.")
+    assert "10 M" in second
+    assert "corpus" not in second, "one was tried: nothing to compare"
+    assert not _series(trainings, ["one.txt"])
 
 
 def test_a_claim_waits_for_the_dropouts(

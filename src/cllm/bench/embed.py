@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from itertools import product
 from statistics import mean, median, stdev
 from typing import Any
 
@@ -74,7 +75,7 @@ def run(options: Options) -> Result:
         bench="embed",
         rows=[row for row in rows if row["bits per byte"] is not None],
         claims=claims,
-        notes=_notes(trainings),
+        notes=[*_notes(trainings), *_series(trainings, [] if options.quick else corpora)],
         load_before=load,
     )
 
@@ -93,6 +94,28 @@ def _notes(trainings: Trainings) -> list[str]:
         f"Trainings: {len(used)}, each with its machine in [{NAME}]({NAME}): {machines(used)}.",
         "`tokens/s`: tables of this kind and width in turns, at the end of this call.",
     ]
+
+
+def _series(trainings: Trainings, corpora: list[str]) -> list[str]:
+    """What each dropout came to where several were tried, a text and budget in a line."""
+    lines = []
+    for budget, corpus in product(BUDGETS, corpora):
+        found = []
+        for case in main_cases(budget):
+            tried = trainings.dropouts(case, corpus, budget)
+            if len(tried) > 1:
+                each = (
+                    f"{dropout:g} {figures.validation_bpb:.3f} at {figures.best_at:.0%}"
+                    for dropout, figures in tried.items()
+                )
+                share = f" with {case.share:.0%} of the steps" if case.share < 1 else ""
+                found.append(f"{case.name}, {case.start}{share}: {', '.join(each)}")
+        if found:
+            lines.append(
+                f"Dropouts tried on {corpus_name(corpus)}, {budget.name} tokens (bits per byte, and after "
+                f"which share of the steps the weights were best): {'; '.join(found)}."
+            )
+    return lines
 
 
 @dataclass

@@ -137,7 +137,7 @@ class Trainings:
     def untried_dropout(self, case: Case, corpus: str, budget: Budget) -> float | None:
         """The dropout to be tried next on a text; ``None`` where the best is among those that were."""
         series = self._series(case, corpus, budget)
-        tried = list(self._dropouts(case, corpus, budget).values())
+        tried = list(self.dropouts(case, corpus, budget).values())
         if self.quick or len(tried) == len(series):
             return None
         if tried and tried[-1].best_at >= LEARNING_UNTIL:
@@ -148,7 +148,7 @@ class Trainings:
 
     def dropout(self, case: Case, corpus: str, budget: Budget) -> float:
         """The best on a text of those that were tried; the first of its series where none was."""
-        tried = self._dropouts(case, corpus, budget)
+        tried = self.dropouts(case, corpus, budget)
         first = self._series(case, corpus, budget)[0]
         return min(tried, key=lambda value: tried[value].validation_bpb, default=first)
 
@@ -159,7 +159,8 @@ class Trainings:
             return DROPOUTS
         return DROPOUTS[DROPOUTS.index(self.dropout(NORMAL, corpus, budget)) :]
 
-    def _dropouts(self, case: Case, corpus: str, budget: Budget) -> dict[float, Figures]:
+    def dropouts(self, case: Case, corpus: str, budget: Budget) -> dict[float, Figures]:
+        """Figures of the first seed by dropout, of those that were tried on a text."""
         first, found = self.training(case, corpus, budget, SEEDS[0]), dict[float, Figures]()
         for dropout in self._series(case, corpus, budget):
             figures = self.known(replace(first, dropout=dropout))

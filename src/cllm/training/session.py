@@ -37,6 +37,7 @@ from cllm.training.distributed.team import Team
 from cllm.training.draw_sources import draws_of
 from cllm.training.interrupt import Interrupt
 from cllm.training.pace import measure_pace
+from cllm.training.passes import advice
 from cllm.training.pieces import resolve_pieces
 from cllm.training.progress import Progress, as_one
 from cllm.training.report import write_report
@@ -114,6 +115,8 @@ def _start(
             if seconds is not None:
                 left = seconds - (time.monotonic() - began)
                 config = _fit_to_time(config, dataset, model, step, left, progress)
+            if dropout := advice(config, len(dataset.train)):
+                progress.warn(dropout)
             draft.run.write_config(to_toml(config))
             run = draft.commit()
             if_it_fails.pop_all()
