@@ -89,8 +89,9 @@ def _notes(trainings: Trainings) -> list[str]:
         "the budget's steps, with a schedule of that length. `lr tried`: learning rates tried for the "
         "table and start on the first text, by the score of the weights of the end; the first stands until "
         "all were, then the best. `dropout`: of embeddings and residuals, the best with the first seed of "
-        f"{dropouts} (from the random start's best on), each tried on a text where the one before helped "
-        f"and still left the best weights before {LEARNING_UNTIL:.0%} of the steps.",
+        f"{dropouts} on a text, while the last one helped and where the first left the best weights before "
+        f"{LEARNING_UNTIL:.0%} of the steps; other tables begin with the random start's best, and stop as "
+        "soon as that is not so.",
         f"Trainings: {len(used)}, each with its machine in [{NAME}]({NAME}): {machines(used)}.",
         "`tokens/s`: tables of this kind and width in turns, at the end of this call.",
     ]

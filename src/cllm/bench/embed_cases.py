@@ -12,8 +12,7 @@ RATES = (3e-3, 2e-3, 5e-3)
 """Learning rates tried for each table, each start tuned for itself; the first is the default."""
 SEEDS = (0, 1, 2)
 DROPOUTS = (0.0, 0.1, 0.2, 0.3)
-"""Dropouts of embeddings and residuals, each tried on a text where the one before it helped and learning
-ended early all the same."""
+"""Dropouts of embeddings and residuals, tried in turn on a text where learning ends early without one."""
 LEARNING_UNTIL = 0.9
 """The share of the steps before which the best weights say that learning ended early."""
 

@@ -135,14 +135,19 @@ class Trainings:
         return self._precisions[place]
 
     def untried_dropout(self, case: Case, corpus: str, budget: Budget) -> float | None:
-        """The dropout to be tried next on a text; ``None`` where the best is among those that were."""
+        """The dropout to be tried next on a text; ``None`` where the best is among those that were.
+
+        The random start's series goes on while it helps, so that no other table has an advantage by it;
+        another's ends as well once learning does not end early any more.
+        """
         series = self._series(case, corpus, budget)
         tried = list(self.dropouts(case, corpus, budget).values())
         if self.quick or len(tried) == len(series):
             return None
-        if tried and tried[-1].best_at >= LEARNING_UNTIL:
-            return None
         if len(tried) > 1 and tried[-1].validation_bpb >= tried[-2].validation_bpb:
+            return None
+        once = len(tried) == 1 or case != NORMAL
+        if tried and once and tried[-1].best_at >= LEARNING_UNTIL:
             return None
         return series[len(tried)]
 
