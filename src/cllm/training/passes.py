@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from cllm.core.config import Config
 
-DROPOUT_FROM = ((8, 0.1), (30, 0.2))
-"""Passes over the training split from which on a dropout was best, of a table that started from the corpus
-(``cllm bench embed``: texts of 1 to 2.5 MB, seen 4 to 33 times)."""
+DROPOUT_FROM = ((8, 0.1), (20, 0.2))
+"""Passes over the training split from which on a dropout was best (``docs/results/embed.md``: texts of 1 to
+2.5 MB, read 4 to 32 times)."""
 
 
 def advice(config: Config, tokens: int) -> str | None:
