@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cllm.cli import tokens_nearest
+from cllm.core.errors import UserError, value_errors_as
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -38,7 +37,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Factor a token: its pieces and primes, its root and variants, what it was merged from."""
-    with _user_errors():
+    with value_errors_as(UserError):
         lookup = _open(run)
         facts = _facts(lookup, lookup.token(token))
     if as_json:
@@ -57,7 +56,7 @@ def similar(
 ) -> None:
     """List the tokens nearest by their codes (log gcd / log lcm) beside the nearest by the run's
     learned embedding (cosine)."""
-    with _user_errors():
+    with value_errors_as(UserError):
         lookup = _open(run)
         token, line = lookup.word(word)
         ids, scores = lookup.codes.similar([token], k)
@@ -101,7 +100,6 @@ def _learned(
     there are none."""
     if path.is_file() and not _is_model(path):
         return None, "no learned embedding: this is a tokenizer, not a run"
-    from cllm.core.errors import UserError
     from cllm.core.threads import spin_briefly
 
     spin_briefly()  # before torch is loaded
@@ -245,14 +243,3 @@ def _say(*lines: str) -> None:
     for line in lines:
         if line:
             typer.echo(f"({line})", err=True)
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """A ``ValueError`` of the mathematics says what is wrong: it ends as one line."""
-    from cllm.core.errors import UserError
-
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error

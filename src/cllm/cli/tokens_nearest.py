@@ -11,6 +11,7 @@ import typer
 
 from cllm.cli.terminal import printable
 from cllm.cli.use import RunPath
+from cllm.core.errors import UsageError, UserError, value_errors_as
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +38,6 @@ def nearest(
 ) -> None:
     """Show the tokens whose learned vectors are closest to a token's, or to a vector."""
     from cllm.api import load
-    from cllm.core.errors import UsageError, UserError
     from cllm.infer.lookup.metric import METRICS
     from cllm.infer.lookup.tokens import token_neighbours, token_of
 
@@ -53,10 +53,8 @@ def nearest(
     model = loaded.model
     known = loaded.tokenizer.vocab_size  # further rows are no tokens'
     vectors = (model.embedding if table == "input" else model.output).table()[:known]
-    try:
+    with value_errors_as(UserError):
         found = token_neighbours(vectors, loaded.tokenizer, asked, k, metric)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(token) for token in found], ensure_ascii=False))
         return
@@ -67,8 +65,6 @@ def nearest(
 def read_vector(path: Path) -> np.ndarray:
     """The array in a .npy file. Raises ``UserError`` if it is missing or holds no numbers."""
     import numpy as np
-
-    from cllm.core.errors import UserError
 
     try:
         array = np.load(path, allow_pickle=False)

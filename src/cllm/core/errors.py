@@ -29,12 +29,12 @@ class SettingError(UsageError, ValueError):
 
 
 @contextmanager
-def setting_errors() -> Iterator[None]:
-    """Within it a ``ValueError`` says which setting cannot be."""
+def value_errors_as(kind: type[UserError]) -> Iterator[None]:
+    """Within it a ``ValueError`` is the user's mistake: it goes on as one of ``kind``, with its words."""
     try:
         yield
     except ValueError as error:
-        raise SettingError(str(error)) from error
+        raise kind(str(error)) from error
 
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:

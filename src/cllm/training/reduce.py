@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cllm.core.config import Config
-from cllm.core.errors import UsageError, UserError, setting_errors
+from cllm.core.errors import SettingError, UsageError, UserError, value_errors_as
 from cllm.core.settings import load_whole, merge, to_toml
 from cllm.model.embedding import Embedding
 from cllm.model.factors import rank_for, retained
@@ -62,7 +62,7 @@ def reduce_run(
     config = _reduced(
         config, source.embedding, tables["embedding"], rank, retain, (reduction, metric)
     )
-    with setting_errors():
+    with value_errors_as(SettingError):
         config.model.embedding.check_reduction()
     if then_train:
         config = merge(config, {"train.steps": then_train, "train.warmup": None})

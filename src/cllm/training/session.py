@@ -15,7 +15,7 @@ from typing import Any
 
 from cllm.core.config import Config
 from cllm.core.cpu import is_busy
-from cllm.core.errors import UsageError, UserError, setting_errors
+from cllm.core.errors import SettingError, UsageError, UserError, value_errors_as
 from cllm.core.machine import cache_dir
 from cllm.core.settings import load_whole, merge, parse_setting, to_toml
 from cllm.model.transformer import Transformer
@@ -91,7 +91,7 @@ def _start(
             "train.steps instead"
         )
     if from_run is None:
-        with setting_errors():
+        with value_errors_as(SettingError):
             config.model.embedding.check_asked()
     parent = RunDirectory.open(from_run) if from_run is not None else None
     with Draft(out, corpus=_corpus_name(config.data.paths)) as draft:
