@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from cllm.compress.coded import CodedMatrix, encode
-from cllm.compress.layer import Piece, as_bytes
+from cllm.compress.layer import Piece, as_bytes, table_piece
 from cllm.core.config import Config
 from cllm.core.errors import UserError
 from cllm.model.embedding import Embedding
@@ -41,10 +41,8 @@ def own_points(table: Embedding) -> Piece:
     matrix = CodedMatrix(integers=integers, step=float(unit), octaves=octaves)
     values = torch.from_numpy(matrix.dense())
     rows, columns = map(int, integers.shape)
-    size = max(float(points.double().square().sum()), 1e-300)
-    error = float((points - values).double().square().sum()) / size
     stored = Stored(kind="points", shape=(rows, columns))
-    return Piece(stored, {"": as_bytes(encode(matrix))}, values, {"error": error})
+    return table_piece(points, stored, {"": as_bytes(encode(matrix))}, values)
 
 
 def bits_of_points(model: Transformer) -> float:

@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from cllm.core.section import Fraction, PositiveInt, Section
 
 LATTICE_STEP = 0.01
+_NEEDS_PIECES = (
+    "model.embedding.{} needs pieces: set model.embedding.kind = 'composed' or 'composed+reduced'"
+)
 
 
 class EmbeddingConfig(Section):
@@ -84,20 +87,14 @@ class EmbeddingConfig(Section):
                 "model.embedding.reduction = 'lll', 'bkz' or 'hkz', too"
             )
         if self.pieces_from != "merges" and not self.is_composed:
-            raise ValueError(
-                "model.embedding.pieces_from needs pieces: set model.embedding.kind = 'composed' or "
-                "'composed+reduced'"
-            )
+            raise ValueError(_NEEDS_PIECES.format("pieces_from"))
         return self
 
     def check_asked(self) -> None:
         """Raise ``ValueError`` for what would do nothing, or not what it says. Runs that were saved so
         still load: this is for who asks for a new one."""
         if not self.own_vectors and not self.is_composed:
-            raise ValueError(
-                "model.embedding.own_vectors needs pieces: set model.embedding.kind = 'composed' or "
-                "'composed+reduced'"
-            )
+            raise ValueError(_NEEDS_PIECES.format("own_vectors"))
         if self.lattice == "none" and self.lattice_step != LATTICE_STEP:
             raise ValueError(
                 "model.embedding.lattice_step is that of a lattice: set model.embedding.lattice = 'z', "
