@@ -225,6 +225,12 @@ class Config(Section):
                 raise ValueError(f"train.optimizer_in_backward: {setting} {why}")
         return self
 
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of all steps together."""
+        train = self.train
+        return train.steps * train.batch_size * train.accumulate * self.model.context
+
     def _check_candidates(self) -> None:
         size, asked = self.model.vocab_size, self.train.sampled.candidates
         if self.train.loss == "sampled" and size is not None and asked >= size:

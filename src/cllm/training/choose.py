@@ -275,12 +275,11 @@ def _compile_gain(config: Config) -> float:
     if train.device.startswith("cuda"):
         return float("inf") if train.steps >= 300 else 0.0
     assert isinstance(train.threads, int)
-    tokens = train.steps * train.batch_size * train.accumulate * model.context
     rate = matmul_rates(train.threads)["bf16" if train.dtype == "bf16" else "fp32"]
     launch, workers = launched(), train.parallel.workers
     assert isinstance(workers, int)
     sharing = workers if launch is None else launch.size
-    return tokens / sharing * flops_per_token(model) / rate * (3.0 - 1.5)
+    return config.tokens_seen / sharing * flops_per_token(model) / rate * (3.0 - 1.5)
 
 
 def _choose_attention(choices: Choices) -> None:

@@ -10,16 +10,18 @@ DROPOUT_FROM = ((8, 0.1), (20, 0.2))
 
 
 def advice(config: Config, tokens: int) -> str | None:
-    """What dropout would help training on ``tokens`` so often; ``None`` where it is set or not needed."""
-    model, train = config.model, config.train
+    """What to say of the dropout that was best where a text of ``tokens`` is read so often.
+
+    ``None`` where one is set, or where none was better.
+    """
+    model = config.model
     if model.embedding_dropout or model.residual_dropout or model.attention_dropout:
         return None
-    seen = train.steps * train.batch_size * train.accumulate * model.context
-    passes = seen / max(tokens, 1)
+    passes = config.tokens_seen / tokens
     best = max((dropout for least, dropout in DROPOUT_FROM if passes >= least), default=None)
     if best is None:
         return None
     return (
-        f"the training text will be read {passes:,.0f} times, and learnt by heart: held-out text is likely "
-        f"to do better with --set model.embedding_dropout={best:g} --set model.residual_dropout={best:g}"
+        f"the training text will be read {passes:,.0f} times; texts that were read so often scored better "
+        f"with --set model.embedding_dropout={best:g} --set model.residual_dropout={best:g}"
     )

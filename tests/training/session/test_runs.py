@@ -205,8 +205,8 @@ def test_the_validation_that_is_logged_is_that_of_evaluating_the_checkpoint(
 
 
 def test_whoever_reads_a_text_many_times_is_advised(start: Start) -> None:
-    """Twelve steps read it less than once, and nothing is said; then it is a dozen times."""
+    """Twelve steps read it less than once, and nothing is said; then it is eight times."""
     assert not start("few").run.status().facts["warnings"]
-    many = {"train__steps": 200, "train__eval_every": 200, "train__batch_size": 64}
+    many = {"train__steps": 120, "train__eval_every": 120, "train__batch_size": 64}
     facts = start("many", **many, model__context=32).run.status().facts
     assert [text for text in facts["warnings"] if "model.residual_dropout=0.1" in text]
