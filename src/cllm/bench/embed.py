@@ -89,9 +89,9 @@ def _notes(trainings: Trainings) -> list[str]:
         "the budget's steps, with a schedule of that length. `lr tried`: learning rates tried for the "
         "table and start on the first text, by the score of the weights of the end; the first stands until "
         "all were, then the best. `dropout`: of embeddings and residuals, the best with the first seed of "
-        f"{dropouts} on a text, while the last one helped and where the first left the best weights before "
-        f"{LEARNING_UNTIL:.0%} of the steps; other tables begin with the random start's best, and stop as "
-        "soon as that is not so.",
+        f"{dropouts} on a text: the second where the first left the best weights before "
+        f"{LEARNING_UNTIL:.0%} of the steps, further ones while the last helped. Other tables begin with "
+        "the random start's best, and try none after one that left the best weights later than that.",
         f"Trainings: {len(used)}, each with its machine in [{NAME}]({NAME}): {machines(used)}.",
         "`tokens/s`: tables of this kind and width in turns, at the end of this call.",
     ]

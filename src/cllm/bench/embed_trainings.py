@@ -146,8 +146,8 @@ class Trainings:
             return None
         if len(tried) > 1 and tried[-1].validation_bpb >= tried[-2].validation_bpb:
             return None
-        once = len(tried) == 1 or case != NORMAL
-        if tried and once and tried[-1].best_at >= LEARNING_UNTIL:
+        goes_on = case == NORMAL and len(tried) > 1
+        if tried and not goes_on and tried[-1].best_at >= LEARNING_UNTIL:
             return None
         return series[len(tried)]
 
