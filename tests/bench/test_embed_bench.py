@@ -7,8 +7,17 @@ from pathlib import Path
 import pytest
 
 from cllm.bench import embed, embed_speed
-from cllm.bench.embed import UNMEASURED, _Judge
-from cllm.bench.embed_cases import BUDGETS, NORMAL, RATES, main_cases, other_cases
+from cllm.bench.embed import UNMEASURED, _headline, _Judge
+from cllm.bench.embed_cases import (
+    BUDGETS,
+    NORMAL,
+    RATES,
+    Budget,
+    Case,
+    main_cases,
+    other_cases,
+    shortened,
+)
 from cllm.bench.embed_kept import Kept
 from cllm.bench.embed_trainings import Trainings
 from cllm.bench.harness import Options, render
@@ -37,6 +46,23 @@ def test_what_there_was_no_time_for_is_said(isolated: Path, corpus: Path) -> Non
     claims = judge.claims(quick=False)
     assert all(claim.holds is None for claim in claims)
     assert {claim.why for claim in claims} == {UNMEASURED}
+
+
+def test_the_headline_has_what_all_texts_have(
+    isolated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {("", "2.5 M"): [1.5, 1.7], ("b.txt", "2.5 M"): [1.25], ("", "10 M"): [1.0]}
+
+    def bpbs(self: Trainings, case: Case, corpus: str, budget: Budget) -> dict[int, float]:
+        found = known.get((corpus, budget.name), [])
+        return dict(enumerate(found)) if case in (NORMAL, shortened(budget)[0]) else {}
+
+    monkeypatch.setattr(Trainings, "bpbs", bpbs)
+    trainings = Trainings(quick=False, kept=Kept(write=False), tuned_on="")
+    first, second = _headline(trainings, ["", "b.txt"])
+    assert list(first.values()) == ["2.5 M", "random start", "1.600", "1.250"]
+    assert list(second) == ["tokens", "token table", "built-in", "b.txt"]
+    assert second["token table"] == "corpus start, 60% of the steps"
 
 
 def test_all_cases_are_valid_and_see_the_same_tokens() -> None:

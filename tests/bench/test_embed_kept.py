@@ -32,6 +32,7 @@ def line(key: str = "0123456789abcdef", **changes: Any) -> dict[str, Any]:
         "validation_bpb": 1.9,
         "best_at": 0.95,
         "table_numbers": 1000,
+        "table_bytes": 4000,
         "half_width_retains": 0.9,
         "log2_defects": [1.5, 0.5],
         "processor": "a processor",
@@ -122,6 +123,7 @@ def test_figures_are_those_of_the_run(trained: Path) -> None:
     facts, found = run.status().facts, figures_of(run, "0" * 16, words)
     assert found.validation_bpb == facts["validation_bpb"]
     assert found.table_numbers == facts["table"]["numbers"]
+    assert found.table_bytes == facts["table"]["bytes"]
     assert (found.threads, found.dtype, found.log2_defects) == (1, "fp32", None)
     assert found.best_at == best_step(trained) / run.read_config()["train"]["steps"]
     assert found.torch == facts["versions"]["torch"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import cllm
 from cllm.api import Run
@@ -95,3 +96,25 @@ def test_without_fpylll_a_reduced_table_trains_and_only_reduction_is_refused(
     with pytest.raises(UserError, match="'lll' needs fpylll: pip install fpylll"):
         session.start(asked, told, out=isolated / "asked")
     assert not (isolated / "asked").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["dense", "composed+reduced"])
+def test_a_tables_bytes_are_those_of_a_checkpoint(
+    kind: str, tied: bool, isolated: Path, corpus: Path, told: Any, config_of: Callable[..., Config]
+) -> None:
+    config = config_of(
+        data__paths=(str(corpus),),
+        train__steps=2,
+        model__tie_embeddings=tied,
+        model__embedding__kind=kind,
+        **({} if kind == "dense" else {"model__embedding__rank": 8}),
+    )
+    run = session.start(config, told, out=isolated / "run").run
+    stored = load_file(run.path / "checkpoints" / "last" / "model.safetensors")
+    table = {name: t for name, t in stored.items() if name.startswith(("embedding.", "head."))}
+    facts = run.status().facts["table"]
+    assert facts["bytes"] == sum(t.nbytes for t in table.values())
+    learned = [t.numel() for t in table.values() if t.is_floating_point()]
+    assert facts["numbers"] == sum(learned)
+    assert f"{facts['bytes']:,}" in (run.path / "report.md").read_text(encoding="utf-8")

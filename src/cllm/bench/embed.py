@@ -77,7 +77,26 @@ def run(options: Options) -> Result:
         claims=claims,
         notes=[*_notes(trainings), *_series(trainings, [] if options.quick else corpora)],
         load_before=load,
+        headline=[] if options.quick else _headline(trainings, corpora),
     )
+
+
+def _headline(trainings: Trainings, corpora: list[str]) -> list[dict[str, Any]]:
+    """Bits per byte of what the claims are about, a column for each text."""
+    rows = []
+    for budget in BUDGETS:
+        tables = {
+            "random start": NORMAL,
+            f"corpus start, {budget.required_share:.0%} of the steps": shortened(budget)[0],
+            "corpus start, rank 64": RANK64,
+            "corpus start, rank 32": RANK32,
+        }
+        for table, case in tables.items():
+            found = {c: list(trainings.bpbs(case, c, budget).values()) for c in corpora}
+            if all(found.values()):
+                bpbs = {corpus_name(c): f"{mean(each):.3f}" for c, each in found.items()}
+                rows.append({"tokens": budget.name, "token table": table} | bpbs)
+    return rows
 
 
 def _notes(trainings: Trainings) -> list[str]:
@@ -142,6 +161,7 @@ class _Judge:
             "lr tried": self.trainings.tried(case),
             "dropout": first.dropout,
             "table numbers": facts.table_numbers if facts else None,
+            "bytes": facts.table_bytes if facts else None,
             "bits per byte": mean(found) if found else None,
             "sd": stdev(found) if len(found) > 1 else None,
             "seeds": len(found),

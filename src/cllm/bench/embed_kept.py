@@ -47,6 +47,8 @@ class Figures(Words):
     best_at: Annotated[float, Field(gt=0, le=1)]
     """The share of the steps after which the weights did best on validation text."""
     table_numbers: int
+    table_bytes: int
+    """In a checkpoint, with the pieces' places."""
     half_width_retains: float
     log2_defects: tuple[float, float] | None
     """Of the table's basis, before and after lattice reduction."""
@@ -71,6 +73,7 @@ def figures_of(run: RunDirectory, key: str, words: Words) -> Figures:
         validation_bpb=facts["validation_bpb"],
         best_at=best / train["steps"] if best else 1.0,
         table_numbers=table["numbers"],
+        table_bytes=table["bytes"],
         half_width_retains=table["retained_at_half"],
         log2_defects=after and (table["basis"]["log2_defect"], after["log2_defect"]),
         processor=facts["machine"]["processor"],

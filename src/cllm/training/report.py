@@ -139,6 +139,7 @@ def _token_table(facts: Mapping[str, Any]) -> str:
         ("kind", facts.get("kind")),
         ("rank", facts.get("rank")),
         ("numbers", facts.get("numbers")),
+        ("bytes in a checkpoint", facts.get("bytes")),
         ("share of a dense table's", facts.get("of_dense")),
         ("energy that half the width retains", facts.get("retained_at_half")),
         ("metric of the basis", facts.get("metric of the basis")),

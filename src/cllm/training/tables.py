@@ -96,6 +96,9 @@ def table_facts(
     facts: dict[str, Any] = {
         "kind": wide.embedding.kind,
         "numbers": numbers,
+        "bytes": sum(
+            t.nbytes for table in model.tables.values() for t in table.state_dict().values()
+        ),
         "of_dense": round(numbers / max(dense, 1), 4),
         "retained_at_half": round(retained(embedding.table(), max(wide.d_model // 2, 1)), 4),
     }
