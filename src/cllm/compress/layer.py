@@ -159,7 +159,7 @@ def compress_table(
     """
     if settings.table_as in CASTS:
         stored, parts = store_plain(weight, settings.table_as)
-        return table_piece(weight, stored, parts, parts[""].float())
+        return piece_with_error(weight, stored, parts, parts[""].float())
     if settings.table_as == "int8":
         codec: codecs.Codec = codecs.Rows(bits=8)
     else:
@@ -179,11 +179,11 @@ def compress_table(
         raise UserError(f"the token table cannot be stored so: {error} (--table-bits)") from error
     values = torch.from_numpy(np.array(codecs.decode(data)))
     stored = Stored(kind="table", shape=(int(weight.shape[0]), int(weight.shape[1])))
-    return table_piece(weight, stored, {"": as_bytes(data)}, values)
+    return piece_with_error(weight, stored, {"": as_bytes(data)}, values)
 
 
-def table_piece(weight: Tensor, stored: Stored, parts: Parts, values: Tensor) -> Piece:
-    """A token table that reads as ``values``, with its relative squared error."""
+def piece_with_error(weight: Tensor, stored: Stored, parts: Parts, values: Tensor) -> Piece:
+    """A matrix that reads as ``values`` once it is stored, with its relative squared error."""
     size = max(float(weight.double().square().sum()), 1e-300)
     error = float((weight - values).double().square().sum()) / size
     return Piece(stored, parts, values, {"error": error})
@@ -210,6 +210,6 @@ def cast_layer(weight: Tensor, settings: Settings) -> Piece:
         codes = (weight.double() / torch.where(scale == 0, 1.0, scale)).round().clamp(-127, 127)
         codes = codes.long()
         stored, parts = store_grid(grid, codes)
-        return table_piece(weight, stored, parts, grid.values(codes))
+        return piece_with_error(weight, stored, parts, grid.values(codes))
     stored, parts = store_plain(weight, settings.method)
-    return table_piece(weight, stored, parts, parts[""].float())
+    return piece_with_error(weight, stored, parts, parts[""].float())

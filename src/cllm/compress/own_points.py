@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from cllm.compress.coded import CodedMatrix, encode
-from cllm.compress.layer import Piece, as_bytes, table_piece
+from cllm.compress.layer import Piece, as_bytes, piece_with_error
 from cllm.core.config import Config
 from cllm.core.errors import UserError
 from cllm.model.embedding import Embedding
@@ -42,7 +42,7 @@ def own_points(table: Embedding) -> Piece:
     values = torch.from_numpy(matrix.dense())
     rows, columns = map(int, integers.shape)
     stored = Stored(kind="points", shape=(rows, columns))
-    return table_piece(points, stored, {"": as_bytes(encode(matrix))}, values)
+    return piece_with_error(points, stored, {"": as_bytes(encode(matrix))}, values)
 
 
 def bits_of_points(model: Transformer) -> float:
