@@ -144,10 +144,13 @@ def test_first_the_rates_then_seeds_in_turns(fake: Fake, corpora: list[str]) -> 
     assert {c.train.lr for c in small} == {BEST}
     turns = [key for key, _ in groupby((c.train.seed, *c.data.paths) for c in small)]
     assert turns == [(seed, corpus) for seed in SEEDS for corpus in corpora]
-    # Claims need the second budget; what else is compared comes last.
-    large = [i for i, c in enumerate(rest) if c.train.steps > 2 * steps]
+    # Claims need the second budget; what else is compared comes last, on all texts at both budgets.
     other = [i for i, c in enumerate(rest) if c.model.embedding.init == "crystal"]
-    assert max(large) < min(other)
+    assert len(cases) * len(BUDGETS) * len(SEEDS) * len(corpora) <= min(other)
+    seen = {
+        (c.data.paths, c.train.steps > 2 * steps, c.train.seed) for c in (rest[i] for i in other)
+    }
+    assert len(seen) == len(corpora) * len(BUDGETS) * len(SEEDS)
 
 
 def test_what_is_compared_is_of_one_precision(

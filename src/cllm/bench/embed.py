@@ -57,11 +57,8 @@ def run(options: Options) -> Result:
     for budget in (QUICK,) if options.quick else BUDGETS:
         for corpus in corpora:
             judge = _Judge(trainings, corpus, budget)
-            rows += [judge.row(c) for c in (QUICK_CASES if options.quick else main_cases(budget))]
+            rows += [judge.row(c) for c in (QUICK_CASES if options.quick else _all_cases(budget))]
             claims += judge.claims(quick=options.quick)
-    if not options.quick:
-        judge = _Judge(trainings, corpora[0], BUDGETS[0])
-        rows += [judge.row(case) for case in other_cases()]
     # While others keep the machine busy, speeds would not be judged: they are not measured.
     speeds = embed_speed.rates(quick=options.quick) if options.quick or not busy else {}
     for row in rows:
@@ -79,6 +76,10 @@ def run(options: Options) -> Result:
         load_before=load,
         headline=[] if options.quick else _headline(trainings, corpora),
     )
+
+
+def _all_cases(budget: Budget) -> list[Case]:
+    return [*main_cases(budget), *other_cases()]
 
 
 def _headline(trainings: Trainings, corpora: list[str]) -> list[dict[str, Any]]:
@@ -122,7 +123,7 @@ def _series(trainings: Trainings, corpora: list[str]) -> list[str]:
     lines = []
     for budget, corpus in product(BUDGETS, corpora):
         found = []
-        for case in main_cases(budget):
+        for case in _all_cases(budget):
             tried = trainings.dropouts(case, corpus, budget)
             if len(tried) > 1:
                 each = (

@@ -226,7 +226,7 @@ def make_all(trainings: Trainings, corpora: Sequence[str]) -> None:
     """Train all that is not known while there is time, so that what there is may be compared soon.
 
     First the rates, as what follows is trained with the best; then each seed on all corpora before the
-    next seed.
+    next seed. What the claims do not need comes last, at first where the rates are tuned.
     """
     if trainings.quick:
         for corpus, case in product(corpora, QUICK_CASES):
@@ -242,6 +242,9 @@ def make_all(trainings: Trainings, corpora: Sequence[str]) -> None:
         _tune(trainings, case)
         for seed in SEEDS:
             make_tuned(trainings, case, trainings.tuned_on, first, seed)
+    for budget in BUDGETS:
+        for seed, corpus, case in product(SEEDS, corpora, other_cases()):
+            make_tuned(trainings, case, corpus, budget, seed)
 
 
 def _tune(trainings: Trainings, case: Case) -> None:
