@@ -10,7 +10,10 @@ from cllm.bench import embed, embed_speed
 from cllm.bench.embed import UNMEASURED, _headline, _Judge
 from cllm.bench.embed_cases import (
     BUDGETS,
+    COMPOSED,
+    CORPUS,
     NORMAL,
+    RANK64,
     RATES,
     Budget,
     Case,
@@ -68,6 +71,29 @@ def test_the_headline_has_what_all_texts_have(
     assert list(first.values()) == ["2.5 M", "random start", "1.600", "1.250"]
     assert list(second) == ["tokens", "token table", "built-in", "b.txt"]
     assert second["token table"] == "corpus start, 60% of the steps"
+
+
+def test_rows_say_how_far_from_dense_they_are(
+    isolated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same start, by the seeds that both have."""
+    crystal = Case(name="dense", start="crystal")
+    known = {
+        NORMAL.start: {0: 2.0, 1: 3.0, 2: 2.0},
+        CORPUS.start: {0: 1.0, 1: 1.5, 2: 1.0},
+        crystal.start: {0: 2.2, 1: 3.0},
+        COMPOSED.name: {0: 0.9, 1: 1.5},
+        RANK64.name: {1: 1.5},
+    }
+
+    def bpbs(self: Trainings, case: Case, corpus: str, budget: Budget) -> dict[int, float]:
+        return known[case.start if case.name == "dense" else case.name]
+
+    monkeypatch.setattr(Trainings, "bpbs", bpbs)
+    judge = _Judge(Trainings(quick=False, kept=Kept(write=False), tuned_on=""), "", BUDGETS[0])
+    cases = (NORMAL, CORPUS, crystal, COMPOSED, RANK64)
+    found = [judge.row(case)["over dense"] for case in cases]
+    assert found == [None, None, "1.050 ± 0.050", "0.950 ± 0.050", None]
 
 
 def test_all_cases_are_valid_and_see_the_same_tokens() -> None:

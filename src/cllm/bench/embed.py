@@ -107,7 +107,9 @@ def _notes(trainings: Trainings) -> list[str]:
     return [
         "Bits per byte of validation text, of the weights that `cllm train` keeps: the best of "
         f"{VALIDATIONS} validations. Mean and standard deviation over the seeds; `steps` is the share of "
-        "the budget's steps, with a schedule of that length. `lr tried`: learning rates tried for the "
+        "the budget's steps, with a schedule of that length. `over dense`: the mean of the seeds' ratios "
+        "to the dense table with the same start (`crystal`: random) and all of the steps, and its "
+        "standard error. `lr tried`: learning rates tried for the "
         "table and start on the first text, by the score of the weights of the end; the first stands until "
         "all were, then the best. `dropout`: of embeddings and residuals, the best with the first seed of "
         f"{dropouts} on a text: the second where the first left the best weights before "
@@ -140,6 +142,10 @@ def _series(trainings: Trainings, corpora: list[str]) -> list[str]:
     return lines
 
 
+def _standard_error(values: list[float]) -> float:
+    return float(stdev(values) / len(values) ** 0.5)
+
+
 @dataclass
 class _Judge:
     """Rows and claims of one corpus and budget."""
@@ -167,9 +173,16 @@ class _Judge:
             "bits per byte": mean(found) if found else None,
             "sd": stdev(found) if len(found) > 1 else None,
             "seeds": len(found),
+            "over dense": self._over_dense(case),
             "half width retains": facts.half_width_retains if facts else None,
             "defect → after reduction": defects and "2^{:.1f} → 2^{:.1f}".format(*defects),
         }
+
+    def _over_dense(self, case: Case) -> str | None:
+        """The ratio to the dense table that starts alike (``crystal``: at random)."""
+        peer = CORPUS if case.start == CORPUS.start else NORMAL
+        each = [] if case == peer else self._ratios(case, peer)
+        return f"{mean(each):.3f} ± {_standard_error(each):.3f}" if len(each) > 1 else None
 
     @property
     def name(self) -> str:
@@ -205,15 +218,19 @@ class _Judge:
             replace(composed, required=None, why=composed.why or "shown, not required"),
         ]
 
+    def _ratios(self, case: Case, peer: Case) -> list[float]:
+        """Bits per byte of ``case`` over those of ``peer``, a seed each."""
+        ours, theirs = self.bpbs(case), self.bpbs(peer)
+        return [ours[seed] / theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+
     def _above(self, name: str, case: Case, allowed: float, peer: Case = NORMAL) -> Claim:
         """The ratio of bits per byte of ``case`` to those of ``peer``, with the seeds that both have, and
         its standard error: a seed draws the split, too, so that its two trainings belong together."""
-        ours, theirs = self.bpbs(case), self.bpbs(peer)
-        each = [ours[seed] / theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+        each = self._ratios(case, peer)
         tuned = self._is_tuned(case) and self._is_tuned(peer)
         measured = tuned and len(each) == len(self.trainings.seeds)
         if len(each) > 1:
-            name += f" ({len(each)} seeds ± {stdev(each) / len(each) ** 0.5:.4f})"
+            name += f" ({len(each)} seeds ± {_standard_error(each):.4f})"
         return Claim(
             name=name,
             value=mean(each) if each else None,
