@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from cllm.bench.embed_cases import (
     RATES,
     SEEDS,
     VALIDATIONS,
+    Budget,
     Case,
     main_cases,
+    other_cases,
     shortened,
 )
 from cllm.bench.embed_kept import NAME, Kept
@@ -144,13 +146,25 @@ def test_first_the_rates_then_seeds_in_turns(fake: Fake, corpora: list[str]) -> 
     assert {c.train.lr for c in small} == {BEST}
     turns = [key for key, _ in groupby((c.train.seed, *c.data.paths) for c in small)]
     assert turns == [(seed, corpus) for seed in SEEDS for corpus in corpora]
-    # Claims need the second budget; what else is compared comes last, on all texts at both budgets.
-    other = [i for i, c in enumerate(rest) if c.model.embedding.init == "crystal"]
-    assert len(cases) * len(BUDGETS) * len(SEEDS) * len(corpora) <= min(other)
-    seen = {
-        (c.data.paths, c.train.steps > 2 * steps, c.train.seed) for c in (rest[i] for i in other)
+    # Claims need the second budget, too; what else is compared comes last, on all texts at both budgets.
+    alike: dict[str, Any] = {
+        "lr": BEST,
+        "dtype": "fp32",
+        "dropout": 0.0,
+        "validations": VALIDATIONS,
     }
-    assert len(seen) == len(corpora) * len(BUDGETS) * len(SEEDS)
+
+    def all_of(cases_of: Callable[[Budget], list[Case]]) -> set[str]:
+        return {
+            reference_key(case.config((corpus,), budget, seed=seed, **alike))
+            for budget, corpus, seed in product(BUDGETS, corpora, SEEDS)
+            for case in cases_of(budget)
+        }
+
+    claimed, others = all_of(main_cases), all_of(lambda budget: other_cases())
+    left = [reference_key(config) for config in rest]
+    assert set(left[: len(claimed)]) == claimed
+    assert others <= set(left[len(claimed) :])
 
 
 def test_what_is_compared_is_of_one_precision(
