@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ from cllm.bench.embed_cases import (
     main_cases,
     other_cases,
     shortened,
+    speed_cases,
 )
 from cllm.bench.embed_kept import Kept
+from cllm.bench.embed_speed import Speed
 from cllm.bench.embed_trainings import Trainings
 from cllm.bench.harness import Options, render
 
@@ -34,6 +37,8 @@ def test_a_quick_run_trains_and_judges_nothing(isolated: Path, corpus: Path) -> 
     assert all(row["bits per byte"] > 0 for row in result.rows)
     assert all(claim.holds is None for claim in result.claims)
     assert "too short to judge" in render(result)
+    assert all(row["tokens/s"] > 0 for row in result.rows)
+    assert [row["tokens/s over dense"] == 1 for row in result.rows] == [True, True, False]
     # Kept: nothing is trained any more, whatever the time.
     again = embed.run(Options(quick=True, data=(str(corpus),), minutes=0))
     assert [row["bits per byte"] for row in again.rows] == [
@@ -107,12 +112,16 @@ def test_all_cases_are_valid_and_see_the_same_tokens() -> None:
             assert config.model.embedding_dropout == config.model.residual_dropout == 0.1
 
 
+def test_every_table_has_a_speed() -> None:
+    """Those that share one differ in their start and share alone."""
+    timed = {case.name: case for case in speed_cases()}
+    assert next(iter(timed.values())) == CORPUS
+    for case in [*main_cases(BUDGETS[0]), *other_cases()]:
+        assert replace(timed[case.name], start=case.start, share=case.share) == case
+
+
 def test_ranks_are_to_be_no_slower_than_dense() -> None:
-    found = {
-        "dense": [100.0, 90.0, 110.0],
-        "reduced 64": [120.0, 80.0, 121.0],
-        "reduced 32": [99.0],
-    }
+    found = {"reduced 64": Speed(120.0, 1.2), "reduced 32": Speed(99.0, 0.99)}
     assert [claim.holds for claim in embed_speed.claims(found, None)] == [True, False]
     assert [claim.value for claim in embed_speed.claims(found, None)] == [1.2, 0.99]
     assert all(claim.holds is None for claim in embed_speed.claims(found, "others are at work"))

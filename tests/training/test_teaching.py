@@ -17,7 +17,7 @@ from cllm.model.crystal_start import merge_pieces
 from cllm.store import checkpoint
 from cllm.store.metrics import read_columns
 from cllm.text.tokenizer import Tokenizer
-from cllm.training import session
+from cllm.training import resolve, session
 from cllm.training.choose import choose
 from cllm.training.pieces import incidence_of
 from cllm.training.progress import Reading, figures
@@ -47,7 +47,7 @@ def start(
 ) -> Callable[..., Path]:
     """Trains a short run into the directory ``name``; without a report."""
     monkeypatch.setattr(session, "write_report", lambda path: None)
-    monkeypatch.setattr(session, "is_busy", lambda: None)
+    monkeypatch.setattr(resolve, "is_busy", lambda: None)
 
     def run(name: str, **changes: Any) -> Path:
         changes = {"train__keep_last": 9, "train__checkpoint_every": 3} | changes

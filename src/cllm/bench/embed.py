@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from itertools import product
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any
 
 from cllm.bench import embed_speed
@@ -60,10 +60,12 @@ def run(options: Options) -> Result:
             rows += [judge.row(c) for c in (QUICK_CASES if options.quick else _all_cases(budget))]
             claims += judge.claims(quick=options.quick)
     # While others keep the machine busy, speeds would not be judged: they are not measured.
-    speeds = embed_speed.rates(quick=options.quick) if options.quick or not busy else {}
+    measured = options.quick or not busy
+    speeds = embed_speed.speeds(corpora[0], quick=options.quick) if measured else {}
     for row in rows:
-        rates = speeds.get(row["table"])
-        row["tokens/s"] = round(median(rates)) if rates else None
+        speed = speeds.get(row["table"])
+        row["tokens/s"] = round(speed.tokens_per_second) if speed else None
+        row["tokens/s over dense"] = round(speed.over_dense, 2) if speed else None
     if options.quick:
         claims = [replace(claim, judged=False, why="quick: too short to judge") for claim in claims]
     else:
@@ -116,7 +118,10 @@ def _notes(trainings: Trainings) -> list[str]:
         f"{LEARNING_UNTIL:.0%} of the steps, further ones while the last helped. Other tables begin with "
         "the random start's best, and try none after one that left the best weights later than that.",
         f"Trainings: {len(used)}, each with its machine in [{NAME}]({NAME}): {machines(used)}.",
-        "`tokens/s`: tables of this kind and width in turns, at the end of this call.",
+        "`tokens/s`: what `cllm train` does here with tables of this kind and width, on the first text, at "
+        f"the end of this call; {embed_speed.AT_ONCE} kinds at a time took turns with the dense table, and "
+        "`tokens/s over dense` is the ratio in the same rounds. Steps are from all over a training, as the "
+        "similarity loss fades.",
     ]
 
 

@@ -14,9 +14,7 @@ from statistics import median
 from typing import Any
 
 from cllm.core.config import Config
-from cllm.core.cpu import is_busy
 from cllm.core.errors import SettingError, UsageError, UserError, value_errors_as
-from cllm.core.machine import cache_dir
 from cllm.core.settings import load_whole, merge, parse_setting, to_toml
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
@@ -24,12 +22,10 @@ from cllm.store.draft import Draft
 from cllm.store.metrics import MetricsLog, read_columns
 from cllm.store.run import RunDirectory
 from cllm.store.steps import discard_after, locate
-from cllm.text.corpus import prepare
 from cllm.text.dataset import Dataset, load_prepared
 from cllm.text.tokenizer import Tokenizer
 from cllm.training.board import open_board
 from cllm.training.build import build
-from cllm.training.choose import choose
 from cllm.training.conclude import Outcome, conclude, first_facts
 from cllm.training.distributed.entry import earlier_run, joined
 from cllm.training.distributed.group import Group
@@ -38,9 +34,9 @@ from cllm.training.draw_sources import draws_of
 from cllm.training.interrupt import Interrupt
 from cllm.training.pace import measure_pace
 from cllm.training.passes import advice
-from cllm.training.pieces import resolve_pieces
-from cllm.training.progress import Progress, as_one
+from cllm.training.progress import Progress
 from cllm.training.report import write_report
+from cllm.training.resolve import read_text, resolve
 from cllm.training.snapshot import Standing, differences, restore
 from cllm.training.start_tables import start_tables
 from cllm.training.step import TrainStep
@@ -96,9 +92,9 @@ def _start(
     parent = RunDirectory.open(from_run) if from_run is not None else None
     with Draft(out, corpus=_corpus_name(config.data.paths)) as draft:
         reuse = Tokenizer.load(parent.tokenizer) if parent is not None else None
-        dataset = _prepare(config, draft.run.data, reuse, progress)
+        dataset = read_text(config, draft.run.data, progress, reuse=reuse)
         dataset.tokenizer.save(draft.run.tokenizer)
-        config = _resolve(config, dataset, progress, seconds=seconds)
+        config = resolve(config, dataset, progress, seconds=seconds)
         model, step = build(config, draws_of(config, dataset, progress))
         with ExitStack() as if_it_fails:
             if_it_fails.callback(step.close)  # workers, which measuring the pace has begun
@@ -168,7 +164,7 @@ def _resume(
             "--set train.steps=N with a larger N"
         )
     dataset = load_prepared(run.data)
-    config = _resolve(config, dataset, progress)
+    config = resolve(config, dataset, progress)
     if changes:
         progress.warn(
             f"{', '.join(changes)} changed on resume: an uninterrupted run would have differed"
@@ -261,48 +257,6 @@ def _last_facts(run: RunDirectory, standing: Standing, outcome: Outcome) -> dict
         "validation_bpb": outcome.validation.bpb if outcome.validation else None,
         "test_bpb": outcome.test.bpb if outcome.test else None,
     }
-
-
-def _prepare(
-    config: Config, directory: Path, reuse: Tokenizer | None, progress: Progress
-) -> Dataset:
-    with progress.stage("preparing the corpus", 100) as advance:
-        return prepare(
-            config.data,
-            config.tokenizer,
-            directory,
-            seed=config.train.seed,
-            context=config.model.context,
-            reuse=reuse,
-            cache=cache_dir() / "data",
-            say=progress.say,
-            progress=as_one(advance),
-        )
-
-
-def _resolve(
-    config: Config, dataset: Dataset, progress: Progress, *, seconds: float | None = None
-) -> Config:
-    """The configuration with vocabulary and machine settled; each choice is told."""
-    size = dataset.tokenizer.vocab_size
-    if config.model.vocab_size is None:
-        config = merge(config, {"model.vocab_size": size})
-    elif config.model.vocab_size < size:
-        raise UsageError(
-            f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer's {size}; "
-            "leave it out"
-        )
-    if config.model.embedding.is_composed:
-        config = resolve_pieces(config, dataset.tokenizer)
-    choices = choose(config, seconds=seconds)
-    busy = is_busy()
-    if busy:
-        progress.warn(f"{busy}: training will be slower than this machine can do")
-    for line in choices.lines():
-        progress.say(line)
-    for line in choices.warnings:
-        progress.warn(line)
-    return choices.config
 
 
 def _adopt(parent: Path, model: Transformer, step: TrainStep) -> None:
