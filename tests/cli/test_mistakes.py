@@ -101,6 +101,8 @@ TRAIN = [
     ),
     (["--set", "model.embedding.own_vectors=false"], 2, ["own_vectors needs pieces", "composed"]),
     (["--set", "model.embedding.lattice_step=0.5"], 2, ["lattice_step is that of a lattice"]),
+    (["--set", "train.sampled.candidates=64"], 2, ["set train.loss = 'sampled', too"]),
+    (["--set", "train.similarity.until=0.5"], 2, ["set train.similarity.weight, too"]),
     (
         ["--set", "model.embedding.lattice=e8", "--set", "model.embedding.lattice_step=1e-8"],
         2,

@@ -180,6 +180,18 @@ class TrainConfig(Section):
             )
         return self
 
+    def check_asked(self) -> None:
+        """Raise ``ValueError`` for what would do nothing. Saved runs that have it load, and a resume may
+        turn it on: this is for who asks for a new run."""
+        if self.loss != "sampled" and self.sampled != SampledConfig():
+            raise ValueError(
+                "train.sampled.* is of sampled softmax: set train.loss = 'sampled', too"
+            )
+        if not self.similarity.weight and self.similarity != SimilarityConfig():
+            raise ValueError(
+                "train.similarity.* is of the similarity loss: set train.similarity.weight, too"
+            )
+
 
 class LogConfig(Section):
     """What is written while training runs."""

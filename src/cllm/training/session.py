@@ -89,6 +89,7 @@ def _start(
     if from_run is None:
         with value_errors_as(SettingError):
             config.model.embedding.check_asked()
+            config.train.check_asked()
     parent = RunDirectory.open(from_run) if from_run is not None else None
     with Draft(out, corpus=_corpus_name(config.data.paths)) as draft:
         reuse = Tokenizer.load(parent.tokenizer) if parent is not None else None
