@@ -86,10 +86,10 @@ def _start(
             "--time measures the plain loop, and train.pipeline.mode = 'delayed' is another: say how many "
             "train.steps instead"
         )
-    if from_run is None:
-        with value_errors_as(SettingError):
+    with value_errors_as(SettingError):
+        config.train.check_asked()
+        if from_run is None:
             config.model.embedding.check_asked()
-            config.train.check_asked()
     parent = RunDirectory.open(from_run) if from_run is not None else None
     with Draft(out, corpus=_corpus_name(config.data.paths)) as draft:
         reuse = Tokenizer.load(parent.tokenizer) if parent is not None else None
