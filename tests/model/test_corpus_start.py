@@ -8,6 +8,8 @@ from scipy import sparse
 
 from cllm.model.corpus_start import corpus_table, ppmi, truncated_svd
 from cllm.model.crystal_start import crystal_table
+from cllm.text.merge_tree import MergeTree
+from cllm.text.token_codes import TokenCodes
 
 OCCURRENCES = np.arange(80)
 
@@ -90,17 +92,43 @@ def test_statistics_that_say_nothing_leave_a_usable_table(counts: np.ndarray) ->
 
 
 def test_crystal_tokens_that_share_pieces_are_nearer() -> None:
-    pieces = np.eye(40)
-    pieces[30, :30] = 0
-    pieces[30, [25, 28]] = 1  # made of these and of itself
-    frequency = np.arange(40, 0, -1)
-    table = crystal_table(sparse.csr_array(pieces), frequency, 64, std=0.02)
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    vocab = [*letters, "yz"]  # one merge, of two letters
+    model = {
+        "type": "BPE",
+        "vocab": {name: i for i, name in enumerate(vocab)},
+        "merges": [["y", "z"]],
+    }
+    codes = TokenCodes.build(MergeTree.from_tokenizer({"model": model, "added_tokens": []}))
+    table = crystal_table(codes, 30, 64, std=0.02)
+    assert table.shape == (30, 64)
     assert np.sqrt(np.mean(table**2)) == pytest.approx(0.02)
     unit = table / np.linalg.norm(table, axis=1, keepdims=True)
     near = unit @ unit.T
-    assert min(near[30, 25], near[30, 28]) > 0.4
-    others = near[np.triu_indices(30, 1)]
+    assert min(near[26, 24], near[26, 25]) > 0.4
+    alone = np.delete(near, 26, 0)
+    others = np.delete(alone, 26, 1)[np.triu_indices(29, 1)]
     assert np.abs(others).mean() < 0.2, "different pieces are nearly orthogonal"
+
+
+def test_a_crystal_row_is_the_sum_of_its_code() -> None:
+    """In the directions of its primes, each as often as its exponent and as long as its logarithm."""
+    model = {
+        "type": "BPE",
+        "vocab": {"a": 0, "b": 1, "aa": 2, "aab": 3},
+        "merges": [["a", "a"], ["aa", "b"]],
+    }
+    codes = TokenCodes.build(MergeTree.from_tokenizer({"model": model, "added_tokens": []}))
+    table = crystal_table(codes, 4, 8, std=0.02).astype(float)
+    own = {  # the vector of a piece: what its token has beyond its parts
+        0: table[0],
+        1: table[1],
+        2: table[2] - 2 * table[0],
+        3: table[3] - table[2] - table[1],
+    }
+    lengths = np.array([np.linalg.norm(own[i]) for i in range(4)])
+    logs = np.log(codes.primes[:4])
+    np.testing.assert_allclose(lengths / lengths[0], logs / logs[0], rtol=1e-5)
 
 
 def test_tokens_that_the_text_does_not_have_differ_from_each_other() -> None:

@@ -52,6 +52,10 @@ def test_codes_of_random_tokenizers(tree: MergeTree, random: Any, counted: bool)
     assert len(set(integers)) == len(tree), "unique"
     assert len(set(codes.primes.tolist())) == len(codes.labels)
     assert all(is_prime(p) for p in codes.primes)
+    exponents = codes.exponents().toarray()
+    for token in range(len(tree)):
+        factors = {piece: e for piece, _, e in codes.factors(token)}
+        assert factors == {p: e for p, e in enumerate(exponents[token]) if e}
     alone = TokenCodes.build(tree, counts, Morphology(words.keys, {}, {}, {}, ()))
     parts = alone.codes.integers()
     for token, value in enumerate(parts):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from cllm.core.config import Config
-from cllm.model.crystal_start import merge_pieces
 from cllm.store import checkpoint
 from cllm.text.tokenizer import Tokenizer
-from cllm.training import session
+from cllm.training import resolve, session
 from cllm.training.build import build
+from cllm.training.pieces import merge_pieces
 
 TABLE = "embedding.weight"
 STARTED = {TABLE, "layers.1.mlp.gate_up.weight", "layers.1.mlp.out.weight"}
@@ -33,7 +33,7 @@ def begin(
 ) -> Callable[..., Path]:
     """Trains a short run with the given start, and returns its directory."""
     monkeypatch.setattr(session, "write_report", lambda path: None)
-    monkeypatch.setattr(session, "is_busy", lambda: None)
+    monkeypatch.setattr(resolve, "is_busy", lambda: None)
 
     def run(name: str, init: str, from_run: Path | None = None, **changes: Any) -> Path:
         changes = {"train__steps": 4, "train__checkpoint_every": 2, "train__keep_last": 9} | changes

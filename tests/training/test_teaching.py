@@ -13,13 +13,12 @@ import torch
 
 from cllm.core.config import Config
 from cllm.core.errors import UsageError
-from cllm.model.crystal_start import merge_pieces
 from cllm.store import checkpoint
 from cllm.store.metrics import read_columns
 from cllm.text.tokenizer import Tokenizer
 from cllm.training import resolve, session
 from cllm.training.choose import choose
-from cllm.training.pieces import incidence_of
+from cllm.training.pieces import incidence_of, merge_pieces
 from cllm.training.progress import Reading, figures
 from cllm.training.report import write_report
 

@@ -155,6 +155,15 @@ class TokenCodes:
             )  # stable: the most informative stem
         return pieces[0] if pieces else None
 
+    def exponents(self) -> csr_matrix:
+        """How often each token has each piece: (V, P) float64 sparse, the exponents of the primes."""
+        from scipy.sparse import csr_matrix
+
+        data = self.codes.exponents.astype(np.float64)
+        return csr_matrix(
+            (data, (self.codes.rows(), self._columns)), shape=(len(self), len(self.primes))
+        )
+
     def incidence(self, *, own: bool = True, max_pieces: int | None = None) -> csr_matrix:
         """Which pieces a token has: (V, P) float32 sparse, entries 1, however often a piece occurs.
 
@@ -171,8 +180,7 @@ class TokenCodes:
         """
         from scipy.sparse import csr_matrix
 
-        rows, columns = self.codes.rows(), np.searchsorted(self._sorted, self.codes.primes)
-        columns = self._order[columns]
+        rows, columns = self.codes.rows(), self._columns
         kept = np.ones(len(rows), dtype=bool)
         if max_pieces is not None:
             if max_pieces < 1:
@@ -191,6 +199,11 @@ class TokenCodes:
     def _order(self) -> np.ndarray:
         """Pieces, the most frequent first."""
         return np.argsort(self.primes)
+
+    @property
+    def _columns(self) -> np.ndarray:
+        """The piece of each of the codes' factors."""
+        return self._order[np.searchsorted(self._sorted, self.codes.primes)]
 
     @cached_property
     def _sorted(self) -> np.ndarray:

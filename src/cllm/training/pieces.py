@@ -8,7 +8,6 @@ from scipy import sparse
 from cllm.core.config import Config
 from cllm.core.errors import UsageError
 from cllm.core.settings import merge
-from cllm.model.crystal_start import merge_pieces
 from cllm.text.merge_tree import MergeTree
 from cllm.text.token_codes import TokenCodes
 from cllm.text.tokenizer import Tokenizer
@@ -37,6 +36,20 @@ def incidence_of(tokenizer: Tokenizer, config: Config) -> sparse.csr_matrix:
     parts.eliminate_zeros()
     used = np.flatnonzero(np.asarray(parts.sum(axis=0)).ravel() > 0)
     return sparse.csr_matrix(parts[:, used])
+
+
+def merge_pieces(tokenizer: Tokenizer, vocab_size: int) -> sparse.csr_array:
+    """Which tokens each token was merged from, itself among them: (``vocab_size``,) * 2 of 0 and 1.
+
+    BPE's merge tree stands in for morphology, an approximation: the tree of a token is what was frequent
+    when it was built.
+    """
+    found = (MergeTree.from_tokenizer(tokenizer).contents() > 0).astype(np.float64)
+    # Rows beyond the tokenizer's are their own.
+    rest = sparse.eye_array(vocab_size - found.shape[0])
+    whole = sparse.csr_array(sparse.block_diag([found, rest], format="csr"))
+    whole.sort_indices()
+    return whole
 
 
 def code_pieces(tokenizer: Tokenizer, vocab_size: int, *, own: bool) -> sparse.csr_matrix:

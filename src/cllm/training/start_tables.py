@@ -9,11 +9,13 @@ from cllm.core.config import Config
 from cllm.core.errors import UsageError
 from cllm.model.bigram_start import start_bigram
 from cllm.model.corpus_start import corpus_table
-from cllm.model.crystal_start import crystal_table, merge_pieces
+from cllm.model.crystal_start import crystal_table
 from cllm.model.transformer import Transformer
 from cllm.text.cooccurrence import cooccurrence, harmonic_weights
 from cllm.text.counts import count_tokens
 from cllm.text.dataset import Dataset
+from cllm.text.merge_tree import MergeTree
+from cllm.text.token_codes import TokenCodes
 from cllm.training.pieces import incidence_of
 from cllm.training.progress import Progress
 
@@ -40,10 +42,11 @@ def start_tables(config: Config, dataset: Dataset, model: Transformer, progress:
         counts = count_tokens(tokens, size)
         if init == "crystal":
             try:
-                pieces = merge_pieces(dataset.tokenizer, size)
+                tree = MergeTree.from_tokenizer(dataset.tokenizer)
+                codes = TokenCodes.build(tree, counts[: len(tree)])
             except ValueError as error:
                 raise UsageError(f"model.embedding.init = 'crystal': {error}") from error
-            _set(config, model, crystal_table(pieces, counts, width, std=std))
+            _set(config, model, crystal_table(codes, size, width, std=std))
             return
         near, *further = harmonic_weights(WINDOW)
         bigrams = cooccurrence(tokens, size, (near,), say=progress.say)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cllm.core.config import Config
-from cllm.training import session, trainer
+from cllm.training import resolve, session, trainer
 from cllm.training.conclude import Outcome
 from cllm.training.evaluate import Evaluation
 
@@ -28,7 +28,7 @@ def start(
 ) -> Start:
     """Trains into the directory ``name``; without the report, whose pictures take a second."""
     monkeypatch.setattr(session, "write_report", lambda path: None)
-    monkeypatch.setattr(session, "is_busy", lambda: None)
+    monkeypatch.setattr(resolve, "is_busy", lambda: None)
 
     def run(
         name: str = "run",
