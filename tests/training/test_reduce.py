@@ -128,6 +128,13 @@ def test_under_the_hidden_metric_another_basis_of_the_same_table_comes_out(
     )
     assert basis_facts(ours.basis).log2_defect > basis_facts(theirs.basis).log2_defect
     assert "hidden states" in found.report.read_text(encoding="utf-8")
+    start = found.directory.status().facts["rebased"]
+    before, after = (figures["log2_defect"] for figures in start.values())
+    assert before > after + 0.05
+    assert after == pytest.approx(facts["basis"]["log2_defect"], abs=0.1)
+    said = found.report.read_text(encoding="utf-8")
+    assert f"| embedding basis at the start | defect 2^{before}" in said
+    assert f"after lll under the metric of hidden states | defect 2^{after}" in said
     assert load_config(found.directory.config).model.embedding.reduction_metric == "hidden"
 
 

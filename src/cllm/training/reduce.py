@@ -76,13 +76,13 @@ def reduce_run(
         before = _validated(parent, Path(path))
         if before is not None:
             progress.say(f"{path}: {before:.4f} bits per byte of validation text")
+        rebased = {}
         if reduction != "none":
-            for line in reduce_bases(model, config.model.embedding, dataset.train):
-                progress.say(line)
+            rebased = reduce_bases(model, config.model.embedding, dataset.train, progress.say)
         step.refresh()
         draft.run.write_config(to_toml(config))
         run = draft.commit()
-    run.note(**first_facts(config, dataset, command, parent))
+    run.note(**first_facts(config, dataset, command, parent), rebased=rebased)
     dataset = load_prepared(run.data)
     return train_run(config, run, dataset, model, step, Standing(), progress, fit=then_train > 0)
 

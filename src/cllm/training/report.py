@@ -45,7 +45,7 @@ def write_report(run_dir: Path) -> Path:
         _headline(status, lines),
         _section("Results", _results(lines)),
         _section("What was trained", _what(run, status, config, lines)),
-        _section("Token table", _token_table(status.facts.get("table", {}))),
+        _section("Token table", _token_table(status.facts)),
         _section("Corpus", _table(_pairs(status.facts.get("corpus", {})))),
         _section("Machine and time", _machine(status)),
         _section("Course", "\n\n".join(_picture(path) for path in plots)),
@@ -134,7 +134,8 @@ def _similarity_loss(settings: Mapping[str, Any], last: Mapping[str, Any]) -> st
     return text if found is None else f"{text}; {found:.4f} at the end"
 
 
-def _token_table(facts: Mapping[str, Any]) -> str:
+def _token_table(status: Mapping[str, Any]) -> str:
+    facts, rebased = status.get("table", {}), status.get("rebased", {})
     rows: list[tuple[str, Any]] = [
         ("kind", facts.get("kind")),
         ("rank", facts.get("rank")),
@@ -144,7 +145,8 @@ def _token_table(facts: Mapping[str, Any]) -> str:
         ("energy that half the width retains", facts.get("retained_at_half")),
         ("metric of the basis", facts.get("metric of the basis")),
     ]
-    for key, figures in facts.items():
+    bases = [*rebased.items(), *((_at_the_end(key), each) for key, each in facts.items())]
+    for key, figures in bases:
         if isinstance(figures, dict):
             shortest = "λ1" if figures["shortest_is_exact"] else "shortest vector found"
             text = (
@@ -156,6 +158,12 @@ def _token_table(facts: Mapping[str, Any]) -> str:
     rows.append(("read without computing it again", facts.get("core_hit_rate")))
     rows.append(("updated by rows", facts.get("updated by rows")))
     return _table((name, value) for name, value in rows if value is not None)
+
+
+def _at_the_end(key: str) -> str:
+    """A title for figures of the trained basis, which is as training left it."""
+    name, after, method = key.partition(" after ")
+    return f"{name} at the end, if {method} were applied" if after else f"{name} at the end"
 
 
 def _machine(status: Status) -> str:

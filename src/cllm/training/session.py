@@ -97,15 +97,16 @@ def _start(
         dataset.tokenizer.save(draft.run.tokenizer)
         config = resolve(config, dataset, progress, seconds=seconds)
         model, step = build(config, draws_of(config, dataset, progress))
+        rebased = dict[str, Any]()
         with ExitStack() as if_it_fails:
             if_it_fails.callback(step.close)  # workers, which measuring the pace has begun
             if from_run is not None:
                 _adopt(Path(from_run), model, step)
             else:
                 start_tables(config, dataset, model, progress)
-                if config.model.embedding.reduction != "none":
-                    for line in reduce_bases(model, config.model.embedding, dataset.train):
-                        progress.say(line)
+                embedding = config.model.embedding
+                if embedding.reduction != "none":
+                    rebased = reduce_bases(model, embedding, dataset.train, progress.say)
                 step.refresh()
             if group is not None:
                 Team.assemble(group, config, step)
@@ -117,7 +118,7 @@ def _start(
             draft.run.write_config(to_toml(config))
             run = draft.commit()
             if_it_fails.pop_all()
-    run.note(**first_facts(config, dataset, command, parent))
+    run.note(**first_facts(config, dataset, command, parent), rebased=rebased)
     if group is not None:
         run.note(job=group.launch.job)
     return train_run(config, run, load_prepared(run.data), model, step, Standing(), progress)

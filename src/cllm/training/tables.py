@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,15 +24,20 @@ UNASKED_RANK = 128
 """Up to this rank a report has the basis's figures unasked: they take seconds there, and minutes at 384."""
 
 
-def reduce_bases(model: Transformer, config: EmbeddingConfig, tokens: PackedTokens) -> list[str]:
-    """Rewrite the factors of every reduced table by the configured lattice reduction; lines that say what
-    came of it.
+def reduce_bases(
+    model: Transformer,
+    config: EmbeddingConfig,
+    tokens: PackedTokens,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Rewrite the factors of every reduced table by the configured lattice reduction; figures of the bases
+    before and after, for the status and the report. ``say`` is told a line of each.
 
     The tables stay what they are: coordinates that are snapped to integers are carried along as these.
     ``tokens``: training text, for the metric of what errors cost. Raises ``UserError`` for a basis that
     cannot be reduced.
     """
-    lines, metrics = [], metrics_of(model, config, tokens)
+    facts, metrics = dict[str, Any](), metrics_of(model, config, tokens)
     method, under = config.reduction, config.reduction_metric
     for name, table in model.tables.items():
         assert table.basis is not None, "only reduced tables have a basis"
@@ -42,8 +48,10 @@ def reduce_bases(model: Transformer, config: EmbeddingConfig, tokens: PackedToke
         table.basis.data.copy_(found.basis)
         table.after_step()
         by = method if under == "identity" else f"{method} under the metric of {under} states"
-        lines.append(f"{name} basis by {by}: {describe(found)}")
-    return lines
+        say(f"{name} basis by {by}: {describe(found)}")
+        facts[f"{name} basis at the start"] = found.before.to_json()
+        facts[f"{name} basis at the start, after {by}"] = found.after.to_json()
+    return facts
 
 
 def metrics_of(
