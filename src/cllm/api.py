@@ -111,7 +111,8 @@ def resolve_config(
     for key, value in asked.items():
         if key not in dropouts and value != known.get(key):
             raise UsageError(
-                f"{key} is fixed by {from_run}: only the dropouts may change with --from"
+                f"{key} is fixed by {from_run}: only the dropouts may change with --from; `cllm reduce` "
+                "makes a run with a reduced table of it"
             )
     return merge(whole, kept | dropouts)
 

@@ -220,6 +220,11 @@ def test_an_existing_run_is_not_overwritten(
         (["train", "--resume", "RUN"], 2, ["has all its 40 steps"]),
         (["train", "--resume", "RUN/checkpoints/step-00000007"], 1, ["no checkpoint of step 7"]),
         (["train", "--from", "RUN", "--set", "model.d_ff=32"], 2, ["model.d_ff is fixed by"]),
+        (
+            ["train", "--from", "RUN", "--set", "model.embedding.kind=composed"],
+            2,
+            ["model.embedding.kind is fixed by", "`cllm reduce`"],
+        ),
         (["train", "--from", "RUN", "--config", "model.toml"], 2, ["model.d_ff is fixed by"]),
         (["eval", "none"], 1, ["none does not exist"]),
         (["eval", "RUN", "--split", "all"], 2, ["split 'all' is none of train, validation, test"]),

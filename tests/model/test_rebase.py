@@ -104,6 +104,12 @@ def test_what_cannot_be_reduced_is_refused() -> None:
     core, basis = skewed(60, 3)
     with pytest.raises(ValueError, match="hkz enumerates in 60 dimensions"):
         rebase(core, basis, "hkz")
+    spoiled = core.clone()
+    spoiled[2, 1] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"the core of shape .* holds NaN or infinity; take an earlier"
+    ):
+        rebase(spoiled, basis, "lll")
     basis[3] = basis[1]
     with pytest.raises(ValueError, match="row 3"):
         rebase(core, basis, "lll")

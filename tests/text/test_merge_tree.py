@@ -128,6 +128,11 @@ def test_libraries_own_files_are_read(tmp_path: Path) -> None:
         ({"merges": [["a", "c"]]}, "'c'"),
         ({"merges": ["ab"]}, "no pair"),
         ({"merges": [["", "a"]]}, "no pair"),
+        ({"merges": [3]}, "no pair"),
+        ({"merges": [["a", 3]]}, "no pair"),
+        ({"merges": {"a": "b"}}, "no merge list"),
+        ({"vocab": {"a": 0, "b": "1", "ab": 2}}, "no id of 'b'"),
+        ({"vocab": {"a": 0, "b": -1, "ab": 2}}, "no id of 'b'"),
         ({"vocab": None}, r"not a tokenizer\.json"),
     ],
 )
@@ -136,6 +141,21 @@ def test_what_has_no_merge_tree_is_refused(change: dict[str, Any], message: str)
     found["model"] |= change
     with pytest.raises(ValueError, match=message):
         MergeTree.from_tokenizer(found)
+
+
+@pytest.mark.parametrize("token", [3, {"id": -1, "content": "<end>"}, {"id": 3}, {"content": "x"}])
+def test_what_is_no_added_token_is_refused(token: Any) -> None:
+    found = description(["a", "b", "ab"], [["a", "b"]]) | {"added_tokens": [token]}
+    with pytest.raises(ValueError, match="no added token; download it anew"):
+        MergeTree.from_tokenizer(found)
+
+
+def test_an_added_token_is_not_special_unless_it_says_so() -> None:
+    found = description(["a", "b", "ab"], [["a", "b"]])
+    plain = MergeTree.from_tokenizer(found | {"added_tokens": [{"id": 3, "content": "x"}]})
+    assert (plain.texts[3], plain.special) == (b"x", frozenset())
+    said = {"id": 3, "content": "x", "special": False}
+    assert MergeTree.from_tokenizer(found | {"added_tokens": [said]}).sha256 == plain.sha256
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:

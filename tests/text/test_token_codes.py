@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cllm.lattice import is_prime
 from cllm.lattice.similarity import bits
-from cllm.text.code_file import load_codes, save_codes
+from cllm.text.code_file import FORMAT, load_codes, save_codes
 from cllm.text.merge_tree import MergeTree
 from cllm.text.morphology import Morphology
 from cllm.text.token_codes import Kind, TokenCodes
@@ -235,6 +235,13 @@ def test_files_that_are_none_are_refused(
         load_codes(path, codes.tokenizer_sha256)
     save_file({"a": np.zeros(3)}, path)
     with pytest.raises(ValueError, match="no token codes"):
+        load_codes(path, codes.tokenizer_sha256)
+    facts = {"format": FORMAT, "tokenizer_sha256": codes.tokenizer_sha256}
+    save_file({"a": np.zeros(3)}, path, metadata=facts)
+    with pytest.raises(ValueError, match=r"damaged \('offsets'\); build the codes anew"):
+        load_codes(path, codes.tokenizer_sha256)
+    save_file({"a": np.zeros(3)}, path, metadata={"format": FORMAT})
+    with pytest.raises(ValueError, match="another tokenizer"):
         load_codes(path, codes.tokenizer_sha256)
     # A prime that belongs to no piece: bytes altered on the disk.
     position = whole.rindex(codes.primes.tobytes())

@@ -34,7 +34,8 @@ def own_points(table: Embedding) -> Piece:
     unit = np.float32(table.snap.unit)
     if not float(points.abs().max()) < float(unit) * LARGEST:  # NaN is not, either
         raise UserError(
-            "the table's coordinates are no points of its lattice: they are NaN or too large"
+            "the table's coordinates are no points of its lattice: they are NaN or too large; compress an "
+            "earlier checkpoint of the run"
         )
     integers = table.snap.integers(points).numpy()
     octaves = np.zeros(integers.shape[1], dtype=np.int64)

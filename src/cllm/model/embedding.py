@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cllm.core.model_config import EmbeddingConfig
-from cllm.model.factors import best_factors, piece_vectors
+from cllm.model.factors import best_factors, check_finite, piece_vectors
 from cllm.model.incidence import Incidence
 from cllm.model.operator import fake, operator
 from cllm.model.snap import Snap
@@ -95,8 +95,7 @@ class Embedding(nn.Module):
             raise ValueError(
                 f"the table has shape {tuple(table_vd.shape)}, the embedding ({size}, {self.width})"
             )
-        if not bool(torch.isfinite(table_vd).all()):
-            raise ValueError(f"the table of shape {tuple(table_vd.shape)} has entries not finite")
+        check_finite(table_vd)
         if self.basis is not None:
             core, basis = best_factors(table_vd, self.basis.shape[0])
         with torch.no_grad():

@@ -13,14 +13,21 @@ if TYPE_CHECKING:
     from scipy import sparse
 
 
+def check_finite(table_vd: Tensor, name: str = "table") -> None:
+    """Raise ``ValueError`` for a table with entries that are NaN or infinite."""
+    if not bool(torch.isfinite(table_vd).all()):
+        raise ValueError(
+            f"the {name} of shape {tuple(table_vd.shape)} holds NaN or infinity; take an earlier checkpoint"
+        )
+
+
 def spectrum(table_vd: Tensor) -> np.ndarray:
     """Eigenvalues (D,) of the uncentred covariance EᵀE / V, largest first, float64.
 
     Raises ``ValueError`` for entries that are not finite.
     """
     wide = table_vd.detach().double().cpu()
-    if not bool(torch.isfinite(wide).all()):
-        raise ValueError(f"the table of shape {tuple(wide.shape)} has entries not finite")
+    check_finite(wide)
     values = torch.linalg.eigvalsh(wide.T @ wide / max(len(wide), 1))
     return np.asarray(values.flip(0).clamp_min(0).numpy())
 

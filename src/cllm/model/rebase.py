@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cllm import lattice
+from cllm.model.factors import check_finite
 from cllm.model.table_metric import as_metric, roots
 
 SECONDS = 5.0
@@ -110,8 +111,9 @@ def rebase(
 
     ``metric`` (D, D) says what is short and what is orthogonal, for the reduction and for the figures; none
     means the identity. Raises ``ValueError`` for dependent rows, an unknown method, ``hkz`` beyond its
-    reach, or what is no metric of this width.
+    reach, what is no metric of this width, or a core that is not finite.
     """
+    check_finite(core_vr, "core")
     rows = basis_rd.detach().double().cpu().numpy()
     if method == "hkz" and len(rows) > HKZ_LIMIT:
         raise ValueError(

@@ -54,19 +54,23 @@ def load_codes(path: str | Path, tokenizer_sha256: str) -> TokenCodes:
         raise ValueError(f"cannot read token codes from {path} ({error}); {again}") from error
     if facts.get("format") != FORMAT:
         raise ValueError(f"{path} holds no token codes of this version; {again}")
-    if facts["tokenizer_sha256"] != tokenizer_sha256:
+    made_for = facts.get("tokenizer_sha256", "")
+    if made_for != tokenizer_sha256:
         raise ValueError(
-            f"{path} was made for another tokenizer ({facts['tokenizer_sha256'][:12]}…, not "
-            f"{tokenizer_sha256[:12]}…); {again}"
+            f"{path} was made for another tokenizer ({made_for[:12]}…, not {tokenizer_sha256[:12]}…); "
+            f"{again}"
         )
-    found = TokenCodes(
-        codes=Codes(arrays["offsets"], arrays["factors"], arrays["exponents"]),
-        primes=arrays["primes"],
-        kinds=arrays["kinds"],
-        labels=tuple(json.loads(facts["labels"])),
-        counts=arrays.get("counts"),
-        tokenizer_sha256=tokenizer_sha256,
-    )
+    try:
+        found = TokenCodes(
+            codes=Codes(arrays["offsets"], arrays["factors"], arrays["exponents"]),
+            primes=arrays["primes"],
+            kinds=arrays["kinds"],
+            labels=tuple(json.loads(facts["labels"])),
+            counts=arrays.get("counts"),
+            tokenizer_sha256=tokenizer_sha256,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the token codes in {path} are damaged ({error}); {again}") from error
     lengths = {len(found.primes), len(found.kinds), len(found.labels)}
     if len(lengths) > 1 or not np.isin(found.codes.primes, found.primes).all():
         raise ValueError(f"the token codes in {path} do not fit together; {again}")

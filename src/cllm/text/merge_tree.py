@@ -60,8 +60,8 @@ class MergeTree:
                 tokens that are not there.
         """
         description, origin = _description(source)
-        model, added = description["model"], description.get("added_tokens") or []
-        names = _names(model["vocab"])
+        model, added = description["model"], _added(description, origin)
+        names = _names(model["vocab"], origin)
         names |= {token["id"]: token["content"] for token in added}
         _refuse_without_merges(model, len(names), origin)
         merges = [_pair(merge, origin) for merge in model["merges"]]
@@ -134,24 +134,50 @@ def _refuse_without_merges(model: dict[str, Any], tokens: int, origin: str) -> N
         raise ValueError(
             f"{origin} has a vocabulary of {tokens}: codes compare tokens; give one of two or more"
         )
-    if not model.get("merges") or not isinstance(model["vocab"], dict):
+    merges = model.get("merges")
+    if not merges or not isinstance(merges, list) or not isinstance(model["vocab"], dict):
         raise ValueError(
             f"{origin} has no merge list (its model is {model.get('type', 'unnamed')}): token codes are "
             "made of merges; give a BPE tokenizer, or train a larger one with `cllm tokenizer train`"
         )
 
 
-def _names(vocab: dict[str, int] | list[Any]) -> dict[int, str]:
+def _added(description: dict[str, Any], origin: str) -> list[dict[str, Any]]:
+    """Id, content and whether it is special, of each added token."""
+    found = []
+    for token in description.get("added_tokens") or []:
+        known = token if isinstance(token, dict) else {}
+        if not _is_id(known.get("id")) or not isinstance(known.get("content"), str):
+            raise ValueError(f"{origin} is damaged: {token!r} is no added token; download it anew")
+        found.append(
+            {
+                "id": known["id"],
+                "content": known["content"],
+                "special": bool(known.get("special", False)),
+            }
+        )
+    return found
+
+
+def _names(vocab: dict[str, int] | list[Any], origin: str) -> dict[int, str]:
     """Names by id; Unigram files have a list of (name, score)."""
     if isinstance(vocab, list):
-        return {i: str(entry[0]) for i, entry in enumerate(vocab)}
+        return {i: str(entry[0]) for i, entry in enumerate(vocab) if entry}
+    for name, i in vocab.items():
+        if not _is_id(i):
+            raise ValueError(f"{origin} is damaged: {i!r} is no id of {name!r}; download it anew")
     return {i: name for name, i in vocab.items()}
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def _pair(merge: Any, origin: str) -> tuple[str, str]:
     """A merge as a pair; files have lists of two, older ones ``"a b"``."""
-    pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)
-    if len(pair) != 2 or not all(pair):
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    pair = tuple(parts) if isinstance(parts, list | tuple) else ()
+    if len(pair) != 2 or not all(name and isinstance(name, str) for name in pair):
         raise ValueError(f"{origin} has a merge that is no pair of tokens: {merge!r}")
     return pair
 

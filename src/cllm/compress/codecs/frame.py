@@ -101,5 +101,8 @@ def as_table(array: Any) -> np.ndarray:
     with np.errstate(over="ignore"):
         table = table.astype(np.float32)
     if not np.isfinite(table).all():
-        raise ValueError(f"the table of shape {table.shape} holds NaN or infinity")
+        raise ValueError(
+            f"the table of shape {table.shape} holds NaN or infinity; take an earlier checkpoint, or mend "
+            "these rows"
+        )
     return table
