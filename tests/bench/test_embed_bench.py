@@ -38,7 +38,8 @@ def test_a_quick_run_trains_and_judges_nothing(isolated: Path, corpus: Path) -> 
     assert all(claim.holds is None for claim in result.claims)
     assert "too short to judge" in render(result)
     assert all(row["tokens/s"] > 0 for row in result.rows)
-    assert [row["tokens/s over dense"] == 1 for row in result.rows] == [True, True, False]
+    assert [row["tokens/s over dense"] for row in result.rows][:2] == [1, 1]
+    assert result.rows[2]["tokens/s over dense"] > 0
     # Kept: nothing is trained any more, whatever the time.
     again = embed.run(Options(quick=True, data=(str(corpus),), minutes=0))
     assert [row["bits per byte"] for row in again.rows] == [

@@ -17,6 +17,7 @@ from cllm.bench.embed_cases import (
     BUDGETS,
     CORPUS,
     DROPOUTS,
+    HIGHER,
     NORMAL,
     RANK64,
     RATES,
@@ -29,7 +30,7 @@ from cllm.bench.embed_cases import (
     shortened,
 )
 from cllm.bench.embed_kept import NAME, Kept
-from cllm.bench.embed_trainings import Trainings, make_all, make_tuned
+from cllm.bench.embed_trainings import Trainings, _tune, make_all, make_tuned
 from cllm.bench.reference import reference_key
 from cllm.core.config import Config
 from cllm.store.run import RunDirectory
@@ -195,6 +196,26 @@ def test_what_is_compared_is_validated_on_the_way(fake: Fake, corpora: list[str]
     found = [(c.train.steps, c.train.steps // c.train.eval_every) for c in fake.trained]
     whole = BUDGETS[0].tokens / 2048
     assert found == [(round(whole), 1), (round(short.share * whole), VALIDATIONS)]
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [(RATES[0], RATES), (max(RATES), (*RATES, HIGHER)), (HIGHER, (*RATES, HIGHER))],
+)
+def test_a_higher_rate_is_tried_where_the_highest_is_best(
+    fake: Fake, corpora: list[str], best: float, tried: tuple[float, ...]
+) -> None:
+    fake.ends = lambda config: (1.5 + abs(config.train.lr - best), 1.0)
+    trainings = Trainings(quick=False, kept=Kept(write=False), tuned_on="one.txt")
+    for lr in RATES:
+        assert not trainings.is_tuned(CORPUS)
+        assert trainings.rate(CORPUS) == RATES[0], "until all are tried"
+        trainings.make(trainings.tuning(CORPUS, lr))
+    assert trainings.is_tuned(CORPUS) == (len(tried) == len(RATES))
+    _tune(trainings, CORPUS)
+    assert tuple(c.train.lr for c in fake.trained) == tried
+    assert (trainings.tried(CORPUS), trainings.rate(CORPUS)) == (len(tried), best)
+    assert trainings.is_tuned(CORPUS)
 
 
 @pytest.mark.parametrize(

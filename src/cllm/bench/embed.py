@@ -20,12 +20,14 @@ from cllm.bench.embed_cases import (
     COMPOSED,
     CORPUS,
     DROPOUTS,
+    HIGHER,
     LEARNING_UNTIL,
     NORMAL,
     QUICK,
     QUICK_CASES,
     RANK32,
     RANK64,
+    RATES,
     SEEDS,
     VALIDATIONS,
     Budget,
@@ -106,17 +108,23 @@ def _headline(trainings: Trainings, corpora: list[str]) -> list[dict[str, Any]]:
 def _notes(trainings: Trainings) -> list[str]:
     used = trainings.used.values()
     dropouts = ", ".join(f"{dropout:g}" for dropout in DROPOUTS)
+    rates = ", ".join(f"{rate:g}" for rate in sorted(RATES))
     return [
         "Bits per byte of validation text, of the weights that `cllm train` keeps: the best of "
-        f"{VALIDATIONS} validations. Mean and standard deviation over the seeds; `steps` is the share of "
-        "the budget's steps, with a schedule of that length. `over dense`: the mean of the seeds' ratios "
-        "to the dense table with the same start (`crystal`: random) and all of the steps, and its "
-        "standard error. `lr tried`: learning rates tried for the "
-        "table and start on the first text, by the score of the weights of the end; the first stands until "
-        "all were, then the best. `dropout`: of embeddings and residuals, the best with the first seed of "
+        f"{VALIDATIONS} validations. Mean and standard deviation over the seeds; a seed draws the text "
+        "that is held out, too, so that `sd` says more of texts than of tables. `steps` is the share of the "
+        "budget's steps, with a schedule of that length. `over dense`: the mean of the seeds' ratios to "
+        "the dense table with the same start (`crystal`: random) and all of the steps, and its standard error.",
+        f"`lr tried`: learning rates tried for the table and start on the first text with "
+        f"{BUDGETS[0].name} tokens, {rates} and, where the highest is best, {HIGHER:g}, by the score of the weights of the "
+        f"end. The best serves all texts and budgets; until all are tried, {RATES[0]:g} does.",
+        "`dropout`: of embeddings and residuals, the best with the first seed of "
         f"{dropouts} on a text: the second where the first left the best weights before "
         f"{LEARNING_UNTIL:.0%} of the steps, further ones while the last helped. Other tables begin with "
         "the random start's best, and try none after one that left the best weights later than that.",
+        "`bytes`: of the table in a checkpoint. `half width retains`: the share of the trained table's "
+        "energy ‖E‖² that its best approximation of half the width keeps. `defect → after reduction`: "
+        "orthogonality defect of the trained basis, and what LLL would make of it.",
         f"Trainings: {len(used)}, each with its machine in [{NAME}]({NAME}): {machines(used)}.",
         "`tokens/s`: what `cllm train` does here with tables of this kind and width, on the first text, at "
         f"the end of this call; {embed_speed.AT_ONCE} kinds at a time took turns with the dense table, and "

@@ -11,6 +11,7 @@ from pathlib import Path
 from cllm.bench.embed_cases import (
     BUDGETS,
     DROPOUTS,
+    HIGHER,
     LEARNING_UNTIL,
     NORMAL,
     QUICK,
@@ -106,8 +107,20 @@ class Trainings:
         return 1 if self.quick else len(self._scores(case))
 
     def is_tuned(self, case: Case) -> bool:
-        """Whether that is all of them."""
-        return self.quick or self.tried(case) == len(RATES)
+        """Whether that is all that are to be tried."""
+        return self.quick or self.untried_rate(case) is None
+
+    def untried_rate(self, case: Case) -> float | None:
+        """The learning rate to be tried next; ``None`` where the best is among those that were."""
+        scores = self._scores(case)
+        left = [lr for lr in RATES if lr not in scores]
+        if (
+            not left
+            and min(scores, key=lambda lr: scores[lr]) == max(RATES)
+            and HIGHER not in scores
+        ):
+            left = [HIGHER]
+        return left[0] if left else None
 
     def rate(self, case: Case) -> float:
         """The best learning rate of a table and start; the first of them until all were tried."""
@@ -117,7 +130,7 @@ class Trainings:
         return min(scores, key=lambda lr: scores[lr])
 
     def _scores(self, case: Case) -> dict[float, float]:
-        found = {lr: self.known(self.tuning(case, lr)) for lr in RATES}
+        found = {lr: self.known(self.tuning(case, lr)) for lr in (*RATES, HIGHER)}
         return {lr: figures.validation_bpb for lr, figures in found.items() if figures is not None}
 
     def tuning(self, case: Case, lr: float) -> Training:
@@ -248,7 +261,10 @@ def make_all(trainings: Trainings, corpora: Sequence[str]) -> None:
 
 
 def _tune(trainings: Trainings, case: Case) -> None:
-    for lr in RATES:
+    while trainings.in_time:
+        lr = trainings.untried_rate(case)
+        if lr is None:
+            break
         trainings.make(trainings.tuning(case, lr))
 
 
