@@ -112,12 +112,14 @@ def _notes(trainings: Trainings) -> list[str]:
     return [
         "Bits per byte of validation text, of the weights that `cllm train` keeps: the best of "
         f"{VALIDATIONS} validations. Mean and standard deviation over the seeds; a seed draws the text "
-        "that is held out, too, so that `sd` says more of texts than of tables. `steps` is the share of the "
-        "budget's steps, with a schedule of that length. `over dense`: the mean of the seeds' ratios to "
-        "the dense table with the same start (`crystal`: random) and all of the steps, and its standard error.",
-        f"`lr tried`: learning rates tried for the table and start on the first text with "
-        f"{BUDGETS[0].name} tokens, {rates} and, where the highest is best, {HIGHER:g}, by the score of the weights of the "
-        f"end. The best serves all texts and budgets; until all are tried, {RATES[0]:g} does.",
+        "that is held out, too, so that `sd` says more of texts than of tables. `steps` is the share "
+        "of the budget's steps, with a schedule of that length. `over dense`: the mean of the seeds' "
+        "ratios to the dense table with the same start (`crystal`: random) and all of the steps, and "
+        "its standard error.",
+        "`lr tried`: learning rates tried for the table and start on the first text with "
+        f"{BUDGETS[0].name} tokens, {rates} and, where the highest is best, {HIGHER:g}, by the score of "
+        "the weights of the end. The best serves all texts and budgets; until all are tried, "
+        f"{RATES[0]:g} does.",
         "`dropout`: of embeddings and residuals, the best with the first seed of "
         f"{dropouts} on a text: the second where the first left the best weights before "
         f"{LEARNING_UNTIL:.0%} of the steps, further ones while the last helped. Other tables begin with "
