@@ -178,7 +178,7 @@ def test_generate_takes_the_index_and_says_where_it_is_a_scan(
     whole = cllm(*asked)
     scanned = cllm(*asked, "--index")
     assert scanned.out == whole.out
-    assert "output head: a plain scan of 300 tokens; cells pay from 16,384 on" in scanned.err
+    assert "output head: a plain scan of 300 tokens; cells from 16,384 on" in scanned.err
     with monkeypatch.context() as patch:
         patch.setattr("cllm.infer.lookup.index.PLAIN_BELOW", 100)
         indexed = cllm(*asked, "--index")

@@ -34,7 +34,7 @@ class EmbeddingConfig(Section):
     lattice_step: Annotated[float, Field(gt=0)] = LATTICE_STEP
     """What one step of that lattice is worth."""
     reduction: Literal["none", "lll", "bkz", "hkz"] = "none"
-    """``reduced``: lattice reduction of the basis; the table stays the same."""
+    """``reduced``: lattice reduction of the basis that training begins with; the table stays the same."""
     reduction_metric: Literal["identity", "hidden"] = "identity"
     """What reduction calls short: all directions alike, or by what errors cost the scores."""
     init: Literal["normal", "corpus", "crystal"] = "corpus"

@@ -59,5 +59,5 @@ def index_head(
     if index.cells:
         say(f"output head: an exact index of {tokens} in {index.cells:,} cells")
     else:
-        say(f"output head: a plain scan of {tokens}; cells pay from {PLAIN_BELOW:,} on")
+        say(f"output head: a plain scan of {tokens}; cells from {PLAIN_BELOW:,} on")
     return IndexHead(index, exact=True)
