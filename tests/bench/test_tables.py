@@ -7,7 +7,7 @@ import pytest
 
 from cllm.bench import tables
 from cllm.bench.harness import Options, render
-from cllm.bench.tables import Point, _claim, bytes_at
+from cllm.bench.tables import Point, _claim, _shown, bytes_at
 from cllm.store.run import RunDirectory
 
 
@@ -32,6 +32,15 @@ def test_a_claim_compares_with_the_best_other():
     assert claim.value == pytest.approx(ours / best)
     assert claim.holds is (claim.value <= 0.8)
     assert _claim(points[2:], 0.1, quick=False).holds is None
+
+
+def test_other_ways_of_the_codec_are_held_against_the_default():
+    points = [point("lattice", 100, 0.5), point("lattice", 140, 0.01)]
+    points += [point("lattice, E8", 110, 0.5), point("lattice, E8", 154, 0.01)]
+    claim = _shown(points, "lattice, E8")
+    assert claim.value == pytest.approx(1.1)
+    assert claim.holds is None
+    assert _shown(points, "lattice, integers").value is None
 
 
 def test_quick_run_measures_all_methods_and_judges_nothing(trained, monkeypatch):

@@ -37,8 +37,14 @@ LATTICES: dict[str, dict[str, Any]] = {
     f"{OURS}, integers": {"lattice": "z"},
     f"{OURS}, E8": {"lattice": "e8"},
     f"{OURS}, Leech, 64 beams": {"lattice": "leech", "beams": 64},
+    f"{OURS}, LLL basis": {"basis": "plain"},
+    f"{OURS}, LLL basis, nearest plane": {"basis": "plain", "beams": 1},
+    f"{OURS}, frequency^(−1/8)": {"frequency_power": 0.125},
+    f"{OURS}, bits at no price": {"price": 0.0},
 }
 """The codec as it is by default, and what it chooses among or leaves to the user."""
+SHOWN = 0.1
+"""The rise at which the latter are held against the default."""
 
 Stored = tuple[int, np.ndarray]
 """Bytes of the file and the table decoded from it."""
@@ -68,7 +74,10 @@ def run(options: Options) -> Result:
     return Result(
         bench="tables",
         rows=[_row(point, rows) for point in points],
-        claims=[_claim(points, rise, options.quick) for rise in RISES],
+        claims=[
+            *(_claim(points, rise, options.quick) for rise in RISES),
+            *(_shown(points, name) for name in LATTICES if name != OURS),
+        ],
         notes=[
             f"Rise of validation loss over {measure.base:.4f} nats a token, {measure.tokens:,} tokens"
             f" scored; a table of {rows:,} rows of {measure.width}. Bytes are those of the whole file.",
@@ -192,6 +201,21 @@ def bytes_at(points: list[Point], rise: float) -> float | None:
         return None
     sizes = [p.size for p in reversed(best)]
     return float(np.interp(np.log(rise), np.log(rises), sizes))
+
+
+def _shown(points: list[Point], name: str) -> Claim:
+    """What another way of the codec needs at the same rise: nothing is required of it."""
+    default, other = (
+        bytes_at([p for p in points if p.method == method], SHOWN) for method in (OURS, name)
+    )
+    value = None if default is None or other is None else other / default
+    return Claim(
+        name=f"bytes of {name} at +{SHOWN} nats, over the default's",
+        value=value,
+        required=None,
+        higher_is_better=False,
+        why="no points on both sides of this rise" if value is None else "shown, not required",
+    )
 
 
 def _claim(points: list[Point], rise: float, quick: bool) -> Claim:
