@@ -128,10 +128,11 @@ def _notes(trainings: Trainings) -> list[str]:
         "energy ‖E‖² that its best approximation of half the width keeps. `defect → after reduction`: "
         "orthogonality defect of the trained basis, and what LLL would make of it.",
         f"Trainings: {len(used)}, each with its machine in [{NAME}]({NAME}): {machines(used)}.",
-        "`tokens/s`: what `cllm train` does here with tables of this kind and width, on the first text, at "
-        f"the end of this call; {embed_speed.AT_ONCE} kinds at a time took turns with the dense table, and "
-        "`tokens/s over dense` is the ratio in the same rounds. Steps are from all over a training, as the "
-        "similarity loss fades.",
+        "`tokens/s`: what `cllm train` does here with tables of this kind and width in a training so long "
+        "that compiling pays, on the first text, at the end of this call; "
+        f"{embed_speed.AT_ONCE} kinds at a time took turns with the dense table, and `tokens/s over "
+        "dense` is the ratio in the same rounds. Steps are from all over a training, as the similarity "
+        "loss fades.",
     ]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from cllm.bench.embed_cases import BUDGETS, QUICK, RATES, SEEDS, speed_cases
 from cllm.bench.harness import answer_rounds
+from cllm.core.settings import merge
 from cllm.text.batches import BatchSource
 from cllm.training.build import build
 from cllm.training.draw_sources import draws_of
@@ -22,6 +23,7 @@ from cllm.training.schedule import learning_rate, similarity_weight
 from cllm.training.start_tables import start_tables
 
 WARM_UP = 5
+LONG = 100_000
 
 
 def main() -> None:
@@ -44,6 +46,8 @@ def main() -> None:
         validations=1,
         quick=args.quick,
     )
+    # Long enough for compiling to pay with every table: speeds of the same way to train are compared.
+    config = merge(config, {"train.steps": LONG})
     silent = Silent()
     with tempfile.TemporaryDirectory() as place:
         dataset = read_text(config, Path(place) / "data", silent)
