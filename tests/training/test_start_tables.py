@@ -122,7 +122,7 @@ def test_a_tiny_corpus_with_fewer_tokens_than_the_table_is_wide(
     assert rms(table) == pytest.approx(0.08, rel=0.3)
 
 
-def test_crystal_pieces_are_the_merge_tree(corpus: Path) -> None:
+def test_merge_pieces_are_the_merge_tree(corpus: Path) -> None:
     text = corpus.read_text(encoding="utf-8")
     tokenizer = Tokenizer.train([text], vocab_size=300)
     pieces = merge_pieces(tokenizer, 310).toarray()

@@ -12,6 +12,7 @@ from typing import Any
 
 from cllm.bench.embed_cases import BUDGETS, QUICK, RATES, SEEDS, speed_cases
 from cllm.bench.harness import answer_rounds
+from cllm.core.config import Config
 from cllm.core.settings import merge
 from cllm.text.batches import BatchSource
 from cllm.training.build import build
@@ -48,37 +49,41 @@ def main() -> None:
     )
     # Long enough for compiling to pay with every table: speeds of the same way to train are compared.
     config = merge(config, {"train.steps": LONG})
-    silent = Silent()
     with tempfile.TemporaryDirectory() as place:
-        dataset = read_text(config, Path(place) / "data", silent)
-        config = resolve(config, dataset, silent)
-        train, context = config.train, config.model.context
-        model, step = build(config, draws_of(config, dataset, silent))
-        start_tables(config, dataset, model, silent)
-        step.refresh()
-        model.train()
-        feed = Feed(BatchSource(dataset.train, context, train.batch_size, train.seed), train)
-        number = count()
+        _answer(config, Path(place) / "data", args.steps)
 
-        def take(at: int) -> None:
-            step(feed(next(number)), learning_rate(train, at), similarity_weight(train, at))
 
-        for _ in range(WARM_UP):
-            take(0)
-        take(train.steps - 1)
-        # All over the training: the similarity loss fades, and costs nothing once it has.
-        places = [round(share * (train.steps - 1) / args.steps) for share in range(args.steps)]
+def _answer(config: Config, directory: Path, steps: int) -> None:
+    """Train ``config`` on its text, kept in ``directory``, in rounds of so many steps."""
+    silent = Silent()
+    dataset = read_text(config, directory, silent)
+    config = resolve(config, dataset, silent)
+    train, context = config.train, config.model.context
+    model, step = build(config, draws_of(config, dataset, silent))
+    start_tables(config, dataset, model, silent)
+    step.refresh()
+    model.train()
+    feed = Feed(BatchSource(dataset.train, context, train.batch_size, train.seed), train)
+    number = count()
 
-        def one_round() -> dict[str, Any]:
-            begin = time.perf_counter()
-            for at in places:
-                take(at)
-            seconds = time.perf_counter() - begin
-            tokens = args.steps * train.accumulate * train.batch_size * context
-            return {"tokens_per_second": tokens / seconds}
+    def take(at: int) -> None:
+        step(feed(next(number)), learning_rate(train, at), similarity_weight(train, at))
 
-        answer_rounds({"dtype": train.dtype}, one_round)
-        step.close()
+    # With the similarity loss and without it: it fades, so that a round has steps from all over a training.
+    for at in (*[0] * WARM_UP, train.steps - 1):
+        take(at)
+    places = [round(share * (train.steps - 1) / steps) for share in range(steps)]
+
+    def one_round() -> dict[str, Any]:
+        begin = time.perf_counter()
+        for at in places:
+            take(at)
+        seconds = time.perf_counter() - begin
+        tokens = steps * train.accumulate * train.batch_size * context
+        return {"tokens_per_second": tokens / seconds}
+
+    answer_rounds({"dtype": train.dtype}, one_round)
+    step.close()
 
 
 if __name__ == "__main__":
