@@ -17,7 +17,9 @@ pytest.importorskip("constriction")
 
 CODECS = {
     "lattice": Lattice(step=0.5),
-    "plain": Lattice(step=0.5, basis="plain"),
+    "plain": Lattice(step=0.5, basis="plain", lattice="z"),
+    "plain e8": Lattice(step=0.5, basis="plain", lattice="e8"),
+    "plain leech": Lattice(step=0.5, basis="plain", lattice="leech"),
     "e8": Lattice(step=0.5, basis="rotated", lattice="e8"),
     "leech": Lattice(step=0.5, basis="rotated", lattice="leech"),
     "rows": Rows(bits=3),
@@ -230,6 +232,24 @@ def test_the_price_of_a_bit_saves_more_than_it_costs():
     assert weighted_error(decode(priced), array, M) < weighted_error(decode(plain), array, M)
 
 
+def test_a_rotation_is_stored_where_it_saves_more_than_it_costs():
+    rng = np.random.default_rng(0)
+    white = rng.normal(size=(400, 32)).astype(np.float32)
+    low_rank = (rng.normal(size=(400, 4)) @ rng.normal(size=(4, 32))).astype(np.float32)
+    for array, better in ((white, "plain"), (low_rank, "rotated")):
+        chosen = {b: Lattice(step=0.5, basis=b).encode(array) for b in ("auto", "plain", "rotated")}
+        assert chosen["auto"] == chosen[better]
+        assert len(set(map(len, chosen.values()))) == 2
+
+
+@pytest.mark.parametrize("lattice", ["e8", "leech"])
+def test_blocks_of_original_columns_see_the_metric(lattice):
+    array, M = table(300, 48), metric(48)
+    codec = Lattice(step=0.5, basis="plain", lattice=lattice, price=0, beams=64)
+    with_metric, without = codec.encode(array, M), codec.encode(array)
+    assert weighted_error(decode(with_metric), array, M) < weighted_error(decode(without), array, M)
+
+
 def test_few_rows_store_no_rotation():
     array = np.random.default_rng(0).normal(size=(16, 48)).astype(np.float32)
     chosen = {basis: Lattice(step=0.3, basis=basis).encode(array) for basis in ("auto", "plain")}
@@ -241,7 +261,7 @@ def test_k_best_on_the_reduced_basis_beats_rounding():
     array = np.random.default_rng(0).normal(size=(300, 10)).astype(np.float32)
     M = table_metric(metric(10) + 30 * np.ones((10, 10)), look_up=False)
     step = 0.5
-    back = decode(Lattice(step=step, basis="plain").encode(array, M))
+    back = decode(Lattice(step=step, basis="plain", lattice="z").encode(array, M))
     mean = array.mean(axis=0)
     rounded = mean + np.rint((array - mean) / step) * step
     assert weighted_error(back, array, M) < weighted_error(rounded, array, M)

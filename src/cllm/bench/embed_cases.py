@@ -159,10 +159,21 @@ def speed_cases() -> list[Case]:
 def _taught() -> list[Case]:
     """The dense table, trained on other than the exact loss alone."""
     sampled = {"loss": "sampled", "sampled.candidates": 512}
-    near = sampled | {"sampled.sampler": "divisor"}
+    samplers = {
+        "": "unigram",
+        " by code": "divisor",
+        " by rank": "log-uniform",
+        " of all": "uniform",
+    }
     return [
-        Case(name="dense, 512 candidates", start="corpus", training=sampled),
-        Case(name="dense, 512 candidates by code", start="corpus", training=near),
+        *(
+            Case(
+                name=f"dense, 512 candidates{how}",
+                start="corpus",
+                training=sampled | {"sampled.sampler": sampler},
+            )
+            for how, sampler in samplers.items()
+        ),
         *(
             Case(
                 name=f"dense, similarity {weight:g}",

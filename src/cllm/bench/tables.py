@@ -37,10 +37,13 @@ LATTICES: dict[str, dict[str, Any]] = {
     f"{OURS}, integers": {"lattice": "z"},
     f"{OURS}, E8": {"lattice": "e8"},
     f"{OURS}, Leech, 64 beams": {"lattice": "leech", "beams": 64},
-    f"{OURS}, LLL basis": {"basis": "plain"},
-    f"{OURS}, LLL basis, nearest plane": {"basis": "plain", "beams": 1},
+    f"{OURS}, rotated": {"basis": "rotated"},
+    f"{OURS}, not rotated": {"basis": "plain"},
+    f"{OURS}, LLL basis": {"basis": "plain", "lattice": "z"},
+    f"{OURS}, LLL basis, nearest plane": {"basis": "plain", "lattice": "z", "beams": 1},
     f"{OURS}, frequency^(−1/8)": {"frequency_power": 0.125},
     f"{OURS}, bits at no price": {"price": 0.0},
+    f"{OURS}, bits at twice the price": {"price": 0.12},
 }
 """The codec as it is by default, and what it chooses among or leaves to the user."""
 SHOWN = 0.1

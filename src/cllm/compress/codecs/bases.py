@@ -15,6 +15,8 @@ from cllm.compress.codecs.quantize import nearest_plane, triangular
 
 # The widest plain basis that is reduced; wider ones are decided on as they are.
 REDUCED = 256
+# Squared distance, in step², that a bit is worth where distortion falls fourfold with each: 2 ln 2 / 12.
+WORTH = 0.12
 
 Decide = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
 
@@ -65,7 +67,7 @@ def rotated_basis(
     order = np.argsort(-values)
     spreads = np.asarray(np.sqrt(np.maximum(values[order], 0.0)))
     directions = vectors[:, order].T
-    worth = _worth(targets @ directions.T / step, len(directions), max(price, 0.1))
+    worth = _worth(targets @ directions.T / step, len(directions), max(price, WORTH))
     spreads, directions = spreads[worth], directions[worth] @ inverse
     unit = precision * np.sqrt(12) * step  # the standard deviation of rounding is 1/√12
     integers = np.rint(directions * (spreads[:, None] / unit))
@@ -104,7 +106,10 @@ def _decide_by_rate(rows: np.ndarray, targets: np.ndarray, price: float) -> np.n
 
 
 def plain_basis(width: int, step: float, beams: int) -> Basis:
-    """The original coordinates at one step; the metric only decides which point is taken."""
+    """The original coordinates at one step; the metric only decides which point is taken.
+
+    Integers are decided by distance alone, on an LLL-reduced basis.
+    """
 
     def decide(rows: np.ndarray, targets: np.ndarray, price: float) -> np.ndarray:
         return _decide_by_distance(rows, targets, beams)

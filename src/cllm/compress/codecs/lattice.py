@@ -1,19 +1,21 @@
-"""Tables as lattice points: whitened under the metric, one step in all directions, entropy coded.
+"""Tables as lattice points: near under the metric, one step in all directions, entropy coded.
 
 At high rate no quantizer of rows does better by mean squared error than one step in coordinates that
 are uncorrelated, with an entropy coder that knows each coordinate's spread; at lower rates coordinates
 with less variance than the distortion get no bits at all (reverse water-filling: Cover & Thomas 2006,
-section 10.3.3), and that is all the dimension reduction there is.
+section 10.3.3), and that is all the dimension reduction there is. Where such coordinates cost more to
+store than they save, points are taken on the original ones, with the metric's distances.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cllm.compress.codecs.bases import Basis, plain_basis, rotated_basis
+from cllm.compress.codecs.bases import WORTH, Basis, plain_basis, rotated_basis
 from cllm.compress.codecs.entropy import LARGEST, decode_integers, encode_integers
 from cllm.compress.codecs.frame import Reader, as_table, pack
 from cllm.compress.codecs.points import BLOCK, LATTICES, WIDEST, decode_points, encode_points
@@ -22,10 +24,10 @@ from cllm.compress.codecs.rate import smallest_step
 from cllm.model.table_metric import as_metric, roots
 
 BASES = ("auto", "rotated", "plain")
-# What a body begins with: the original coordinates, or a rotation and the lattice on it.
-FORMS = ("plain", *LATTICES)
-# Up to so many rows a column, ``auto`` weighs the plain basis against storing a rotation.
-FEW_ROWS = 8
+# What a body begins with: whether a rotation is stored, and the lattice of the points.
+FORMS = ((False, "z"), (True, "z"), (True, "e8"), (True, "leech"), (False, "e8"), (False, "leech"))
+# Half of what a bit is worth by distortion: the loss rises less at equal bytes (docs/design.md).
+PRICE = WORTH / 2
 # Rows' steps are whole numbers of half octaves, as factors that no machine's ``pow`` decides.
 _HALVES = (1.0, 1.4142135623730951)
 
@@ -42,16 +44,17 @@ class Lattice:
         price: what a bit may cost in squared distance, in step²; 0 rounds to the nearest.
         precision: error of the stored rotation, in steps of a coordinate.
         basis: ``rotated`` stores the eigenbasis of the whitened table, in integers; ``plain`` keeps the
-            original coordinates, decides on an LLL-reduced basis of the metric's lattice by K-best with
-            ``beams``, and stores no rotation; ``auto`` takes the better where rows are few.
-        lattice: of the points on the rotated basis: ``z``, blocks of 8 columns in ``e8`` or of 24 in
-            ``leech``, found by K-best with ``beams``; ``auto`` takes the better of ``z`` and ``e8``.
+            original coordinates and stores none; ``auto`` takes the better.
+        lattice: of the points: ``z``, blocks of 8 columns in ``e8`` or of 24 in ``leech``; ``auto`` takes
+            the better of ``z`` and ``e8``. Blocks are found by K-best with ``beams``, points of ``z`` by
+            nearest plane on a rotation and by K-best on an LLL-reduced basis of the metric's lattice in
+            the original coordinates, where a bit has no price.
     """
 
     step: float | None = None
     target_bytes: int | None = None
     frequency_power: float = 0.25
-    price: float = 0.12
+    price: float = PRICE
     precision: float = 0.02
     basis: str = "auto"
     lattice: str = "auto"
@@ -170,25 +173,25 @@ def row_steps(octaves: np.ndarray) -> np.ndarray:
 
 def _encode(codec: Lattice, work: _Work, step: float) -> _Encoded:
     found = [_encode_on(work, basis, step, codec.price) for basis in _bases(codec, work, step)]
-    price = max(codec.price, 0.1) * step**2
-    return min(found, key=lambda e: e.distortion + price * 8 * len(e.body))
+    worth = max(codec.price, WORTH) * step**2
+    return min(found, key=lambda e: e.distortion + worth * 8 * len(e.body))
 
 
-def _bases(codec: Lattice, work: _Work, step: float) -> list[Basis]:
+def _bases(codec: Lattice, work: _Work, step: float) -> Iterator[Basis]:
     """What is tried at one step."""
-    rows, width = work.table.shape
-    bases = []
+    integers = []
     if codec.basis != "plain":
-        rotated = rotated_basis(work.targets, work.inverse, step, codec.precision, codec.price)
+        integers.append(
+            rotated_basis(work.targets, work.inverse, step, codec.precision, codec.price)
+        )
+    if codec.basis != "rotated":
+        integers.append(plain_basis(work.table.shape[1], step, codec.beams))
+    for basis in integers:
         if codec.lattice in ("auto", "z"):
-            bases.append(rotated)
-        blocks = "e8" if codec.lattice == "auto" else codec.lattice
-        fits = len(rotated.factors) >= BLOCK and work.longest < WIDEST / 4 * step
-        if blocks != "z" and (fits or codec.lattice != "auto"):
-            bases.append(rotated.of(blocks, codec.beams))
-    if codec.basis == "plain" or (codec.basis == "auto" and rows <= FEW_ROWS * width):
-        bases.append(plain_basis(width, step, codec.beams))
-    return bases
+            yield basis
+        fits = len(basis.factors) >= BLOCK and work.longest < WIDEST / 4 * step
+        if codec.lattice not in ("auto", "z") or (codec.lattice == "auto" and fits):
+            yield basis.of("e8" if codec.lattice == "auto" else codec.lattice, codec.beams)
 
 
 def _encode_on(work: _Work, basis: Basis, step: float, price: float) -> _Encoded:
@@ -202,8 +205,8 @@ def _encode_on(work: _Work, basis: Basis, step: float, price: float) -> _Encoded
     scales = least_squares_scales(chosen, metric_rows, work.targets)
     factors = (basis.factors * scales).astype("<f4")
     error = work.targets - chosen @ (metric_rows * scales[:, None])
-    form = "plain" if basis.integers is None else basis.lattice
-    body = bytes([FORMS.index(form), work.octaves is not None])
+    form = FORMS.index((basis.integers is not None, basis.lattice))
+    body = bytes([form, work.octaves is not None])
     body += len(factors).to_bytes(4, "little") + work.mean.astype("<f4").tobytes()
     body += factors.tobytes()
     if basis.integers is not None:
@@ -225,12 +228,13 @@ def decode(body: bytes, shape: tuple[int, int]) -> np.ndarray:
     reader = Reader(body)
     form, has_octaves = reader.number("<B"), reader.number("<B")
     count = reader.number("<I")
-    wrong = count > width if form else count != width
-    if form >= len(FORMS) or has_octaves > 1 or wrong:
+    rotated, lattice = FORMS[form] if form < len(FORMS) else (True, "")
+    wrong = count > width if rotated else count != width
+    if not lattice or has_octaves > 1 or wrong:
         raise ValueError(f"damaged table: {count} columns of {width}")
     mean = reader.array("<f4", width).astype(np.float64)
     factors = reader.array("<f4", count).astype(np.float64)
-    basis = decode_integers(reader, count, width) if form else np.eye(width)
+    basis = decode_integers(reader, count, width) if rotated else np.eye(width)
     steps = np.ones(rows)
     if has_octaves:
         middle = reader.number("<h")
@@ -238,7 +242,7 @@ def decode(body: bytes, shape: tuple[int, int]) -> np.ndarray:
         if np.abs(octaves).max() > 2000:
             raise ValueError("damaged table: a row's step is out of range")
         steps = row_steps(octaves)
-    chosen = decode_points(reader, FORMS[form] if form else "z", rows, count)
+    chosen = decode_points(reader, lattice, rows, count)
     reader.end()
     return _assemble(chosen, basis * factors[:, None], steps, mean)
 
