@@ -23,17 +23,19 @@ from cllm.compress.scales import MORE, SHRINKS
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """``squares`` (m, n): expected e_j² of each row and column, in the problem's order; ``error`` (m,):
-    expected objective of each row."""
+    """``squares`` and ``means`` (m, n): expected e_j² and e_j of each row and column, in the problem's
+    order; ``error`` (m,): expected objective of each row."""
 
     squares: Tensor
+    means: Tensor
     error: Tensor
 
     def draw(self, problem: Problem, generator: torch.Generator) -> Tensor:
         """An error w − ŵ (m, n) as it may turn out, columns in the original order: independent e_j,
-        uniform with these variances, carried back through U."""
+        uniform with these means and variances, carried back through U."""
         unit = 2 * torch.rand(self.squares.shape, generator=generator) - 1
-        distances = unit * (3 * self.squares).sqrt()
+        variances = (self.squares - self.means.square()).clamp_min(0)
+        distances = self.means + unit * (3 * variances).sqrt()
         solved = torch.linalg.solve_triangular(
             problem.U.float(), distances.T.float(), upper=True, unitriangular=True
         )
@@ -52,6 +54,7 @@ def expected_on_grid(problem: Problem, spec: GridSpec) -> Expected:
         better = new.error < found.error
         found = Expected(
             torch.where(better[:, None], new.squares, found.squares),
+            torch.where(better[:, None], new.means, found.means),
             torch.where(better, new.error, found.error),
         )
     assert found is not None
@@ -83,7 +86,7 @@ def expected_in_box(problem: Problem, points: Points) -> Expected:
         means[j], squares[j] = _in_box(centre, variance, step[j], low[j], high[j])
         variances[j] = (squares[j] - means[j].square()).clamp_min(0)
     error = (problem.squares.double()[:, None] * squares).sum(0)
-    return Expected(squares.T.float().contiguous(), error)
+    return Expected(squares.T.float().contiguous(), means.T.float().contiguous(), error)
 
 
 def _in_box(
@@ -130,7 +133,7 @@ def expected_coded(problem: Problem, bits: float) -> Expected:
     # Rows share a step, so that only what stays at 0 depends on a row's own size.
     rows = columns.expand(problem.shape)
     error = (rows * problem.squares.double()).sum(dim=1)
-    return Expected(rows.float().contiguous(), error)
+    return Expected(rows.float().contiguous(), torch.zeros(problem.shape), error)
 
 
 def _water(power: np.ndarray, spread: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:

@@ -54,8 +54,11 @@ class Outlook:
         weight, metric, rows = self.turned.weight, self.turned.metric, self.problem.rows
         drawn = self.expected.draw(self.problem, generator)
         none = torch.zeros_like(drawn)
-        size = float(objective(drawn, none, metric).sum())
         whole = float(objective(weight, none, metric).sum())
+        # What the draw has along the weights is in the shrinkage.
+        along = float((drawn.double() @ metric.double() * weight.double()).sum())
+        drawn = drawn - (along / max(whole, 1e-300)) * weight
+        size = float(objective(drawn, none, metric).sum())
         wanted = max(self.error - self.shrinkage**2, 0.0) * whole
         errors = self.shrinkage * weight + drawn * (wanted / max(size, 1e-300)) ** 0.5
         return self.turned.back(weight - (errors if rows is None else rows.carried(errors)))
