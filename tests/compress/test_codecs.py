@@ -292,6 +292,27 @@ def test_blocks_are_searched_only_where_float32_holds_them():
     assert data == Lattice(step=step, basis="rotated", lattice="z").encode(array)
 
 
+def test_coordinates_that_the_metric_hardly_sees_do_not_stop_the_choice():
+    """In the original coordinates they are a thousand times as many steps as in the metric's."""
+    array, (rotation, _) = (
+        table(60, 16),
+        np.linalg.qr(np.random.default_rng(0).normal(size=(16, 16))),
+    )
+    M = rotation @ np.diag(np.geomspace(1, 1e-12, 16)) @ rotation.T
+    M = (M + M.T) / 2
+    refused = 0
+    for step in np.geomspace(1e-2, 1e-5, 7):
+        rotated = Lattice(step=step, basis="rotated").encode(array, M)
+        back = decode(Lattice(step=step).encode(array, M))
+        worse = weighted_error(back, array, M) / weighted_error(decode(rotated), array, M)
+        assert worse < 2
+        try:
+            Lattice(step=step, basis="plain", lattice="e8").encode(array, M)
+        except ValueError as error:
+            refused += "too small" in str(error)
+    assert refused
+
+
 def test_settings_are_checked():
     for bad in (
         {},

@@ -121,6 +121,12 @@ class _Work:
         """Length of the longest target: no coordinate of it is larger."""
         return float(np.sqrt((self.targets**2).sum(axis=1).max()))
 
+    @property
+    def largest(self) -> float:
+        """Of the targets in the original coordinates; where the metric is nearly blind it may pass the
+        longest by far."""
+        return float(np.abs(self.targets @ self.inverse).max())
+
 
 @dataclass(frozen=True)
 class _Encoded:
@@ -179,17 +185,16 @@ def _encode(codec: Lattice, work: _Work, step: float) -> _Encoded:
 
 def _bases(codec: Lattice, work: _Work, step: float) -> Iterator[Basis]:
     """What is tried at one step."""
-    integers = []
+    integers = list[tuple[Basis, float]]()
     if codec.basis != "plain":
-        integers.append(
-            rotated_basis(work.targets, work.inverse, step, codec.precision, codec.price)
-        )
-    if codec.basis != "rotated":
-        integers.append(plain_basis(work.table.shape[1], step, codec.beams))
-    for basis in integers:
+        rotated = rotated_basis(work.targets, work.inverse, step, codec.precision, codec.price)
+        integers.append((rotated, work.longest))
+    if codec.basis == "plain" or (codec.basis == "auto" and work.largest < LARGEST / 4 * step):
+        integers.append((plain_basis(work.table.shape[1], step, codec.beams), work.largest))
+    for basis, largest in integers:
         if codec.lattice in ("auto", "z"):
             yield basis
-        fits = len(basis.factors) >= BLOCK and work.longest < WIDEST / 4 * step
+        fits = len(basis.factors) >= BLOCK and largest < WIDEST / 4 * step
         if codec.lattice not in ("auto", "z") or (codec.lattice == "auto" and fits):
             yield basis.of("e8" if codec.lattice == "auto" else codec.lattice, codec.beams)
 
