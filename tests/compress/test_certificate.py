@@ -89,6 +89,18 @@ def test_a_draw_has_the_expected_error_and_is_like_nearest_planes() -> None:
     )
 
 
+def test_a_draw_shortens_what_a_narrow_box_shortens() -> None:
+    W, H = made()
+    p, spec = problem(W, H), GridSpec(bits=2, symmetric=False, group=0)
+    grid = range_grid(W, spec, 0.25)
+    expected = expected_in_box(p, points_of(p, grid))
+    drawn = expected.draw(p, torch.Generator().manual_seed(0)).double()
+    error = W - grid.values(Decoder(method="babai")(p, grid))
+    shortened = float((error.double() @ H * W).sum())
+    assert shortened > 0.1 * float((W @ H * W).sum())
+    assert float((drawn @ H * W).sum()) == pytest.approx(shortened, rel=0.05)
+
+
 def test_divergence_is_nothing_for_the_same_weights_and_counts_targets_only(
     trained: Path, isolated: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_any_table_comes_back(codec, rows, columns, seed, exponent, kind):
     scale = 10.0**exponent if codec.name == "lattice" else 1.0
     array = (array * scale).astype(np.float32)
     if codec.name == "lattice":
-        codec = Lattice(step=0.05 * scale, basis=codec.basis, price=0)
+        codec = replace(codec, step=0.05 * scale, price=0)
     data = codec.encode(array)
     back = decode(data)
     assert back.shape == array.shape
@@ -294,10 +295,8 @@ def test_blocks_are_searched_only_where_float32_holds_them():
 
 def test_coordinates_that_the_metric_hardly_sees_do_not_stop_the_choice():
     """In the original coordinates they are a thousand times as many steps as in the metric's."""
-    array, (rotation, _) = (
-        table(60, 16),
-        np.linalg.qr(np.random.default_rng(0).normal(size=(16, 16))),
-    )
+    array = table(60, 16)
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 16)))[0]
     M = rotation @ np.diag(np.geomspace(1, 1e-12, 16)) @ rotation.T
     M = (M + M.T) / 2
     refused = 0

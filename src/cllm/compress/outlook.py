@@ -53,12 +53,10 @@ class Outlook:
         """
         weight, metric, rows = self.turned.weight, self.turned.metric, self.problem.rows
         drawn = self.expected.draw(self.problem, generator)
-        none = torch.zeros_like(drawn)
-        whole = float(objective(weight, none, metric).sum())
+        whole = _inner(weight, weight, metric)
         # What the draw has along the weights is in the shrinkage.
-        along = float((drawn.double() @ metric.double() * weight.double()).sum())
-        drawn = drawn - (along / max(whole, 1e-300)) * weight
-        size = float(objective(drawn, none, metric).sum())
+        drawn = drawn - _inner(drawn, weight, metric) / max(whole, 1e-300) * weight
+        size = _inner(drawn, drawn, metric)
         wanted = max(self.error - self.shrinkage**2, 0.0) * whole
         errors = self.shrinkage * weight + drawn * (wanted / max(size, 1e-300)) ** 0.5
         return self.turned.back(weight - (errors if rows is None else rows.carried(errors)))
@@ -94,9 +92,8 @@ def outlook(layer: Layer, settings: Settings, generator: torch.Generator) -> Out
     wanted = expected.error[rows]
     gain = float(made.sum() / wanted.sum().clamp_min(1e-300))
     ratio = (made - gain * wanted) / wanted.mean().clamp_min(1e-300) / max(gain, 1e-300)
-    size = float(objective(weight, torch.zeros_like(weight), metric).sum())
-    along = ((picked - values).double() @ metric * picked.double()).sum()
-    shrinkage = float(along / objective(picked, torch.zeros_like(picked), metric).sum())
+    size = _inner(weight, weight, metric)
+    shrinkage = _inner(picked - values, picked, metric) / _inner(picked, picked, metric)
     return Outlook(
         name=f"{layer.name}.weight",
         original=layer.linear.weight.detach().float().clone(),
@@ -108,6 +105,11 @@ def outlook(layer: Layer, settings: Settings, generator: torch.Generator) -> Out
         error=gain * float(expected.error.sum()) / max(size, 1e-300),
         shrinkage=surplus * shrinkage,
     )
+
+
+def _inner(first: Tensor, second: Tensor, metric: Tensor) -> float:
+    """Σ of first·metric·second over the rows (m, n)."""
+    return float((first.double() @ metric.double() * second.double()).sum())
 
 
 def _decoded(some: Problem, settings: Settings, spec: GridSpec) -> tuple[Tensor, float]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -116,15 +117,15 @@ class _Work:
         """Root mean square of the targets; 1 for a table that is constant."""
         return float(np.sqrt((self.targets**2).mean())) or 1.0
 
-    @property
+    @cached_property
     def longest(self) -> float:
         """Length of the longest target: no coordinate of it is larger."""
         return float(np.sqrt((self.targets**2).sum(axis=1).max()))
 
-    @property
+    @cached_property
     def largest(self) -> float:
-        """Of the targets in the original coordinates; where the metric is nearly blind it may pass the
-        longest by far."""
+        """Magnitude of the largest target's coordinate in the original coordinates: where the metric is
+        nearly blind it may pass ``longest`` by far."""
         return float(np.abs(self.targets @ self.inverse).max())
 
 
@@ -185,13 +186,13 @@ def _encode(codec: Lattice, work: _Work, step: float) -> _Encoded:
 
 def _bases(codec: Lattice, work: _Work, step: float) -> Iterator[Basis]:
     """What is tried at one step."""
-    integers = list[tuple[Basis, float]]()
+    bases = list[tuple[Basis, float]]()
     if codec.basis != "plain":
         rotated = rotated_basis(work.targets, work.inverse, step, codec.precision, codec.price)
-        integers.append((rotated, work.longest))
+        bases.append((rotated, work.longest))
     if codec.basis == "plain" or (codec.basis == "auto" and work.largest < LARGEST / 4 * step):
-        integers.append((plain_basis(work.table.shape[1], step, codec.beams), work.largest))
-    for basis, largest in integers:
+        bases.append((plain_basis(work.table.shape[1], step, codec.beams), work.largest))
+    for basis, largest in bases:
         if codec.lattice in ("auto", "z"):
             yield basis
         fits = len(basis.factors) >= BLOCK and largest < WIDEST / 4 * step

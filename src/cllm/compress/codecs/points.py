@@ -35,6 +35,8 @@ def decide_blocks(
     from cllm.compress.problem import problem
 
     count = len(rows)
+    if not count:
+        return np.zeros((len(targets), 0))
     coefficients = np.linalg.lstsq(rows.T, targets.T, rcond=None)[0].T
     if np.abs(coefficients).max() >= WIDEST:
         raise ValueError("the step is too small for blocks: their integers pass 20 bits")

@@ -73,8 +73,10 @@ def block_numbers(lattice: str, columns: int) -> np.ndarray:
 
 def units(lattice: str, columns: int) -> np.ndarray:
     """(columns,) float64: what an integer of each column is worth."""
-    sizes = [np.full(run.stop - run.start, run.kind.unit) for run in runs(lattice, columns)]
-    return np.concatenate(sizes)
+    found = np.empty(columns)
+    for run in runs(lattice, columns):
+        found[run.start : run.stop] = run.kind.unit
+    return found
 
 
 @dataclass(frozen=True)
