@@ -12,11 +12,12 @@ import pytest
 from cllm.bench import lookup, lookup_peers
 from cllm.bench.harness import Options, render
 from cllm.bench.lookup import run
-from cllm.bench.lookup_contestant import PRODUCT, main, recall
+from cllm.bench.lookup_contestant import PRODUCT, Contest, main, metric_of, recall
 from cllm.bench.lookup_parts import Parts
 from cllm.bench.lookup_peers import Building
 from cllm.bench.lookup_tables import clustered_table, noisy_rows
 from cllm.core.errors import UserError
+from cllm.infer.lookup.metric import METRICS, exact_scores
 
 
 def test_quick_run_measures_all_methods_and_judges_nothing() -> None:
@@ -24,7 +25,8 @@ def test_quick_run_measures_all_methods_and_judges_nothing() -> None:
     rows = {row["method"]: row for row in result.rows}
     for method in ("matrix product (torch)", "ours, plain scan", "ours, exact"):
         assert rows[method]["recall@10"] == 1, "ties apart, an exact answer"
-    assert 0.5 < rows["ours, cells, tuned"]["recall@10"] <= 1
+    for method in ("ours, cells, tuned", "ours, cells, l2", "ours, cells, cosine"):
+        assert 0.5 < rows[method]["recall@10"] <= 1
     assert all(row["µs, one query"] > 0 for row in result.rows)
     assert all(claim.holds is None for claim in result.claims)
     unlike = [claim.value for claim in result.claims if claim.name.startswith("exact=True")]
@@ -74,6 +76,23 @@ def test_an_index_that_the_time_ends_is_put_aside_and_goes_on(
     assert row["recall@10"] > 0.9
     (nothing,) = main(case | {"places": [str(tmp_path / "other")], "seconds": 0})
     assert nothing is None
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_product_beside_a_method_is_exact_under_its_metric(metric: str) -> None:
+    table = clustered_table(700, 16)
+    queries = noisy_rows(table, 40)
+    contest = Contest(table, queries, rounds=1, metric=metric)
+    for some in (queries, queries[:1]):
+        scores = np.stack([exact_scores(q.astype(np.float64), table, metric) for q in some])
+        best = np.argsort(scores if metric == "l2" else -scores, axis=1)[:, :10]
+        assert recall(contest.product(some), best) == 1
+
+
+def test_a_method_names_its_metric() -> None:
+    assert metric_of("ours, cells, l2") == "l2"
+    assert metric_of("ours, cells, cosine") == "cosine"
+    assert metric_of("ours, Leech cells, tuned") == metric_of(PRODUCT) == "ip"
 
 
 def test_recall_counts_what_was_found() -> None:

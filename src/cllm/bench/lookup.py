@@ -22,7 +22,8 @@ QUIET = 0.1
 """Processors' worth of others' work beside a part, above which the results say that it was not alone."""
 UNMEASURED = "not all of it is measured yet: call the bench again"
 NOTES = [
-    "Inner products, k = 10. Made tables: V/64 clusters of Zipf sizes, variances 1/i in the i-th"
+    "k = 10, by inner products; `l2` and `cosine` beside the matrix product with what these metrics make of"
+    " it, and its top ten. Made tables: V/64 clusters of Zipf sizes, variances 1/i in the i-th"
     " principal direction, 36% of them within clusters, lengths times exp(0.2·normal); queries are rows"
     " with noise of half their length (`bench/lookup_tables.py`). A trained table is the output head of"
     " the run that `--data RUN` names, with hidden vectors of its validation split.",
