@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,30 @@ def test_rows_that_all_come_out_as_zeros_lose_all() -> None:
     settings = Settings(grid="coded", method="babai", bits=2)
     found = outlook(layer_of(16, 24), settings, torch.Generator().manual_seed(0))
     assert found.error > 0.5
+
+
+@pytest.mark.parametrize("grid", ["int", "coded"])
+def test_layers_of_zeros_and_inputs_that_are_never_seen_are_foretold(grid: str) -> None:
+    settings = Settings(grid=grid, method="babai", bits=2)
+    none = layer_of(16, 24)
+    with torch.no_grad():
+        none.linear.weight.zero_()
+    zeros = torch.zeros(24, 24).double()
+    unseen = replace(layer_of(16, 24), fit=zeros, held=zeros, seen=zeros)
+    for layer in (none, unseen):
+        found = outlook(layer, settings, torch.Generator().manual_seed(0))
+        assert found.shrinkage == 0
+        assert bool(found.draw(torch.Generator()).isfinite().all())
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_draw_has_the_error_that_is_expected(bits: int) -> None:
+    torch.manual_seed(0)
+    layer = layer_of(16, 24)
+    settings = Settings(method="babai", bits=bits)
+    found = outlook(layer, settings, torch.Generator().manual_seed(0))
+    drawn = [found.draw(torch.Generator().manual_seed(seed)) for seed in range(2)]
+    assert found.share(drawn, layer.seen) == pytest.approx(found.error, rel=1e-3)
 
 
 @pytest.mark.parametrize("lattice", ["z", "e8", "leech"])

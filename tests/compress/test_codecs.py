@@ -36,6 +36,10 @@ def table(rows: int = 60, columns: int = 12, seed: int = 0) -> np.ndarray:
     return ((rng.normal(size=(rows, columns)) * sizes) @ mix).astype(np.float32)
 
 
+WIDE = 26
+"""Columns that hold a block of 24 and two more."""
+
+
 def metric(columns: int = 12, seed: int = 1) -> np.ndarray:
     """Some positive definite metric."""
     hidden = np.random.default_rng(seed).normal(size=(4 * columns, columns))
@@ -51,7 +55,7 @@ def weighted_error(first: np.ndarray, second: np.ndarray, M: np.ndarray) -> floa
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 @given(
     rows=st.integers(1, 20),
-    columns=st.integers(1, 10),
+    columns=st.one_of(st.integers(1, 10), st.integers(24, 26)),
     seed=st.integers(0, 1000),
     exponent=st.sampled_from([-30, -3, 0, 3, 30]),
     kind=st.sampled_from(["plain", "zero rows", "constant column", "constant", "outlier"]),
@@ -87,7 +91,7 @@ def test_any_table_comes_back(codec, rows, columns, seed, exponent, kind):
 
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_encoding_and_decoding_are_deterministic(codec):
-    array, M, counts = table(), metric(), np.arange(60)
+    array, M, counts = table(columns=WIDE), metric(WIDE), np.arange(60)
     data = codec.encode(array, M, frequency=counts)
     assert codec.encode(array.copy(), M.copy(), frequency=counts.copy()) == data
     assert np.array_equal(decode(data), decode(bytes(bytearray(data))))
@@ -95,7 +99,7 @@ def test_encoding_and_decoding_are_deterministic(codec):
 
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_no_damage_goes_unseen(codec):
-    data = codec.encode(table())
+    data = codec.encode(table(columns=WIDE))
     rng = np.random.default_rng(0)
     for place in [*range(30), *rng.integers(0, len(data), 40)]:
         damaged = bytearray(data)
@@ -111,7 +115,7 @@ def test_no_damage_goes_unseen(codec):
 
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_bodies_that_lie_are_refused_behind_a_right_checksum(codec):
-    whole = frame.unpack(codec.encode(table()))
+    whole = frame.unpack(codec.encode(table(columns=WIDE)))
     rng = np.random.default_rng(1)
     sound = 0
     for _ in range(60):
@@ -125,8 +129,23 @@ def test_bodies_that_lie_are_refused_behind_a_right_checksum(codec):
         except ValueError as error:
             sound += "table" in str(error)
         else:
-            sound += values.shape == whole.shape
+            sound += values.shape == whole.shape and bool(np.isfinite(values).all())
     assert sound == 60
+
+
+def test_bodies_of_forms_to_come_and_numbers_that_are_none_are_told_apart():
+    whole = frame.unpack(Lattice(step=0.5).encode(table()))
+
+    def changed(place: int, value: bytes) -> bytes:
+        body = whole.body[:place] + value + whole.body[place + len(value) :]
+        return frame.pack(whole.codec, whole.shape, body)
+
+    with pytest.raises(ValueError, match=r"form 6 is not known.*newer"):
+        decode(changed(0, b"\x06"))
+    for place in (6, 6 + 4 * 12):  # the mean, the factors
+        for number in (np.nan, np.inf):
+            with pytest.raises(ValueError, match="not finite"):
+                decode(changed(place, struct.pack("<f", number)))
 
 
 def test_foreign_and_newer_bytes_are_named():
@@ -312,12 +331,67 @@ def test_coordinates_that_the_metric_hardly_sees_do_not_stop_the_choice():
     assert refused
 
 
+@pytest.mark.parametrize(
+    ("lattice", "large_where", "step", "left"),
+    [
+        ("e8", "unseen", 0.01, "rotated"),
+        ("e8", "seen", 0.003, "plain"),
+        ("z", "unseen", 1e-4, "plain"),
+    ],
+)
+def test_a_way_for_which_the_step_is_too_fine_leaves_the_other(lattice, large_where, step, left):
+    """``auto`` takes what is left, and raises where nothing is."""
+    rng = np.random.default_rng(0)
+    if (
+        large_where == "unseen"
+    ):  # the table is large in the one direction that costs next to nothing
+        v = rng.normal(size=16)
+        v /= np.linalg.norm(v)
+        M = np.eye(16) - (1 - 1e-6) * np.outer(v, v)
+        array = rng.normal(size=(60, 16)) + 1e4 * rng.normal(size=(60, 1)) * v
+    else:
+        rotation = np.linalg.qr(rng.normal(size=(16, 16)))[0]
+        M = rotation @ np.diag(np.geomspace(1, 1e-12, 16)) @ rotation.T
+        M, array = (M + M.T) / 2, table(60, 16)
+    codec = Lattice(step=step, lattice=lattice)
+    assert codec.encode(array, M) == replace(codec, basis=left).encode(array, M)
+    (other,) = {"rotated", "plain"} - {left}
+    for refused in (replace(codec, basis=other), replace(codec, step=1e-12)):
+        with pytest.raises(ValueError, match=r"too small for .*larger"):
+            refused.encode(array, M)
+
+
+def test_a_stored_rotation_is_as_fine_as_the_metric_asks():
+    """A head's metric may stretch errors of the original coordinates by far."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(500, 3)) @ rng.normal(size=(3, 24)) + 0.02 * rng.normal(
+        size=(500, 24)
+    )
+    M = table_metric(hidden.T @ hidden / 500, look_up=False)
+    array = rng.normal(size=(500, 24)).astype(np.float32)
+    step = 0.5
+    back = decode(Lattice(step=step, basis="rotated", lattice="z", price=0).encode(array, M))
+    determinant = np.exp(np.linalg.slogdet(M)[1] / 24)
+    assert weighted_error(back, array, M) / determinant / 24 < 1.15 * step**2 / 12
+
+
+def test_numbers_near_the_end_of_float32_come_back():
+    array = np.random.default_rng(0).normal(size=(200, 16))
+    for scale in (1e37, 1e-37):
+        data = Lattice(target_bytes=3000).encode(array * scale)
+        assert len(data) <= 3000
+        assert weighted_error(decode(data) / scale, array, np.eye(16)) < 0.2
+    largest = np.full((3, 2), 3.4e38) * [[1, -1]] * [[1], [-1], [1]]
+    assert np.isfinite(decode(Lattice(step=1e38).encode(largest))).all()
+
+
 def test_settings_are_checked():
     for bad in (
         {},
         {"step": 1.0, "target_bytes": 5},
         {"step": 0.0},
         {"step": np.nan},
+        {"step": 1e39},
         {"target_bytes": 0},
         {"step": 1.0, "basis": "skew"},
         {"step": 1.0, "lattice": "d4"},
@@ -369,3 +443,11 @@ def test_without_constriction_the_error_names_the_extra(monkeypatch):
 
 def test_every_codec_decodes_by_its_name():
     assert {c.name for c in CODECS.values()} == set(codecs.CODECS)
+
+
+def test_a_basis_that_cannot_be_reduced_is_said(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    codec = Lattice(step=0.5, basis="plain", lattice="z")
+    with pytest.warns(RuntimeWarning, match="pip install fpylll"):
+        data = codec.encode(table(), metric())
+    assert decode(data).shape == (60, 12)

@@ -14,6 +14,7 @@ from cllm.bench.harness import Claim, Options, Result, load_now
 from cllm.bench.product_quantization import product_quantized
 from cllm.bench.reference import QUICK, reference_run
 from cllm.compress import codecs
+from cllm.compress.codecs.bases import WORTH
 from cllm.core.config import Config
 from cllm.core.errors import UserError
 from cllm.core.machine import machine
@@ -43,7 +44,7 @@ LATTICES: dict[str, dict[str, Any]] = {
     f"{OURS}, LLL basis, nearest plane": {"basis": "plain", "lattice": "z", "beams": 1},
     f"{OURS}, frequency^(−1/8)": {"frequency_power": 0.125},
     f"{OURS}, bits at no price": {"price": 0.0},
-    f"{OURS}, bits at twice the price": {"price": 0.12},
+    f"{OURS}, bits at twice the price": {"price": WORTH},
 }
 """The codec as it is by default, and what it chooses among or leaves to the user."""
 SHOWN = 0.1

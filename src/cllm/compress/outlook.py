@@ -93,7 +93,8 @@ def outlook(layer: Layer, settings: Settings, generator: torch.Generator) -> Out
     gain = float(made.sum() / wanted.sum().clamp_min(1e-300))
     ratio = (made - gain * wanted) / wanted.mean().clamp_min(1e-300) / max(gain, 1e-300)
     size = _inner(weight, weight, metric)
-    shrinkage = _inner(picked - values, picked, metric) / _inner(picked, picked, metric)
+    taken = _inner(picked - values, picked, metric)
+    shrinkage = taken / max(_inner(picked, picked, metric), 1e-300)
     return Outlook(
         name=f"{layer.name}.weight",
         original=layer.linear.weight.detach().float().clone(),

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from cllm.compress.codecs.entropy import LARGEST, costs_like
 from cllm.compress.codecs.points import PASSES, decide_blocks
 from cllm.compress.codecs.quantize import nearest_plane, triangular
+from cllm.compress.codecs.rate import TooFineError
 
 # The widest plain basis that is reduced; wider ones are decided on as they are.
 REDUCED = 256
-# Squared distance, in step², that a bit is worth where distortion falls fourfold with each: 2 ln 2 / 12.
+# Squared distance, in step², that a bit is worth where distortion falls fourfold with each: 2 ln 2 / 12,
+# rounded up.
 WORTH = 0.12
 
 Decide = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
@@ -46,7 +48,9 @@ class Basis:
         return replace(self, factors=self.factors[used], integers=self.integers[used])
 
     def of(self, lattice: str, beams: int) -> Basis:
-        """The same directions for points of E8 or Leech blocks, found by K-best."""
+        """The same directions for points of Z, or for E8 or Leech blocks, found by K-best."""
+        if lattice == "z":
+            return self
         from cllm.compress.lattices.blocks import units  # which builds on this package
 
         decide = partial(decide_blocks, lattice=lattice, beams=beams)
@@ -60,8 +64,9 @@ def rotated_basis(
     """The eigenvectors of the targets (V, D), those that are worth their bits, largest first.
 
     ``inverse`` takes targets back to the table's coordinates. What is stored is the lattice's basis: its
-    rows are rounded, each as finely as its column's integers are large, and the table is then decided on
-    the rounded basis, so that the rounding costs shape (its rows are not quite orthogonal) and no error.
+    rows are rounded, each as finely as its column's integers are large, to errors of ``precision`` steps in
+    the original coordinates. The table is then decided on the rounded basis, so that the rounding costs
+    shape (its rows are not quite orthogonal) alone where the metric does not stretch these errors.
     """
     values, vectors = np.linalg.eigh(targets.T @ targets / len(targets))
     order = np.argsort(-values)
@@ -72,7 +77,7 @@ def rotated_basis(
     unit = precision * np.sqrt(12) * step  # the standard deviation of rounding is 1/√12
     integers = np.rint(directions * (spreads[:, None] / unit))
     if integers.size and np.abs(integers).max() >= LARGEST:
-        raise ValueError(f"a step of {step:.3g} is too small for this table: integers pass 30 bits")
+        raise TooFineError("this table's rotation", 30)
     factors = (step * unit / spreads).astype(np.float32).astype(np.float64)
     full = integers.any(axis=1) & (factors > 0)
     return Basis(factors[full], integers[full].astype(np.int64), _decide_by_rate)
@@ -108,8 +113,13 @@ def _decide_by_rate(rows: np.ndarray, targets: np.ndarray, price: float) -> np.n
 def plain_basis(width: int, step: float, beams: int) -> Basis:
     """The original coordinates at one step; the metric only decides which point is taken.
 
-    Integers are decided by distance alone, on an LLL-reduced basis.
+    Integers are decided by distance alone, on an LLL-reduced basis up to ``REDUCED`` columns. Raises
+    ``ValueError`` for a step that float32 does not hold.
     """
+    if step > np.finfo(np.float32).max:
+        raise ValueError(f"a step of {step:.3g} is beyond float32; take a smaller one")
+    if step < np.finfo(np.float32).tiny:
+        raise TooFineError("float32", 24)
 
     def decide(rows: np.ndarray, targets: np.ndarray, price: float) -> np.ndarray:
         return _decide_by_distance(rows, targets, beams)
@@ -121,6 +131,9 @@ def _decide_by_distance(rows: np.ndarray, targets: np.ndarray, beams: int) -> np
     """Coefficients on ``rows`` of near points, found by K-best on an LLL-reduced basis."""
     from cllm.lattice import closest, reduce
 
+    # Where the metric is nearly blind they pass the targets by far.
+    if np.abs(np.linalg.solve(rows.T, targets.T)).max() >= LARGEST / 4:
+        raise TooFineError("this table", 30)
     scale = np.abs(rows).max()
     basis, transform = rows / scale, np.eye(len(rows))
     if len(rows) <= REDUCED and _can_reduce():
@@ -128,13 +141,20 @@ def _decide_by_distance(rows: np.ndarray, targets: np.ndarray, beams: int) -> np
         found = reduce(basis)
         transform = found.transform.astype(np.float64)
         basis = transform @ basis
-    if np.abs(targets).max() / scale >= 2.0**29:
-        return np.full((len(targets), len(rows)), float(LARGEST))
     chosen = closest(basis, targets / scale, "k-best", K=beams).coefficients
     return np.asarray(chosen, dtype=np.float64) @ transform
 
 
-def _can_reduce() -> Any:
+def _can_reduce() -> bool:
     from importlib.util import find_spec
 
-    return find_spec("fpylll") is not None
+    if find_spec("fpylll") is not None:
+        return True
+    # Python shows a warning of one place and text once.
+    warnings.warn(
+        "fpylll is not installed: integers are searched on a basis that is not reduced, and may lie farther "
+        "from the table (pip install fpylll)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False

@@ -9,9 +9,9 @@ store than they save, points are taken on the original ones, with the metric's d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,15 @@ import numpy as np
 from cllm.compress.codecs.bases import WORTH, Basis, plain_basis, rotated_basis
 from cllm.compress.codecs.entropy import LARGEST, decode_integers, encode_integers
 from cllm.compress.codecs.frame import Reader, as_table, pack
-from cllm.compress.codecs.points import BLOCK, LATTICES, WIDEST, decode_points, encode_points
+from cllm.compress.codecs.points import BLOCK, LATTICES, decode_points, encode_points
 from cllm.compress.codecs.quantize import least_squares_scales
-from cllm.compress.codecs.rate import smallest_step
+from cllm.compress.codecs.rate import COARSEST, TooFineError, smallest_step
 from cllm.model.table_metric import as_metric, roots
 
 BASES = ("auto", "rotated", "plain")
 # What a body begins with: whether a rotation is stored, and the lattice of the points.
 FORMS = ((False, "z"), (True, "z"), (True, "e8"), (True, "leech"), (False, "e8"), (False, "leech"))
+_FLOAT32 = float(np.finfo(np.float32).max)
 # Half of what a bit is worth by distortion: the loss rises less at equal bytes (docs/design.md).
 PRICE = WORTH / 2
 # Rows' steps are whole numbers of half octaves, as factors that no machine's ``pow`` decides.
@@ -42,14 +43,15 @@ class Lattice:
             ``step`` and ``target_bytes``.
         target_bytes: the step is the smallest found whose file is no larger.
         frequency_power: a row's step is the common one times frequency^-power, to half an octave.
-        price: what a bit may cost in squared distance, in step²; 0 rounds to the nearest.
-        precision: error of the stored rotation, in steps of a coordinate.
+        price: what a bit may cost in squared distance, in step²; 0 rounds to the nearest in the columns
+            that are kept.
+        precision: error of the stored rotation, in steps of a coordinate under the metric.
         basis: ``rotated`` stores the eigenbasis of the whitened table, in integers; ``plain`` keeps the
             original coordinates and stores none; ``auto`` takes the better.
         lattice: of the points: ``z``, blocks of 8 columns in ``e8`` or of 24 in ``leech``; ``auto`` takes
             the better of ``z`` and ``e8``. Blocks are found by K-best with ``beams``, points of ``z`` by
-            nearest plane on a rotation and by K-best on an LLL-reduced basis of the metric's lattice in
-            the original coordinates, where a bit has no price.
+            nearest plane on a rotation and by K-best on an LLL-reduced basis (up to 256 columns, and with
+            ``fpylll``) of the metric's lattice in the original coordinates, where a bit has no price.
     """
 
     step: float | None = None
@@ -66,8 +68,8 @@ class Lattice:
     def __post_init__(self) -> None:
         if (self.step is None) == (self.target_bytes is None):
             raise ValueError("give either step or target_bytes to the lattice codec")
-        if self.step is not None and not 0 < self.step < np.inf:
-            raise ValueError(f"the step must be positive, not {self.step}")
+        if self.step is not None and not 0 < self.step <= _FLOAT32:
+            raise ValueError(f"the step must be positive and within float32, not {self.step}")
         if self.target_bytes is not None and self.target_bytes < 1:
             raise ValueError(f"target_bytes must be positive, not {self.target_bytes}")
         if self.basis not in BASES:
@@ -95,8 +97,9 @@ class Lattice:
             return pack(self.name, table.shape, _encode(self, work, self.step).body)
         assert self.target_bytes is not None
         frame = len(pack(self.name, table.shape, b""))
+        spread = min(work.spread, _FLOAT32 / 2**COARSEST)
         body = smallest_step(
-            lambda step: _encode(self, work, step).body, self.target_bytes - frame, work.spread
+            lambda step: _encode(self, work, step).body, self.target_bytes - frame, spread
         )
         return pack(self.name, table.shape, body)
 
@@ -117,16 +120,11 @@ class _Work:
         """Root mean square of the targets; 1 for a table that is constant."""
         return float(np.sqrt((self.targets**2).mean())) or 1.0
 
-    @cached_property
-    def longest(self) -> float:
-        """Length of the longest target: no coordinate of it is larger."""
-        return float(np.sqrt((self.targets**2).sum(axis=1).max()))
-
-    @cached_property
-    def largest(self) -> float:
-        """Magnitude of the largest target's coordinate in the original coordinates: where the metric is
-        nearly blind it may pass ``longest`` by far."""
-        return float(np.abs(self.targets @ self.inverse).max())
+    def rotated(self, codec: Lattice, step: float) -> Basis:
+        """The basis with a rotation; rounding errors of its rows count as the metric stretches them."""
+        stretch = float(np.sqrt((self.root**2).sum() / len(self.root)))
+        precision = codec.precision / stretch
+        return rotated_basis(self.targets, self.inverse, step, precision, codec.price)
 
 
 @dataclass(frozen=True)
@@ -179,32 +177,32 @@ def row_steps(octaves: np.ndarray) -> np.ndarray:
 
 
 def _encode(codec: Lattice, work: _Work, step: float) -> _Encoded:
-    found = [_encode_on(work, basis, step, codec.price) for basis in _bases(codec, work, step)]
+    """The best of what ``codec`` allows at one step. A way for which the step is too fine leaves the
+    others; ``TooFineError`` where none is left."""
+    bases = {"rotated": cache(partial(work.rotated, codec, step))}
+    bases["plain"] = cache(partial(plain_basis, work.table.shape[1], step, codec.beams))
+    names = [*bases] if codec.basis == "auto" else [codec.basis]
+    lattices = ["z", "e8"] if codec.lattice == "auto" else [codec.lattice]
+    found, refused = list[_Encoded](), list[TooFineError]()
+    for name, lattice in product(names, lattices):
+        try:
+            basis = bases[name]()
+            if codec.lattice != "auto" or lattice == "z" or len(basis.factors) >= BLOCK:
+                basis = basis.of(lattice, codec.beams)
+                found.append(_encode_on(work, basis, step, codec.price))
+        except TooFineError as error:
+            refused.append(error)
+    if not found:
+        raise refused[-1]
     worth = max(codec.price, WORTH) * step**2
     return min(found, key=lambda e: e.distortion + worth * 8 * len(e.body))
-
-
-def _bases(codec: Lattice, work: _Work, step: float) -> Iterator[Basis]:
-    """What is tried at one step."""
-    bases = list[tuple[Basis, float]]()
-    if codec.basis != "plain":
-        rotated = rotated_basis(work.targets, work.inverse, step, codec.precision, codec.price)
-        bases.append((rotated, work.longest))
-    if codec.basis == "plain" or (codec.basis == "auto" and work.largest < LARGEST / 4 * step):
-        bases.append((plain_basis(work.table.shape[1], step, codec.beams), work.largest))
-    for basis, largest in bases:
-        if codec.lattice in ("auto", "z"):
-            yield basis
-        fits = len(basis.factors) >= BLOCK and largest < WIDEST / 4 * step
-        if codec.lattice not in ("auto", "z") or (codec.lattice == "auto" and fits):
-            yield basis.of("e8" if codec.lattice == "auto" else codec.lattice, codec.beams)
 
 
 def _encode_on(work: _Work, basis: Basis, step: float, price: float) -> _Encoded:
     metric_rows = basis.rows @ work.root
     chosen = basis.decide(metric_rows, work.targets, price * step**2)
     if chosen.size and np.abs(chosen).max() >= LARGEST:
-        raise ValueError(f"a step of {step:.3g} is too small for this table: integers pass 30 bits")
+        raise TooFineError("this table", 30)
     if basis.integers is not None and basis.lattice == "z":
         used = np.asarray(chosen.any(axis=0))
         chosen, basis, metric_rows = chosen[:, used], basis.only(used), metric_rows[used]
@@ -234,12 +232,15 @@ def decode(body: bytes, shape: tuple[int, int]) -> np.ndarray:
     reader = Reader(body)
     form, has_octaves = reader.number("<B"), reader.number("<B")
     count = reader.number("<I")
-    rotated, lattice = FORMS[form] if form < len(FORMS) else (True, "")
-    wrong = count > width if rotated else count != width
-    if not lattice or has_octaves > 1 or wrong:
+    if form >= len(FORMS):
+        raise ValueError(f"the table's form {form} is not known here: damaged, or of a newer cllm")
+    rotated, lattice = FORMS[form]
+    if has_octaves > 1 or (count > width if rotated else count != width):
         raise ValueError(f"damaged table: {count} columns of {width}")
     mean = reader.array("<f4", width).astype(np.float64)
     factors = reader.array("<f4", count).astype(np.float64)
+    if not (np.isfinite(mean).all() and np.isfinite(factors).all()):
+        raise ValueError("damaged table: its mean or factors are not finite")
     basis = decode_integers(reader, count, width) if rotated else np.eye(width)
     steps = np.ones(rows)
     if has_octaves:
@@ -256,11 +257,13 @@ def decode(body: bytes, shape: tuple[int, int]) -> np.ndarray:
 def _assemble(
     chosen: np.ndarray, basis: np.ndarray, steps: np.ndarray, mean: np.ndarray
 ) -> np.ndarray:
-    """steps · (chosen · basis) + mean, added up in one order: a library's product would not say which."""
+    """steps · (chosen · basis) + mean, added up in one order: a library's product would not say which.
+
+    Beyond float32 stands its largest number.
+    """
     out = np.zeros((len(chosen), basis.shape[1]))
     for column, row in zip(chosen.T.astype(np.float64), basis, strict=True):
         out += np.multiply.outer(column, row)
     out *= steps[:, None]
     out += mean
-    with np.errstate(over="ignore"):
-        return out.astype(np.float32)
+    return out.clip(-_FLOAT32, _FLOAT32).astype(np.float32)

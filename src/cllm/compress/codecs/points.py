@@ -10,6 +10,7 @@ import numpy as np
 
 from cllm.compress.codecs.entropy import decode_integers, encode_integers
 from cllm.compress.codecs.frame import Reader
+from cllm.compress.codecs.rate import TooFineError
 
 LATTICES = ("z", "e8", "leech")
 BLOCK = 8  # columns of the smallest block
@@ -25,7 +26,8 @@ def decide_blocks(
     """Integers (V, k), float64, whose points are blocks of ``lattice`` and lie near ``targets`` (V, D).
 
     ``rows`` (k, D): the basis, units included; ``price``: of a bit, in squared distance. K-best over each
-    block's chain of residues, then again with what the bits of the points found cost.
+    block's chain of residues, then again with what the bits of the points found cost. Raises
+    ``TooFineError`` for integers beyond what float32 holds.
     """
     import torch
 
@@ -39,7 +41,7 @@ def decide_blocks(
         return np.zeros((len(targets), 0))
     coefficients = np.linalg.lstsq(rows.T, targets.T, rcond=None)[0].T
     if np.abs(coefficients).max() >= WIDEST:
-        raise ValueError("the step is too small for blocks: their integers pass 20 bits")
+        raise TooFineError(f"blocks of {lattice}", 20)
     # A constant scale, so that float32 holds the squares whatever the table's unit.
     scale = float(np.abs(np.diag(rows @ rows.T)).mean())
     work = problem(

@@ -12,12 +12,21 @@ COARSEST, FINEST = 6, -16  # octaves of the step around the table's spread
 _STRIDE = 2.0
 
 
+class TooFineError(ValueError):
+    """A step at which the integers of ``what`` pass ``bits``, which is all that they may have."""
+
+    def __init__(self, what: str, bits: int) -> None:
+        super().__init__(
+            f"the step is too small for {what}: integers pass {bits} bits; take a larger one"
+        )
+
+
 def smallest_step(encode: Callable[[float], bytes], most: int, spread: float) -> bytes:
     """The longest body of at most ``most`` bytes that is found over the steps.
 
     ``encode`` maps a step to a body, ``spread`` is where steps begin. Between a step that is too fine and
-    one that is coarse enough the next is interpolated, bytes falling exponentially with octaves. Raises
-    ``ValueError`` if even the coarsest step needs more bytes.
+    one that is coarse enough the next is interpolated, bytes falling exponentially with octaves; one that
+    raises ``TooFineError`` needs too many. Raises ``ValueError`` if even the coarsest step does.
     """
     high = float(COARSEST)  # octaves: few enough bytes at ``high``, too many at ``low``
     best = encode(spread * 2.0**high)
@@ -30,7 +39,7 @@ def smallest_step(encode: Callable[[float], bytes], most: int, spread: float) ->
     for _ in range(TRIES):
         try:
             body = encode(spread * 2.0**octave)
-        except ValueError:  # finer than the largest integers
+        except TooFineError:
             low, low_bytes, octave = octave, 0, (octave + high) / 2
             continue
         if len(body) > most:
