@@ -29,6 +29,7 @@ from cllm.infer.score import Score
 from cllm.infer.score import score as score_text
 from cllm.infer.stored import KINDS, Integers
 from cllm.infer.writing import Completion, Prompt, write, write_all
+from cllm.model.restored import restored
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
 from cllm.store.container import Container, is_container
@@ -153,9 +154,8 @@ class Model(ABC):
         """The model with its weights, in eval mode."""
         torch.set_num_threads(team_threads())  # a container's quota may be less than its cores
         attention = self.config.train.attention
-        model = Transformer(self.config.model, "matmul" if attention == "auto" else attention)
-        model.load_state_dict(self.weights())
-        return model.eval()
+        attention = "matmul" if attention == "auto" else attention
+        return restored(self.config.model, self.weights(), self.path, attention)
 
     @cached_property
     def _engines(self) -> Engines:

@@ -101,6 +101,18 @@ TRAIN = [
     ),
     (["--set", "model.embedding.own_vectors=false"], 2, ["own_vectors needs pieces", "composed"]),
     (["--set", "model.embedding.lattice_step=0.5"], 2, ["lattice_step is that of a lattice"]),
+    (["--set", "model.embedding.pieces=100"], 2, ["pieces needs pieces", "composed"]),
+    (["--set", "model.embedding.nonzeros=9"], 2, ["nonzeros needs pieces", "composed"]),
+    (
+        ["--set", "train.loss=sampled", "--set", "train.sampled.share=0.3"],
+        2,
+        ["train.sampled.share is of candidates by code", "'divisor'"],
+    ),
+    (
+        ["--set", "model.embedding.lattice=z", "--set", "model.embedding.lattice_step=50"],
+        2,
+        ["model.embedding.lattice_step = 50 is too coarse: all of the embedding begins at 0"],
+    ),
     (["--set", "train.sampled.candidates=64"], 2, ["set train.loss = 'sampled', too"]),
     (["--set", "train.similarity.until=0.5"], 2, ["set train.similarity.weight, too"]),
     (
@@ -299,6 +311,22 @@ def test_divergence_ends_in_1(texts: Path, cllm: Cllm, options: Options) -> None
     result = cllm("train", "-q", "--data", "good.txt", "--out", "run", *changed)
     assert_refused(result, 1, "3 steps in a row had a", "lower train.lr (now 1e+30)")
     assert RunDirectory.open("run").status().state == "diverged"
+
+
+def test_weights_that_are_not_finite_at_the_end_end_in_1(
+    texts: Path, cllm: Cllm, options: Options
+) -> None:
+    changed = options(train__lr=1e20, train__max_nonfinite=90, train__steps=6, train__warmup=0)
+    reduced = ["--set", "model.embedding.kind=reduced", "--set", "model.embedding.rank=4"]
+    result = cllm("train", "-q", "--data", "good.txt", "--out", "run", *changed, *reduced)
+    lines = [line for line in result.err.splitlines() if not line.startswith("warning")]
+    assert (result.code, len(lines)) == (1, 1)
+    assert "training ended with weights that are not finite" in lines[0]
+    assert "lower train.lr (now 1e+20)" in lines[0]
+    assert RunDirectory.open("run").status().state == "diverged"
+    again = cllm("train", "-q", "--resume", "run")
+    assert (again.code, "Traceback" in again.err) == (1, False)
+    assert "training ended with weights that are not finite" in again.err
 
 
 limited = pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")

@@ -326,7 +326,7 @@ def test_wrong_tables_are_named() -> None:
     bad = good.copy()
     bad[7, 3] = np.nan
     cases = [
-        (bad, r"\(50, 8\) has a number in row 7 that is not finite"),
+        (bad, r"row 7 of the table of shape \(50, 8\) holds a number that is not finite"),
         (good[:1], r"shape \(1, 8\).*V of at least 2"),
         (good[0], r"shape \(8,\)"),
         (good[:, :0], r"shape \(50, 0\)"),

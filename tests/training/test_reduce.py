@@ -13,9 +13,12 @@ import torch
 
 import cllm
 from cllm.api import Run
+from cllm.compress.settings import Settings
+from cllm.compress.source import open_source as compress_source
 from cllm.core.config import Config
 from cllm.core.errors import UsageError, UserError
 from cllm.core.settings import load_config
+from cllm.export.source import open_source as export_source
 from cllm.model.rebase import basis_facts
 from cllm.store import checkpoint
 from cllm.store.metrics import read_lines
@@ -109,6 +112,53 @@ def test_a_checkpoint_is_reduced_beside_its_own_score(
     assert len(said) == 1, "the start was not validated"
 
 
+def test_without_steps_the_report_has_the_scores_all_the_same(
+    trained: Path, reduced: Reduce
+) -> None:
+    found = reduced(trained, rank=8)
+    bpb = found.directory.status().facts["validation_bpb"]
+    assert f"| validation, best | 0 | {bpb:.4g}" in found.report.read_text(encoding="utf-8")
+
+
+def test_what_asks_for_nothing_is_refused(trained: Path, reduced: Reduce, isolated: Path) -> None:
+    again = reduced(trained, "once", rank=8).path
+    before = sorted(isolated.iterdir())
+    with pytest.raises(UsageError, match=r"nothing is asked for: give --rank.*--then-train"):
+        reduced(again, "twice")
+    with pytest.raises(
+        UsageError, match=r"--metric is of a lattice reduction: give --reduction lll"
+    ):
+        reduced(again, "twice", metric="hidden")
+    assert sorted(isolated.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ('kind = "dense"', 'kind = "reduced"'),
+        ('kind = "dense"', 'kind = "composed"'),
+        ("d_ff = ", "d_ff = 1"),
+    ],
+)
+def test_weights_that_do_not_fit_the_configuration_are_refused_by_every_reader(
+    was: str, now: str, trained: Path, reduced: Reduce, isolated: Path
+) -> None:
+    path = isolated / "altered"
+    shutil.copytree(trained, path)
+    text = (path / "run.toml").read_text(encoding="utf-8")
+    assert was in text
+    (path / "run.toml").write_text(text.replace(was, now), encoding="utf-8")
+    for read in (
+        lambda: cllm.load(path).evaluate(),
+        lambda: reduced(path, "none", rank=8),
+        lambda: export_source(path),
+        lambda: compress_source(path, Settings(tokens=512), Silent()),
+    ):
+        with pytest.raises(UserError, match=r"do not fit together: one was altered"):
+            read()
+    assert not (isolated / "none").exists()
+
+
 def test_under_the_hidden_metric_another_basis_of_the_same_table_comes_out(
     trained: Path, reduced: Reduce, told: Any
 ) -> None:
@@ -151,10 +201,15 @@ def test_tables_of_their_own_have_metrics_of_their_own(
     run = cllm.load(session.start(config, told, out=isolated / "run").run.path)
     tokens = load_prepared(run.directory.data).train
     metrics = metrics_of(run.model, run.config.model.embedding, tokens)
-    assert (metrics["embedding"] == np.eye(64)).all(), "no score comes of it"
+    assert "embedding" not in metrics, "no score comes of it: the identity"
     assert np.trace(metrics["head"]) == pytest.approx(64)
     assert np.linalg.cond(metrics["head"]) > 10
-    assert sum("metric of hidden states" in line for line in told.said) == 2
+    said = [line for line in told.said if " basis by lll" in line]
+    assert [line.split(":")[0] for line in said] == [
+        "embedding basis by lll",
+        "head basis by lll under the metric of hidden states",
+    ]
+    assert "metric of the basis" not in run.directory.status().facts["table"]
 
 
 def test_training_goes_on_in_the_reduced_space(trained: Path, reduced: Reduce) -> None:
@@ -211,7 +266,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
         ({"retain": 1.5}, UsageError, "share to retain"),
         ({"rank": 65}, UsageError, "rank = 65 is above model.d_model = 64"),
         ({"rank": 60, "reduction": "hkz"}, UserError, "50 are in reach; use bkz"),
-        ({"rank": 8, "metric": "hidden"}, UsageError, "set model.embedding.reduction = 'lll'"),
+        ({"rank": 8, "metric": "hidden"}, UsageError, "give --reduction lll"),
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_nothing(

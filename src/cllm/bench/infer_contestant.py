@@ -20,6 +20,7 @@ from cllm.infer.batching import Request, serve
 from cllm.infer.engine import Engine, EngineOptions
 from cllm.infer.native import compile_library, load_native
 from cllm.infer.sampling import Sampling
+from cllm.model.restored import restored
 from cllm.model.transformer import Transformer
 from cllm.store.checkpoint import load_weights
 from cllm.store.run import RunDirectory
@@ -37,9 +38,7 @@ def trained(path: Path) -> Trained:
     """The run at ``path`` in eval mode, on the threads that this machine has."""
     torch.set_num_threads(machine().threads)
     config = load_config(RunDirectory.open(path).config)
-    model = Transformer(config.model)
-    model.load_state_dict(load_weights(path))
-    return Trained(config, model.eval())
+    return Trained(config, restored(config.model, load_weights(path), path))
 
 
 def main() -> None:

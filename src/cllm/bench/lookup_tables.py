@@ -51,7 +51,7 @@ def table_and_hidden_vectors(run: Path, count: int) -> tuple[np.ndarray, np.ndar
 
     from cllm.core.errors import UserError
     from cllm.core.settings import load_config
-    from cllm.model.transformer import Transformer
+    from cllm.model.restored import restored
     from cllm.store.checkpoint import load_weights
     from cllm.store.run import RunDirectory
     from cllm.text.dataset import load_prepared
@@ -61,9 +61,7 @@ def table_and_hidden_vectors(run: Path, count: int) -> tuple[np.ndarray, np.ndar
     tokens = load_prepared(directory.data).validation
     if tokens is None:
         raise UserError(f"{run} has no validation split to take hidden vectors from")
-    model, context = Transformer(config.model, "matmul"), config.model.context
-    model.load_state_dict(load_weights(run))
-    model.eval()
+    model, context = restored(config.model, load_weights(run), run), config.model.context
     hidden: list[torch.Tensor] = []
     for start in range(0, len(tokens) - context, context):
         ids = torch.from_numpy(np.asarray(tokens.ids[start : start + context]).astype(np.int64))

@@ -20,6 +20,7 @@ from cllm.core.errors import UserError
 from cllm.core.machine import machine
 from cllm.core.settings import build, load_config
 from cllm.model.cross_entropy import cross_entropy_sum
+from cllm.model.restored import restored
 from cllm.model.table_statistics import table_statistics
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
@@ -107,9 +108,7 @@ def _prepare(
     if data.validation is None:
         raise UserError("the bench needs a validation split: more text")
     torch.set_num_threads(machine().threads)
-    model = Transformer(load_config(run.config).model)
-    model.load_state_dict(checkpoints.load_weights(run.path))
-    model.eval()
+    model = restored(load_config(run.config).model, checkpoints.load_weights(run.path), run.path)
     statistics = table_statistics(model, data.train, limit=2048 if quick else 32_768)
     measure = Measure(model, data.validation, 1024 if quick else SCORED)
     metric = codecs.table_metric(statistics.moment)

@@ -21,6 +21,7 @@ from cllm.core.config import Config
 from cllm.core.errors import UserError
 from cllm.core.machine import machine
 from cllm.core.settings import load_whole
+from cllm.model.restored import restored
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
 from cllm.store.run import RunDirectory
@@ -53,9 +54,7 @@ class Source:
 
     def model(self) -> Transformer:
         """A fresh model with the run's weights, in eval mode."""
-        model = Transformer(self.config.model, "matmul")
-        model.load_state_dict(self.weights)
-        return model.eval()
+        return restored(self.config.model, self.weights, self.run.path)
 
     def output_metrics(self, progress: Progress) -> Mapping[str, OutputMetric]:
         """By layer (see ``cllm.compress.output_metric``), measured once."""

@@ -187,6 +187,7 @@ class TrainConfig(Section):
             raise ValueError(
                 "train.sampled.* is of sampled softmax: set train.loss = 'sampled', too"
             )
+        self.sampled.check_asked()
         if not self.similarity.weight and self.similarity != SimilarityConfig():
             raise ValueError(
                 "train.similarity.* is of the similarity loss: set train.similarity.weight, too"
@@ -255,7 +256,8 @@ class Config(Section):
         train = self.train
         if train.lazy_rows != "on":
             return
-        if not self.rows_can_idle:
+        # What the optimizer in the backward pass does not go with is told of that.
+        if not self.rows_can_idle and not train.optimizer_in_backward:
             raise ValueError(
                 "train.lazy_rows = 'on', but the exact loss of a tied table uses every row in every step: "
                 "set model.tie_embeddings = false or train.loss = 'sampled', or leave it out"

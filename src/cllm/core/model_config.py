@@ -93,8 +93,14 @@ class EmbeddingConfig(Section):
     def check_asked(self) -> None:
         """Raise ``ValueError`` for what would do nothing, or not what it says. Runs that were saved so
         still load: this is for who asks for a new one."""
-        if not self.own_vectors and not self.is_composed:
-            raise ValueError(_NEEDS_PIECES.format("own_vectors"))
+        if not self.is_composed:
+            asked = {
+                "own_vectors": not self.own_vectors,
+                "pieces": self.pieces is not None,
+                "nonzeros": self.nonzeros is not None,
+            }
+            for name in (name for name, given in asked.items() if given):
+                raise ValueError(_NEEDS_PIECES.format(name))
         if self.lattice == "none" and self.lattice_step != LATTICE_STEP:
             raise ValueError(
                 "model.embedding.lattice_step is that of a lattice: set model.embedding.lattice = 'z', "

@@ -24,6 +24,17 @@ class SampledConfig(Section):
     share: Share = 0.5
     """``divisor``: the share of draws that goes to these; the rest is drawn by frequency."""
 
+    def check_asked(self) -> None:
+        """Raise ``ValueError`` for what would do nothing, of who asks for a new run."""
+        if self.sampler == "divisor":
+            return
+        for name in ("neighbours", "share"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"train.sampled.{name} is of candidates by code: set train.sampled.sampler = "
+                    "'divisor', too"
+                )
+
 
 class SimilarityConfig(Section):
     """The loss that pulls tokens of similar code together and fades (see ``docs/embeddings.md``)."""

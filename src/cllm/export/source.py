@@ -17,6 +17,7 @@ from cllm.compress.formats import read_state
 from cllm.core.errors import UserError
 from cllm.core.model_config import EmbeddingConfig, ModelConfig
 from cllm.core.settings import build, flatten, load_whole
+from cllm.model.restored import restored
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
 from cllm.store import steps
@@ -67,17 +68,11 @@ def open_source(path: Path) -> Source:
     loaded = checkpoints.load(step, with_optimizer=False).weights
     weights = {name: _wide(weight) for name, weight in loaded.items()}
     refuse_nonfinite(weights, str(step))
-    model = Transformer(config)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(
-            f"the weights in {step} do not fit {run.config}; one was altered"
-        ) from error
+    model = restored(config, weights, step)
     facts = _facts(run, step)
     sample = _sample(run, config)
     field_name = whole.data.field
-    return Source(run.name, model.eval(), tokenizer, sample, facts, data_field=field_name)
+    return Source(run.name, model, tokenizer, sample, facts, data_field=field_name)
 
 
 def _open_container(path: Path) -> Source:
@@ -85,8 +80,7 @@ def _open_container(path: Path) -> Source:
     whole = build(flatten(tomllib.loads(container.header.config)))
     weights = {name: _wide(weight) for name, weight in read_state(container).items()}
     refuse_nonfinite(weights, str(path))
-    model = Transformer(whole.model)
-    model.load_state_dict(weights)
+    model = restored(whole.model, weights, path)
     tokenizer = Tokenizer.from_json(container.tokenizer(), str(path))
     blocks = {
         name: (stored.kind.removeprefix("gguf-"), container.tensor(name).numpy())
@@ -95,7 +89,7 @@ def _open_container(path: Path) -> Source:
     }
     return Source(
         path.stem,
-        model.eval(),
+        model,
         tokenizer,
         _random_sample(whole.model),
         dict(container.header.source),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from cllm.core.atomic import new_file
 from cllm.lattice.divisor import Codes
 from cllm.text.token_codes import TokenCodes
 
-FORMAT = "cllm-token-codes-1"
+FORMAT = "cllm-token-codes-2"
 
 
 def save_codes(codes: TokenCodes, path: str | Path) -> None:
@@ -33,8 +34,19 @@ def save_codes(codes: TokenCodes, path: str | Path) -> None:
         "labels": json.dumps(codes.labels),
     }
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    facts["checksum"] = _checksum(arrays, facts)
     with new_file(Path(path)) as file:
         file.write(save(arrays, metadata=facts))
+
+
+def _checksum(arrays: dict[str, np.ndarray], facts: dict[str, str]) -> str:
+    """SHA-256 of the labels, and of each array's name, type, shape and bytes."""
+    digest = hashlib.sha256(facts.get("labels", "").encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def load_codes(path: str | Path, tokenizer_sha256: str) -> TokenCodes:
@@ -60,18 +72,15 @@ def load_codes(path: str | Path, tokenizer_sha256: str) -> TokenCodes:
             f"{path} was made for another tokenizer ({made_for[:12]}…, not {tokenizer_sha256[:12]}…); "
             f"{again}"
         )
-    try:
-        found = TokenCodes(
-            codes=Codes(arrays["offsets"], arrays["factors"], arrays["exponents"]),
-            primes=arrays["primes"],
-            kinds=arrays["kinds"],
-            labels=tuple(json.loads(facts["labels"])),
-            counts=arrays.get("counts"),
-            tokenizer_sha256=tokenizer_sha256,
+    if facts.get("checksum") != _checksum(arrays, facts):
+        raise ValueError(
+            f"the token codes in {path} are damaged: their checksum is another; {again}"
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the token codes in {path} are damaged ({error}); {again}") from error
-    lengths = {len(found.primes), len(found.kinds), len(found.labels)}
-    if len(lengths) > 1 or not np.isin(found.codes.primes, found.primes).all():
-        raise ValueError(f"the token codes in {path} do not fit together; {again}")
-    return found
+    return TokenCodes(
+        codes=Codes(arrays["offsets"], arrays["factors"], arrays["exponents"]),
+        primes=arrays["primes"],
+        kinds=arrays["kinds"],
+        labels=tuple(json.loads(facts["labels"])),
+        counts=arrays.get("counts"),
+        tokenizer_sha256=tokenizer_sha256,
+    )

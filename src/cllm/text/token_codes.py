@@ -65,14 +65,18 @@ class TokenCodes:
         """Codes from a merge tree and the ``counts`` (V,) of its tokens in a corpus.
 
         Raises:
-            ValueError: counts of another shape, or negative.
+            ValueError: counts of another shape, negative, or no whole numbers.
         """
         size = len(tree)
-        if counts is not None and (counts.shape != (size,) or counts.min() < 0):
-            raise ValueError(
-                f"counts must be (V,) = ({size},) and not negative, got {counts.shape}; count the "
-                "tokens of a corpus that this tokenizer encoded"
-            )
+        if counts is not None:
+            counts = np.asarray(counts)
+            whole = counts.dtype.kind in "iu" and counts.shape == (size,) and counts.min() >= 0
+            if not whole:
+                raise ValueError(
+                    f"counts must be (V,) = ({size},) whole numbers and not negative, got "
+                    f"{counts.dtype} of {counts.shape}; count the tokens of a corpus that this tokenizer "
+                    "encoded"
+                )
         words = Morphology.of(tree) if morphology is None else morphology
         groups = piece_groups(words)
         contents = piece_matrix(tree, words, groups)
@@ -125,6 +129,7 @@ class TokenCodes:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
+        self._check(tokens)
         asked = np.asarray(tokens, dtype=np.int64)
         k = min(k, len(self) - 1)
         ids = np.empty((len(asked), k), dtype=np.int64)
@@ -211,6 +216,8 @@ class TokenCodes:
 
     def _check(self, tokens: np.ndarray | list[int]) -> None:
         for token in np.asarray(tokens).tolist():
+            if not isinstance(token, int):
+                raise ValueError(f"a token's id is a whole number, not {token!r}")
             if not 0 <= token < len(self):
                 raise ValueError(f"there is no token {token}: ids are 0 to {len(self) - 1}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from cllm.store.run import RunDirectory
 from cllm.text.dataset import Dataset
 from cllm.training.evaluate import Evaluation
 from cllm.training.samples import sample_texts
-from cllm.training.trainer import Trainer
+from cllm.training.trainer import DivergedError, Trainer
 
 SAMPLES = 3
 
@@ -44,7 +45,10 @@ class Outcome:
 
 
 def conclude(trainer: Trainer, state: str) -> Outcome:
-    """Load the best weights, score validation and test with them, and let them write."""
+    """Load the best weights, score validation and test with them, and let them write.
+
+    Raises ``DivergedError`` where weights or scores are not finite.
+    """
     standing, run, dataset = trainer.standing, trainer.run, trainer.dataset
     trainer.step.settle()
     at = standing.best_step if standing.best_step >= 0 else standing.step
@@ -52,14 +56,20 @@ def conclude(trainer: Trainer, state: str) -> Outcome:
         best = checkpoints.load(run.path, "best", with_optimizer=False)
         trainer.model.load_state_dict(best.weights)
         trainer.step.refresh()
+    _check_finite(all(bool(p.isfinite().all()) for p in trainer.model.parameters()), trainer.config)
     scores: dict[str, Evaluation | None] = {}
     for split in ("validation", "test"):
         scores[split] = trainer.evaluate(split) if getattr(dataset, split) is not None else None
+    losses = [score.loss for score in scores.values() if score is not None]
+    _check_finite(all(map(math.isfinite, losses)), trainer.config)
     length = trainer.config.log.sample_tokens
     texts: list[str] = []
     if length:
         texts = sample_texts(trainer.model, dataset.tokenizer, count=SAMPLES, tokens=length)
     # Written last and together, so that a run killed above and resumed has these lines once.
+    if not standing.step and (first := scores["validation"]) is not None:
+        # No step was made that would have been followed by it.
+        trainer.metrics.write(at, "validation", **first.to_json())
     if (test := scores["test"]) is not None:
         trainer.metrics.write(at, "test", **test.to_json())
         trainer.board.scalars(at, {"test/bpb": test.bpb, "test/loss": test.loss})
@@ -72,6 +82,13 @@ def conclude(trainer: Trainer, state: str) -> Outcome:
         test=scores["test"],
         samples=tuple(texts),
     )
+
+
+def _check_finite(found: bool, config: Config) -> None:
+    """Raises ``DivergedError`` unless what was ``found`` is finite."""
+    if not found:
+        what = "training ended with weights that are not finite, or whose loss is not"
+        raise DivergedError(what, config.train)
 
 
 def first_facts(

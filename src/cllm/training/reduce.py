@@ -12,6 +12,7 @@ from cllm.core.errors import SettingError, UsageError, UserError, value_errors_a
 from cllm.core.settings import load_whole, merge, to_toml
 from cllm.model.embedding import Embedding
 from cllm.model.factors import rank_for, retained
+from cllm.model.restored import restored
 from cllm.model.transformer import Transformer
 from cllm.store import checkpoint as checkpoints
 from cllm.store import steps
@@ -53,12 +54,19 @@ def reduce_run(
     """
     parent = RunDirectory.open(path)
     config = load_whole(parent.config)
-    source = Transformer(config.model)
-    source.load_state_dict(checkpoints.load_weights(Path(path)))
+    if rank is not None and retain is not None:
+        raise UsageError("give a rank or a share to retain, not both")
+    if metric != "identity" and reduction == "none":
+        raise UsageError(
+            "--metric is of a lattice reduction: give --reduction lll, bkz or hkz, too"
+        )
+    source = restored(config.model, checkpoints.load_weights(Path(path)), path)
     with torch.no_grad():
         tables = {name: table.table() for name, table in source.tables.items()}
     _check_tables(tables, path)
     keep = rank is None and retain is None
+    if keep and source.embedding.basis is not None and reduction == "none" and not then_train:
+        raise UsageError("nothing is asked for: give --rank, --retain, --reduction or --then-train")
     config = _reduced(
         config, source.embedding, tables["embedding"], rank, retain, (reduction, metric)
     )
@@ -118,8 +126,6 @@ def _reduced(
     retain: float | None,
     reduction: tuple[str, str],
 ) -> Config:
-    if rank is not None and retain is not None:
-        raise UsageError("give a rank or a share to retain, not both")
     if retain is not None:
         try:
             rank = rank_for(table, retain)

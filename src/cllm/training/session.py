@@ -233,11 +233,11 @@ def train_run(
         try:
             with Interrupt(run.path) as interrupt:
                 state = trainer.fit(interrupt) if fit else "finished"
+            outcome = conclude(trainer, state)
         except DivergedError as error:
             trainer.close()  # what it still writes down changes the status, too
             session.end("diverged", str(error), warnings=progress.warnings)
             raise
-        outcome = conclude(trainer, state)
         facts = _last_facts(run, standing, outcome)
         facts["table"] = table_facts(model, step, config, dataset.train)
         if state == "finished":

@@ -117,7 +117,8 @@ def restore(checkpoint: Checkpoint, model: Transformer, step: TrainStep) -> Stan
     moments = checkpoint.optimizer.get("moments", {})
     if wanted != found or set(moments) != set(step.arena.moments):
         raise UserError(
-            f"{checkpoint.path} belongs to another model or optimizer than run.toml says"
+            f"{checkpoint.path} belongs to another model or optimizer than run.toml says: one was "
+            "altered; bring back what it was"
         )
     step.arena.load(checkpoint.weights, moments)
     buffers = dict(model.named_buffers())

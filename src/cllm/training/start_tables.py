@@ -21,6 +21,8 @@ from cllm.training.progress import Progress
 
 WINDOW = 4
 """Places on each side that count as a token's context."""
+MOSTLY = 0.9
+"""Share of coordinates on zero from which a lattice is said to be coarse."""
 
 
 def start_tables(config: Config, dataset: Dataset, model: Transformer, progress: Progress) -> None:
@@ -28,13 +30,13 @@ def start_tables(config: Config, dataset: Dataset, model: Transformer, progress:
 
     A head of its own begins with the same table as the input. With ``"corpus"`` the last MLP begins
     with the corpus's bigrams, too. Raises ``UsageError`` for a tokenizer without merges where pieces are
-    asked for, and for a lattice that is too fine for the start.
+    asked for, and for a lattice that is too fine or too coarse for the start.
     """
     if config.model.embedding.is_composed:
         model.set_incidence(incidence_of(dataset.tokenizer, config))
     init, std = config.model.embedding.init, config.model.embedding.start_std
     if init == "normal":
-        _check_points(config, model)
+        _check_points(config, model, progress)
         return
     assert config.model.vocab_size is not None
     tokens, size, width = dataset.train, config.model.vocab_size, config.model.d_model
@@ -46,28 +48,41 @@ def start_tables(config: Config, dataset: Dataset, model: Transformer, progress:
                 codes = TokenCodes.build(tree, counts[: len(tree)])
             except ValueError as error:
                 raise UsageError(f"model.embedding.init = 'crystal': {error}") from error
-            _set(config, model, crystal_table(codes, size, width, std=std))
+            _set(config, model, crystal_table(codes, size, width, std=std), progress)
             return
         near, *further = harmonic_weights(WINDOW)
         bigrams = cooccurrence(tokens, size, (near,), say=progress.say)
         following = bigrams + cooccurrence(tokens, size, (0.0, *further), say=progress.say)
-        _set(config, model, corpus_table(following, counts, width, std=std, seed=config.train.seed))
+        table = corpus_table(following, counts, width, std=std, seed=config.train.seed)
+        _set(config, model, table, progress)
         if not start_bigram(model, bigrams):
             progress.say("only the tables start from the corpus: batch norm hides the rest")
 
 
-def _set(config: Config, model: Transformer, table: np.ndarray) -> None:
+def _set(config: Config, model: Transformer, table: np.ndarray, progress: Progress) -> None:
     for part in (model.embedding, model.head):
         if part is not None:
             part.set_table(torch.from_numpy(table))
-    _check_points(config, model)
+    _check_points(config, model, progress)
 
 
-def _check_points(config: Config, model: Transformer) -> None:
+def _check_points(config: Config, model: Transformer, progress: Progress) -> None:
+    """Raises ``UsageError`` for a lattice too fine for floats, or on which all of a table rounds to zero,
+    from where no gradient leads away; warns where nearly all does."""
+    if config.model.embedding.lattice == "none":
+        return
+    step = f"model.embedding.lattice_step = {config.model.embedding.lattice_step:g}"
     with torch.no_grad():
-        found = all(bool(table.core().isfinite().all()) for table in model.tables.values())
-    if not found:
-        raise UsageError(
-            f"model.embedding.lattice_step = {config.model.embedding.lattice_step:g} is too fine: floats "
-            "do not resolve so many steps; raise it"
-        )
+        for name, table in model.tables.items():
+            core = table.core()
+            if not bool(core.isfinite().all()):
+                raise UsageError(
+                    f"{step} is too fine: floats do not resolve so many steps; raise it"
+                )
+            zeros = float((core == 0).float().mean())
+            if zeros == 1.0:
+                raise UsageError(
+                    f"{step} is too coarse: all of the {name} begins at 0 and stays there; lower it"
+                )
+            if zeros > MOSTLY:
+                progress.warn(f"{step} is coarse: {zeros:.1%} of the {name} begins at 0")

@@ -47,7 +47,7 @@ def reduce_bases(
         table.weight.data.copy_(found.core)
         table.basis.data.copy_(found.basis)
         table.after_step()
-        by = method if under == "identity" else f"{method} under the metric of {under} states"
+        by = method if name not in metrics else f"{method} under the metric of {under} states"
         say(f"{name} basis by {by}: {describe(found)}")
         facts[f"{name} basis at the start"] = found.before.to_json()
         facts[f"{name} basis at the start, after {by}"] = found.after.to_json()
@@ -60,15 +60,17 @@ def metrics_of(
     """The metric (D, D) for the basis of each table, by its name; none where it is the identity.
 
     ``hidden``: what an error costs where the table scores, the mean with the identity where it is looked up
-    in, too (``table_metric``). Raises ``UserError`` where the hidden states tell nothing.
+    in, too (``table_metric``); a table that is only looked up in has the identity. Raises ``UserError``
+    where the hidden states tell nothing.
     """
     if config.reduction_metric == "identity":
         return {}
     moment = table_statistics(model, tokens).moment
     try:
         return {
-            name: table_metric(moment, head=table is model.output, look_up=table is model.embedding)
+            name: table_metric(moment, head=True, look_up=table is model.embedding)
             for name, table in model.tables.items()
+            if table is model.output
         }
     except ValueError as error:
         raise UserError(f"model.embedding.reduction_metric = 'hidden': {error}") from error
@@ -118,7 +120,7 @@ def table_facts(
         if method != "none" or unasked:
             method = method if method != "none" else "lll"
             metrics = metrics_of(model, wide.embedding, tokens)
-            if metrics:
+            if "embedding" in metrics:
                 facts["metric of the basis"] = f"{wide.embedding.reduction_metric} states"
             found = _rebased(embedding.weight, embedding.basis, method, metrics.get("embedding"))
             facts["basis"] = found.before.to_json()

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from cllm.core.config import Config
+from cllm.core.config import Config, TrainConfig
 from cllm.core.errors import UserError
 from cllm.model.transformer import Transformer
 from cllm.store.metrics import MetricsLog
@@ -48,7 +48,12 @@ PATIENCE, STAGES_PATIENCE = 1.0, 4.0
 
 
 class DivergedError(UserError):
-    """Too many steps in a row had a loss or gradient that was not finite."""
+    """Training led to numbers that are not finite."""
+
+    def __init__(self, what: str, train: TrainConfig) -> None:
+        super().__init__(
+            f"{what}; lower train.lr (now {train.lr:g}), raise train.warmup or lower train.clip"
+        )
 
 
 @dataclass(kw_only=True)
@@ -232,10 +237,8 @@ class Trainer:
         self._log(standing.step, "skip", reason=reason)
         self.progress.warn(f"step {standing.step}: {reason}; the step was skipped{scaled}")
         if int(self.step.counters["in_row"]) >= limit:
-            raise DivergedError(
-                f"{limit} steps in a row had a {what} that was not finite; lower train.lr "
-                f"(now {self.config.train.lr:g}), raise train.warmup or lower train.clip"
-            )
+            said = f"{limit} steps in a row had a {what} that was not finite"
+            raise DivergedError(said, self.config.train)
 
     def _validate(self) -> tuple[bool, bool]:
         """Validate at the present step: (a new best, enough of early stopping)."""

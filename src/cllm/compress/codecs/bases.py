@@ -152,8 +152,8 @@ def _can_reduce() -> bool:
         return True
     # Python shows a warning of one place and text once.
     warnings.warn(
-        "fpylll is not installed: integers are searched on a basis that is not reduced, and may lie farther "
-        "from the table (pip install fpylll)",
+        "fpylll is not installed: integers are searched on a basis that is not reduced, and may lie "
+        "farther from the table (pip install fpylll)",
         RuntimeWarning,
         stacklevel=2,
     )

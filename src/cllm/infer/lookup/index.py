@@ -198,10 +198,10 @@ class TokenIndex:
         if metric not in METRICS:
             known = ", ".join(METRICS)
             raise ValueError(f"metric {metric!r} is none of {known}{nearest(str(metric), METRICS)}")
-        if not 1 <= k <= V:
+        if not (_is_whole(k) and 1 <= k <= V):
             raise ValueError(f"k must be in 1…{V} for a table of {V} tokens, got {k}")
-        if budget is not None and budget < 1:
-            raise ValueError(f"budget must be at least 1, got {budget}")
+        if budget is not None and not (_is_whole(budget) and budget >= 1):
+            raise ValueError(f"budget must be a whole number of at least 1, got {budget}")
         queries = _as_matrix(vectors, "vectors")
         if queries.shape[1] != D:
             raise ValueError(
@@ -213,6 +213,10 @@ class TokenIndex:
                 f"vectors of shape {queries.shape} are longer than {_LIMITS[1]:g}; scale them down"
             )
         return queries
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, int | np.integer)
 
 
 def _as_matrix(values: Any, name: str) -> np.ndarray:
@@ -233,7 +237,7 @@ def _as_matrix(values: Any, name: str) -> np.ndarray:
         if not np.isfinite(block).all():
             row = start + int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])
             raise ValueError(
-                f"{name} of shape {array.shape} has a number in row {row} that is not finite in"
+                f"row {row} of the {name} of shape {array.shape} holds a number that is not finite in"
                 " float32; mend or remove that row"
             )
     return array

@@ -62,7 +62,8 @@ class Rows:
         """The rows of ``vectors`` under the names ``ids``."""
         norms = row_norms(vectors)
         inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
-        half = (np.square(norms) / 2).astype(np.float32)
+        with np.errstate(over="ignore"):  # rows so long are refused
+            half = (np.square(norms) / 2).astype(np.float32)
         return cls(vectors, ids.astype(np.int32), half, inverse.astype(np.float32))
 
     @property

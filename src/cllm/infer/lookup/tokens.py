@@ -9,16 +9,19 @@ import numpy as np
 
 from cllm.core.errors import UsageError
 from cllm.infer.lookup.index import TokenIndex
+from cllm.text.code_pieces import label
 from cllm.text.token_number import token_number
 from cllm.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A token close to what was asked for; ``score`` as in ``Nearest``."""
+    """A token close to what was asked for: its text (U+FFFD for bytes that are none), its bytes in
+    hexadecimal, and ``score`` as in ``Nearest``."""
 
     id: int
     text: str
+    bytes: str
     score: float
 
 
@@ -69,8 +72,14 @@ def token_neighbours(
         itself = wanted
         found = index.query(index.vector(itself), k + 1, metric)
     pairs = zip(found.ids[0].tolist(), found.scores[0].tolist(), strict=True)
-    return [
-        Neighbour(token, tokenizer.decode([token]) or tokenizer.token_name(token), score)
-        for token, score in pairs
-        if token != itself
-    ][:k]
+    return [_neighbour(tokenizer, token, score) for token, score in pairs if token != itself][:k]
+
+
+def _neighbour(tokenizer: Tokenizer, token: int, score: float) -> Neighbour:
+    text = tokenizer.decode([token]) or tokenizer.token_name(token)
+    return Neighbour(token, text, tokenizer.token_bytes(token).hex(" "), score)
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token for display: a literal of its text or bytes, or the name of a special one."""
+    return label(tokenizer.token_name(token), tokenizer.token_bytes(token))
