@@ -77,7 +77,7 @@ def rotated_basis(
     unit = precision * np.sqrt(12) * step  # the standard deviation of rounding is 1/√12
     integers = np.rint(directions * (spreads[:, None] / unit))
     if integers.size and np.abs(integers).max() >= LARGEST:
-        raise TooFineError("this table's rotation", 30)
+        raise TooFineError("this table: integers of its rotation pass 30 bits")
     factors = (step * unit / spreads).astype(np.float32).astype(np.float64)
     full = integers.any(axis=1) & (factors > 0)
     return Basis(factors[full], integers[full].astype(np.int64), _decide_by_rate)
@@ -114,12 +114,10 @@ def plain_basis(width: int, step: float, beams: int) -> Basis:
     """The original coordinates at one step; the metric only decides which point is taken.
 
     Integers are decided by distance alone, on an LLL-reduced basis up to ``REDUCED`` columns. Raises
-    ``ValueError`` for a step that float32 does not hold.
+    ``TooFineError`` for a step that float32 does not hold.
     """
-    if step > np.finfo(np.float32).max:
-        raise ValueError(f"a step of {step:.3g} is beyond float32; take a smaller one")
     if step < np.finfo(np.float32).tiny:
-        raise TooFineError("float32", 24)
+        raise TooFineError("float32")
 
     def decide(rows: np.ndarray, targets: np.ndarray, price: float) -> np.ndarray:
         return _decide_by_distance(rows, targets, beams)
@@ -133,7 +131,7 @@ def _decide_by_distance(rows: np.ndarray, targets: np.ndarray, beams: int) -> np
 
     # Where the metric is nearly blind they pass the targets by far.
     if np.abs(np.linalg.solve(rows.T, targets.T)).max() >= LARGEST / 4:
-        raise TooFineError("this table", 30)
+        raise TooFineError("this table: integers pass 30 bits")
     scale = np.abs(rows).max()
     basis, transform = rows / scale, np.eye(len(rows))
     if len(rows) <= REDUCED and _can_reduce():

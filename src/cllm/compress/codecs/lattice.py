@@ -202,7 +202,7 @@ def _encode_on(work: _Work, basis: Basis, step: float, price: float) -> _Encoded
     metric_rows = basis.rows @ work.root
     chosen = basis.decide(metric_rows, work.targets, price * step**2)
     if chosen.size and np.abs(chosen).max() >= LARGEST:
-        raise TooFineError("this table", 30)
+        raise TooFineError("this table: integers pass 30 bits")
     if basis.integers is not None and basis.lattice == "z":
         used = np.asarray(chosen.any(axis=0))
         chosen, basis, metric_rows = chosen[:, used], basis.only(used), metric_rows[used]

@@ -41,7 +41,7 @@ def decide_blocks(
         return np.zeros((len(targets), 0))
     coefficients = np.linalg.lstsq(rows.T, targets.T, rcond=None)[0].T
     if np.abs(coefficients).max() >= WIDEST:
-        raise TooFineError(f"blocks of {lattice}", 20)
+        raise TooFineError(f"blocks of {lattice}: integers pass 20 bits")
     # A constant scale, so that float32 holds the squares whatever the table's unit.
     scale = float(np.abs(np.diag(rows @ rows.T)).mean())
     work = problem(

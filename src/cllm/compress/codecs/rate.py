@@ -13,12 +13,10 @@ _STRIDE = 2.0
 
 
 class TooFineError(ValueError):
-    """A step at which the integers of ``what`` pass ``bits``, which is all that they may have."""
+    """A step that is too small for ``what``."""
 
-    def __init__(self, what: str, bits: int) -> None:
-        super().__init__(
-            f"the step is too small for {what}: integers pass {bits} bits; take a larger one"
-        )
+    def __init__(self, what: str) -> None:
+        super().__init__(f"the step is too small for {what}; take a larger one")
 
 
 def smallest_step(encode: Callable[[float], bytes], most: int, spread: float) -> bytes:
