@@ -157,6 +157,29 @@ def test_approximate_queries_find_most_in_a_part_of_the_table(metric: str, latti
     )
 
 
+def test_a_query_by_distance_goes_to_the_cells_about_it_first() -> None:
+    """By the mean and the deviation of its keys alone a cell some deviations off looks better."""
+    table = np.random.default_rng(0).standard_normal((20_000, 8)).astype(np.float32)
+    queries = table[:100] + 0.01
+    index = TokenIndex.build(table, plain=False)
+    truth = TokenIndex.build(table, plain=True).query(queries, 10, "l2").ids
+    found = index.query(queries, 10, "l2", budget=1000).ids
+    hits = sum(len(set(a) & set(b)) for a, b in zip(found.tolist(), truth.tolist(), strict=True))
+    assert hits > 0.9 * truth.size
+
+
+@pytest.mark.parametrize("exponent", [-7, 0, 8])
+def test_promises_are_finite_numbers_for_every_query(exponent: int) -> None:
+    table = clustered(3000, 8) * np.float32(10.0**exponent)
+    table[:40] = table[0]  # a cell without any spread
+    table[50] = 0
+    index = TokenIndex.build(table, plain=False, cell_size=16)
+    assert index.regions is not None
+    queries = np.concatenate([table[:60], np.zeros((1, 8), dtype=np.float32)])
+    for metric in METRICS:
+        assert np.isfinite(index.regions.promise(queries @ index.regions.rotation, metric)).all()
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
     ("V", "D", "k", "budget", "cell_size"),

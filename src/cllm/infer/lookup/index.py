@@ -22,7 +22,7 @@ so than through the cells, and one a quarter of a millisecond, twice as long (``
 CELL_SIZE = 128
 BUDGETS = {"ip": 24, "l2": 64, "cosine": 64}
 """An approximate query looks at so many times √V tokens: for inner products about 95% of the ten closest
-on the bench's clustered tables, at every size. The bench has no approximate query of the others."""
+on the bench's clustered tables, at every size; the others need more (``docs/lookup.md``)."""
 _LIMITS = (1e-9, 1e9)
 """Lengths whose fourth powers float32 still holds."""
 _LEADING = 64

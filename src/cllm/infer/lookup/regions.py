@@ -76,18 +76,33 @@ class Regions:
     def promise(self, q: np.ndarray, metric: str) -> np.ndarray:
         """The keys (n, C) that the best row of each cell is expected to have, for rotated queries
         (n, D): the mean key and √(2 ln rows) standard deviations, as of a maximum of normal
-        variables."""
+        variables; for ``l2`` by ``_least``."""
+        if metric == "l2":
+            own = np.square(q).sum(axis=1, keepdims=True)
+            return np.asarray((own - self._least(q, own)) / 2)
         kind = UNIT if metric == "cosine" else WHOLE
         out = q @ self.centres[kind].T
         variance = block_squares(q) @ self.variances[kind].T
-        if metric == "l2":
-            # The key is q·x - ‖x‖²/2: its mean, and the variance of (q - centre)·x.
-            out -= self._half
-            variance -= q @ self._lean.T
-            variance += self._own
         variance *= self._many
         out += np.sqrt(np.maximum(variance, 0))
         return np.asarray(out)
+
+    def _least(self, q: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """The squared distances (n, C) that the nearest row of each cell is expected to have; ``own``
+        (n, 1): ‖q‖².
+
+        A squared distance is no normal variable, least of all near the centre. It is taken for a χ²
+        variable of the mean and the variance that it has (Patnaik 1949), whose cube root is nearly
+        normal (Wilson & Hilferty 1931); of that cube root √(2 ln rows) deviations below the mean.
+        """
+        mean = own - 2 * (q @ self.centres[WHOLE].T - self._half)
+        # What is less is rounding; the square of this is a float32 yet.
+        mean = np.maximum(mean, 2.0**-20 * own + 1e-18)
+        along = block_squares(q) @ self.variances[WHOLE].T
+        along += self._own - q @ self._lean.T  # the variance of (q - centre)·x
+        ninth = (4 * np.maximum(along, 0) + self._spread) / (9 * np.square(mean))
+        roots = 1 - ninth - self._many_deviations * np.sqrt(ninth)
+        return np.asarray(mean * np.maximum(roots, 0) ** 3)
 
     def bound(self, q: np.ndarray, metric: str) -> np.ndarray:
         """A key (C,) that no row of a cell exceeds, up to rounding, for one rotated query (D,)."""
@@ -135,6 +150,16 @@ class Regions:
     @cached_property
     def _many(self) -> np.ndarray:
         return (2 * np.log(np.maximum(self.sizes, 2))).astype(np.float32)
+
+    @cached_property
+    def _many_deviations(self) -> np.ndarray:
+        return np.sqrt(self._many)
+
+    @cached_property
+    def _spread(self) -> np.ndarray:
+        """The variance of ‖x - centre‖² in each cell, of normal rows."""
+        sizes = block_sizes(self.centres.shape[2])
+        return np.asarray(2 * (np.square(self.variances[WHOLE]) @ sizes))
 
     @cached_property
     def _half(self) -> np.ndarray:
