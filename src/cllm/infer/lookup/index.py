@@ -20,9 +20,6 @@ PLAIN_BELOW = 16_384
 """Tables of fewer rows are scanned, which finds all: at 12,060 rows many queries at once took no longer
 so than through the cells, and one a quarter of a millisecond, twice as long (``cllm bench lookup``)."""
 CELL_SIZE = 128
-BUDGETS = {"ip": 24, "l2": 64, "cosine": 64}
-"""An approximate query looks at so many times √V tokens: for inner products about 95% of the ten closest
-on the bench's clustered tables, at every size; the others need more (``docs/lookup.md``)."""
 _LIMITS = (1e-9, 1e9)
 """Lengths whose fourth powers float32 still holds."""
 _LEADING = 64
@@ -109,9 +106,9 @@ class TokenIndex:
 
         ``metric``: ``ip`` (largest inner product), ``l2`` (least Euclidean distance) or ``cosine``
         (largest cosine; 0 with a vector of zeros). ``budget``: tokens that an approximate query looks
-        at; none means 24·√V for ``ip`` and 64·√V for the others. ``exact`` goes on until no other
-        token can be closer: the answer is that of a scan in float64, of equals the lower ids first.
-        Scores are in float64, of the table and the vectors as float32 has them.
+        at; none means ``usual_budget``. ``exact`` goes on until no other token can be closer: the answer is
+        that of a scan in float64, of equals the lower ids first. Scores are in float64, of the table and the
+        vectors as float32 has them.
 
         ``kernel``: approximate queries go through a compiled kernel (True: raises ``ValueError`` where
         none can be compiled), through array passes (False), or through the kernel where there is a C++
@@ -126,7 +123,7 @@ class TokenIndex:
             ids, scores = scan(queries, self.rows, k, metric, self._reach)
             return Nearest(ids, scores, np.ones(len(queries), dtype=bool))
         V = self.shape[0]
-        rows_to_see = int(BUDGETS[metric] * V**0.5) if budget is None else budget
+        rows_to_see = usual_budget(metric, V) if budget is None else budget
         out = Nearest(
             np.empty((len(queries), k), dtype=np.int64),
             np.empty((len(queries), k)),
@@ -213,6 +210,15 @@ class TokenIndex:
                 f"vectors of shape {queries.shape} are longer than {_LIMITS[1]:g}; scale them down"
             )
         return queries
+
+
+def usual_budget(metric: str, V: int) -> int:
+    """Tokens that an approximate query looks at unless it is told: about 95% of the ten closest are found
+    so on the bench's clustered tables, at every size. Cells are cut for inner products, hence the others
+    need more."""
+    if metric == "ip":
+        return int(24 * V**0.5)
+    return int(max(min(96 * V**0.5, V / 6), 2048))
 
 
 def _is_whole(number: Any) -> bool:
