@@ -107,8 +107,8 @@ class TokenIndex:
         ``metric``: ``ip`` (largest inner product), ``l2`` (least Euclidean distance) or ``cosine``
         (largest cosine; 0 with a vector of zeros). ``budget``: tokens that an approximate query looks
         at; none means ``usual_budget``. ``exact`` goes on until no other token can be closer: the answer is
-        that of a scan in float64, of equals the lower ids first. Scores are in float64, of the table and the
-        vectors as float32 has them.
+        that of a scan in float64, of equals the lower ids first. Scores are in float64, of the table and
+        the vectors as float32 has them.
 
         ``kernel``: approximate queries go through a compiled kernel (True: raises ``ValueError`` where
         none can be compiled), through array passes (False), or through the kernel where there is a C++
