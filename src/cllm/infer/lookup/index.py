@@ -17,8 +17,8 @@ from cllm.infer.lookup.scan import scan
 from cllm.infer.lookup.search import Search, most_promising
 
 PLAIN_BELOW = 16_384
-"""Tables of fewer rows are scanned, which finds all: at 12,060 rows many queries at once took no longer
-so than through the cells, and one a quarter of a millisecond, twice as long (``cllm bench lookup``)."""
+"""Tables of fewer rows are scanned, which finds all: at 12,000 rows many queries at once took no longer
+so than through the cells, and one a fifth of a millisecond, up to twice as long (``cllm bench lookup``)."""
 CELL_SIZE = 128
 _LIMITS = (1e-9, 1e9)
 """Lengths whose fourth powers float32 still holds."""
