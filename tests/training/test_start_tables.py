@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cllm.core.config import Config
+from cllm.core.errors import UsageError
 from cllm.store import checkpoint
 from cllm.text.tokenizer import Tokenizer
 from cllm.training import resolve, session
@@ -66,6 +67,22 @@ def test_a_corpus_start_is_used_and_the_same_each_time(begin: Callable[..., Path
 def test_its_scale_is_a_setting(begin: Callable[..., Path]) -> None:
     table = first(begin("a", "corpus", model__embedding__init_std=0.07))[TABLE]
     assert rms(table) == pytest.approx(0.07, rel=0.1)
+
+
+@pytest.mark.parametrize(("lattice", "coarse"), [("z", 0.08), ("e8", 0.12)])
+def test_a_lattice_on_which_the_start_is_zero_is_refused_and_one_near_it_warned_of(
+    lattice: str, coarse: float, begin: Callable[..., Path], told: Any, isolated: Path
+) -> None:
+    def warned(step: float) -> bool:
+        changes = {"model__embedding__lattice": lattice, "model__embedding__lattice_step": step}
+        begin(f"step-{step}", "normal", **changes)
+        return any("of the embedding begins at 0" in text for text in told.warnings)
+
+    assert not warned(0.01)
+    assert warned(coarse)
+    with pytest.raises(UsageError, match=r"lattice_step = 0.5 is too coarse: all of the embedding"):
+        warned(0.5)
+    assert not (isolated / "step-0.5").exists()
 
 
 @pytest.mark.parametrize("init", ["corpus", "crystal"])
