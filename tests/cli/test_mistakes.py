@@ -101,6 +101,14 @@ TRAIN = [
     ),
     (["--set", "model.embedding.own_vectors=false"], 2, ["own_vectors needs pieces", "composed"]),
     (["--set", "model.embedding.lattice_step=0.5"], 2, ["lattice_step is that of a lattice"]),
+    (
+        [
+            *("--set", "model.tie_embeddings=false", "--set", "train.lazy_rows=on"),
+            *("--set", "train.optimizer_in_backward=true", "--set", "train.clip=0"),
+        ],
+        2,
+        ["train.optimizer_in_backward: train.lazy_rows = 'on' updates rows at the end"],
+    ),
     (["--set", "model.embedding.pieces=100"], 2, ["pieces needs pieces", "composed"]),
     (["--set", "model.embedding.nonzeros=9"], 2, ["nonzeros needs pieces", "composed"]),
     (

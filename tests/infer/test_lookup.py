@@ -379,6 +379,8 @@ def test_wrong_queries_are_named(plain: bool) -> None:
         index.query(np.full(8, 1e30))
     with pytest.raises(ValueError, match="k must be in 1…50"):
         index.query(table[:2], 51)
+    with pytest.raises(ValueError, match="k must be in 1…50"):
+        index.query(table[:2], 2.5)
     with pytest.raises(ValueError, match=r"'cosin' is none of .* \(did you mean 'cosine'\?\)"):
         index.query(table[:2], 5, "cosin")
     with pytest.raises(ValueError, match="budget"):

@@ -181,6 +181,11 @@ def test_mistakes_are_named(english: tuple[Tokenizer, TokenCodes], tokenizer: To
         codes.similar([0], 0)
     with pytest.raises(ValueError, match=r"\(350,\)"):
         TokenCodes.build(tree, np.ones(7, dtype=np.int64))
+    for counts in (np.full(350, np.nan), np.full(350, 0.5), np.full(350, -1)):
+        with pytest.raises(ValueError, match="whole numbers and not negative"):
+            TokenCodes.build(tree, counts)
+    with pytest.raises(ValueError, match=r"a token's id is a whole number, not 1\.5"):
+        codes.similar([1.5])
 
 
 def test_without_counts_early_merges_have_small_primes(tokenizer: Tokenizer) -> None:
