@@ -13,7 +13,6 @@ import numpy as np
 
 from cllm.bench.harness import Claim, Options, Result, load_now
 from cllm.core.config import DataConfig, TokenizerConfig
-from cllm.core.errors import UserError
 from cllm.lattice.similarity import gcd_over_max
 from cllm.text.corpus import prepare
 from cllm.text.counts import count_tokens
@@ -37,9 +36,6 @@ def run(options: Options) -> Result:
     ``quick``: on the last of them, with the smaller vocabulary.
     """
     load, rows = load_now(), list[dict[str, Any]]()
-    for path in options.data:
-        if not Path(path).exists():
-            raise UserError(f"{path} does not exist")
     texts = [("built-in", ()), *((Path(path).name, (path,)) for path in options.data)]
     if options.quick:
         texts = texts[-1:]

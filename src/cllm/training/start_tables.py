@@ -67,8 +67,8 @@ def _set(config: Config, model: Transformer, table: np.ndarray, progress: Progre
 
 
 def _check_points(config: Config, model: Transformer, progress: Progress) -> None:
-    """Raises ``UsageError`` for a lattice too fine for floats, or on which all of a table rounds to zero,
-    from where no gradient leads away; warns where nearly all does."""
+    """Raises ``UsageError`` for a lattice too fine for floats, or on which all of a table rounds to zero
+    (without learned positions no gradient leads away from there); warns where nearly all does."""
     if config.model.embedding.lattice == "none":
         return
     step = f"model.embedding.lattice_step = {config.model.embedding.lattice_step:g}"
@@ -82,7 +82,8 @@ def _check_points(config: Config, model: Transformer, progress: Progress) -> Non
             zeros = float((core == 0).float().mean())
             if zeros == 1.0:
                 raise UsageError(
-                    f"{step} is too coarse: all of the {name} begins at 0 and stays there; lower it"
+                    f"{step} is too coarse: all of the {name} begins at 0, where nothing tells "
+                    "tokens apart; lower it"
                 )
             if zeros > MOSTLY:
                 progress.warn(f"{step} is coarse: {zeros:.1%} of the {name} begins at 0")

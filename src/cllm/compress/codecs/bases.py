@@ -48,7 +48,7 @@ class Basis:
         return replace(self, factors=self.factors[used], integers=self.integers[used])
 
     def of(self, lattice: str, beams: int) -> Basis:
-        """The same directions for points of Z, or for E8 or Leech blocks, found by K-best."""
+        """The same directions for points of ``lattice``; those of E8 and Leech are found by K-best."""
         if lattice == "z":
             return self
         from cllm.compress.lattices.blocks import units  # which builds on this package
